@@ -1,0 +1,40 @@
+# Each target sets up what it needs in .venv. PYTHON picks the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+ROOT ?= runs/quickstart
+BIN := .venv/bin
+
+.PHONY: install install-dev quickstart serve test lint bench clean
+
+install: .venv/.installed
+install-dev: .venv/.installed-dev
+
+quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, minutes on two cores
+	$(BIN)/python jobs/pipeline.py --recipe quickstart --root $(ROOT)
+
+serve: .venv/.installed  ## the quickstart's model on http://127.0.0.1:8000
+	$(BIN)/serve run serve_configs/quickstart.yaml
+
+test: .venv/.installed-dev  ## all tests, without a GPU
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev  ## ours beside the bare engine and sentence-transformers; JSON on the last line
+	$(BIN)/python -m benchmarks.encode
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt .venv/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
