@@ -1,0 +1,348 @@
+"""The pipeline: the stages of a recipe, what each is made of, and how each is run.
+
+prepare -> untrained -> (contrastive stages) -> pruned -> distilled, and an evaluation of every model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.progress import say
+from f2llm_ray.recipe import Recipe, TrainStage
+from f2llm_ray.run import Folder, Run, Stage, device_name
+
+Work = Callable[[Folder], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a recipe, by what they make."""
+
+    prepare: Stage
+    models: dict[str, Stage]
+    """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled."""
+    evaluations: dict[str, Stage]
+    """The evaluation of each model; empty when the recipe names no sets."""
+
+    def stages(self) -> list[Stage]:
+        """All stages in the order they run."""
+        return [self.prepare, *self.models.values(), *self.evaluations.values()]
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Works out every stage and its hash; nothing is read or run."""
+    dump = recipe.model_dump(mode="json")
+    used = ("seed", "sources", "data", "tokenizer", "evaluation")
+    prepare = Stage(
+        name="prepare",
+        settings={
+            **{key: dump[key] for key in used},
+            "evaluation": dump["evaluation"]["sets"],
+            "backbone_tokenizer": recipe.backbone.path,
+        },
+    )
+    models = {"untrained": Stage(name="untrained", settings=dump["backbone"], parents=(prepare,))}
+    last = models["untrained"]
+    for name in recipe.stages:
+        last = models[name] = Stage(
+            name=name, settings=_training(dump, dump["stages"][name]), parents=(prepare, last)
+        )
+    if recipe.prune is not None:
+        models["pruned"] = Stage(
+            name="pruned", settings=dump["prune"], parents=(prepare, models[recipe.prune.model])
+        )
+    if recipe.distill is not None:
+        parents = (prepare, models["pruned"], models[recipe.distill.teacher])
+        models["distilled"] = Stage(name="distilled", settings=_training(dump, dump["distill"]), parents=parents)
+    evaluations = {}
+    if recipe.evaluation.sets:
+        settings = {"divisors": dump["evaluation"]["divisors"]}
+        evaluations = {
+            name: Stage(name=f"evaluate-{name}", settings=settings, parents=(prepare, model))
+            for name, model in models.items()
+        }
+    return Plan(prepare, models, evaluations)
+
+
+def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    # The world size is not among them: any number of workers sees the same global batches.
+    return {**stage, "seed": dump["seed"]}
+
+
+class Pipeline:
+    """Runs stages of a recipe in a root; a finished stage is skipped and says so."""
+
+    def __init__(self, recipe: Recipe, root: str) -> None:
+        self.recipe, self.run, self.plan = recipe, Run(root), plan(recipe)
+
+    def everything(self) -> dict[str, Any]:
+        """Runs all stages and returns the report."""
+        self.prepare()
+        for name in self.plan.models:
+            self.model(name)
+        self.evaluate()
+        return self.report()
+
+    def prepare(self) -> None:
+        """Runs the data steps."""
+        from f2llm_ray.data.prepare import prepare
+
+        self._stage(self.plan.prepare, partial(prepare, self.recipe))
+
+    def model(self, name: str) -> None:
+        """Makes one model: "untrained", a contrastive stage by its name, "pruned" or "distilled".
+
+        Raises:
+            RunError: what it is made from is not finished, or the recipe has no such model.
+        """
+        if name not in self.plan.models:
+            raise RunError(
+                f"recipe {self.recipe.name!r} makes no model {name!r}; it makes {list(self.plan.models)}"
+            )
+        work: Work
+        if name == "untrained":
+            work = self._untrained
+        elif name == "pruned":
+            work = self._pruned
+        else:
+            work = partial(self._trained, name)
+        self._stage(self.plan.models[name], work)
+
+    def evaluate(self) -> None:
+        """Measures every model that is finished and not measured yet, side by side."""
+        import ray
+
+        waiting = [
+            (self.plan.evaluations[name], model)
+            for name, model in self.plan.models.items()
+            if name in self.plan.evaluations
+            and self.run.manifest(model) is not None
+            and not self._finished(self.plan.evaluations[name])
+        ]
+        measure = self._measure()
+        sets = self.run.folder(self.plan.prepare) / "sets"
+        for stage, _ in waiting:
+            say(f"{stage.name}: started")
+        started = time.time()
+        pending = {
+            measure.remote(self.run.folder(model) / "model", sets, self.recipe): stage for stage, model in waiting
+        }
+        while pending:
+            (done,), _ = ray.wait(list(pending))
+            stage = pending.pop(done)
+            result = ray.get(done)
+            manifest = self.run.finish(stage, started=started, **result)
+            say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
+
+    def evaluate_folder(self, model: str) -> dict[str, Any]:
+        """Scores of any model folder on the recipe's sets, by set and dim; the data must be prepared."""
+        import ray
+
+        sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
+        results = ray.get(self._measure().remote(Folder.at(model), sets, self.recipe))["results"]
+        return {name: result["scores"] for name, result in results.items()}
+
+    def served_model(self) -> Folder:
+        """Folder of the model that the recipe serves: the one it names, or the last one it makes.
+
+        Raises:
+            RunError: it is not finished.
+        """
+        name = self.recipe.serving.model or list(self.plan.models)[-1]
+        return self.run.require(self.plan.models[name], _command(name)) / "model"
+
+    def report(self) -> dict[str, Any]:
+        """Collects the finished stages into report.json and report.html.
+
+        Raises:
+            RunError: the data steps are not finished.
+        """
+        from f2llm_ray.evaluate.report import write_report
+
+        self.run.require(self.plan.prepare, "jobs/prepare.py")
+        report = collect(self.recipe, self.run, self.plan)
+        write_report(self.run.root, report)
+        return report
+
+    def _measure(self) -> Any:
+        import ray
+
+        return ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(_evaluate)
+
+    # The work of each kind of stage.
+
+    def _untrained(self, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.model.checkpoint import (
+            ModelInfo,
+            load_backbone,
+            load_tokenizer,
+            matryoshka_dims,
+            save_model,
+        )
+        from f2llm_ray.model.sizes import random_backbone
+
+        settings = self.recipe.backbone
+        with (self.run.folder(self.plan.prepare) / "tokenizer").as_local() as folder:
+            tokenizer = load_tokenizer(folder)
+        vocabulary = tokenizer.get_vocab_size()
+        if settings.shape is not None:
+            backbone = random_backbone(settings.shape, vocabulary, self.recipe.seed)
+        else:
+            backbone = load_backbone(str(settings.path))
+            if vocabulary > backbone.config.vocab_size:
+                raise RunError(
+                    f"the tokenizer has {vocabulary} entries, the backbone {settings.path!r} only "
+                    f"{backbone.config.vocab_size}"
+                )
+        info = ModelInfo(
+            name=f"{self.recipe.name}-untrained",
+            dims=matryoshka_dims(backbone.config.hidden_size),
+            max_tokens=self.recipe.data.max_tokens,
+            prompts={"query": ""},
+            instructions=False,
+        )
+        with (out / "model").writing() as path:
+            save_model(path, backbone, tokenizer, info)
+        return model_facts(out / "model")
+
+    def _trained(self, name: str, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.train.trainer import train
+
+        stage: TrainStage
+        student, teacher = self.plan.models[name].parents[1], None
+        if name == "distilled":
+            assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
+            stage = self.recipe.distill
+            teacher = self._model_folder(self.plan.models[self.recipe.distill.teacher])
+        else:
+            stage = self.recipe.stages[name]
+        facts = train(
+            self.recipe,
+            name,
+            stage,
+            prepared=self.run.folder(self.plan.prepare),
+            student=self._model_folder(student),
+            teacher=teacher,
+            out=out,
+        )
+        return {**facts, **model_facts(out / "model")}
+
+    def _pruned(self, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.model.shrink import shrink
+
+        assert self.recipe.prune is not None  # noqa: S101 - plan() made the stage from it
+        parent = self._model_folder(self.plan.models[self.recipe.prune.model])
+        facts = shrink(self.recipe, self.run.folder(self.plan.prepare), parent, out)
+        return {**facts, **model_facts(out / "model")}
+
+    # Running and skipping.
+
+    def _stage(self, stage: Stage, work: Work) -> None:
+        if self._finished(stage):
+            return
+        for parent in stage.parents:
+            self.run.require(parent, _command(parent.name))
+        say(f"{stage.name}: started")
+        started = time.time()
+        folder = self.run.folder(stage)
+        folder.create()
+        manifest = self.run.finish(stage, started=started, **work(folder))
+        say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
+
+    def _finished(self, stage: Stage) -> bool:
+        manifest = self.run.manifest(stage)
+        if manifest is not None:
+            say(f"{stage.name}: finished before, skipped ({stage.folder_name})")
+        return manifest is not None
+
+    def _model_folder(self, stage: Stage) -> Folder:
+        return self.run.folder(stage) / "model"
+
+
+def _command(stage: str) -> str:
+    jobs = {"prepare": "jobs/prepare.py", "pruned": "jobs/prune.py", "distilled": "jobs/distill.py"}
+    return jobs.get(stage, "jobs/train.py")
+
+
+def _evaluate(model: Folder, sets: Folder, recipe: Recipe) -> dict[str, Any]:
+    """Measures one model on every set, inside a Ray task."""
+    import torch
+
+    from f2llm_ray.evaluate.retrieval import evaluate
+    from f2llm_ray.evaluate.sets import read_set
+    from f2llm_ray.serve.engine import Engine
+
+    torch.set_num_threads(1)
+    with model.as_local() as path:
+        engine = Engine(path)
+    results = {
+        name: evaluate(engine, read_set(sets / name), recipe.evaluation.divisors)
+        for name in recipe.evaluation.sets
+    }
+    return {"results": results}
+
+
+def model_facts(folder: Folder) -> dict[str, Any]:
+    """Sizes of a model folder, read from its config and weights."""
+    from f2llm_ray.model.checkpoint import load_backbone
+    from f2llm_ray.model.sizes import count_parameters
+
+    with folder.as_local() as path:
+        total, layers = count_parameters(load_backbone(path))
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return {"parameters": total, "non_embedding_parameters": layers, "bytes": size}
+
+
+def _serve_command(root: Folder) -> str:
+    quickstart = Path("runs/quickstart").absolute()
+    if root.local == quickstart:
+        return "serve run serve_configs/quickstart.yaml"
+    return f"serve run f2llm_ray.serve.app:build root={root.uri}"
+
+
+def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
+    """The report of a run from the manifests of its finished stages (design of the keys: docs of the report)."""
+    prepared = run.manifest(stages.prepare) or {}
+    manifests = {name: run.manifest(stage) for name, stage in stages.models.items()}
+    evaluations = {name: run.manifest(stage) for name, stage in stages.evaluations.items()}
+    models, training, seconds = [], {}, {"prepare": prepared.get("seconds")}
+    for name, manifest in manifests.items():
+        if manifest is None:
+            continue
+        results = (evaluations.get(name) or {}).get("results", {})
+        seconds[name] = manifest["seconds"]
+        if "training" in manifest:
+            training[name] = manifest["training"]
+        models.append(
+            {
+                "name": name,
+                "folder": f"{stages.models[name].folder_name}/model",
+                **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
+                "scores": {found: result["scores"] for found, result in results.items()},
+                "languages": {found: result["languages"] for found, result in results.items()},
+            }
+        )
+    seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
+    served = recipe.serving.model or (models[-1]["name"] if models else None)
+    return {
+        "name": recipe.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "root": run.root.uri,
+        "device": device_name(),
+        "libraries": prepared.get("libraries", {}),
+        "rows": prepared.get("rows", []),
+        "languages": prepared.get("languages", {}),
+        "sources": prepared.get("sources", {}),
+        "seconds": seconds,
+        "training": training,
+        "models": models,
+        "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
+        "commands": {"serve": _serve_command(run.root)},
+    }

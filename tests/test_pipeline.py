@@ -1,0 +1,217 @@
+"""The whole pipeline, for real: Ray Data, two DeepSpeed workers under Ray Train, a kill in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from f2llm_ray.data.tokens import TokenStore
+from f2llm_ray.pipeline import Pipeline
+from f2llm_ray.recipe import load_recipe
+from f2llm_ray.session import connect
+from tests.corpus import write_corpus, write_recipe
+
+REPO = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    return write_recipe(folder, write_corpus(folder))
+
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    connect()
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def job(name: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "jobs" / f"{name}.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, recipe: Path) -> dict[str, Any]:
+    """A run that was killed after stage 1's second checkpoint and started again."""
+    root = folder / "root"
+    first = job("pipeline", "--recipe", recipe, "--root", root)
+    until = time.monotonic() + 200
+    while not list(root.glob("stage1-*/ray_train/checkpoint_*/state/zero_pp_rank_1*")):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    killed = first.communicate()[0]
+    assert not list(root.glob("stage1-*/manifest.json")), "stage 1 ended before it could be killed"
+    time.sleep(2)
+    second = job("pipeline", "--recipe", recipe, "--root", root)
+    output = second.communicate(timeout=280)[0]
+    assert second.returncode == 0, output
+    return {"root": root, "killed": killed, "output": output}
+
+
+@pytest.mark.timeout(600)
+def test_a_killed_run_goes_on_and_reports(finished: dict[str, Any]) -> None:
+    output, root = finished["output"], finished["root"]
+    assert "prepare: finished before, skipped" in output
+    assert "stage1: goes on from step" in output
+    report = json.loads((root / "report.json").read_text())
+    assert [model["name"] for model in report["models"]] == ["untrained", "stage1", "pruned", "distilled"]
+    for model in report["models"]:
+        scores = model["scores"]["held"]
+        full = {"untrained": 32, "stage1": 32, "pruned": 24, "distilled": 24}[model["name"]]
+        assert list(map(int, scores)) == [full, full // 2, full // 4, full // 8]
+        assert set(scores[str(full)]) == {"ndcg@10", "acc@1", "recall@10"}
+    assert (root / "report.html").stat().st_size > 10_000
+    assert "distilled" in output
+
+
+def test_every_row_is_accounted_for(finished: dict[str, Any]) -> None:
+    report = json.loads((finished["root"] / "report.json").read_text())
+    steps = {step["step"]: step for step in report["rows"]}
+    lines = len((finished["root"].parent / "pairs.jsonl").read_text().splitlines())
+    assert steps["read"]["in"] == lines + 60 + 40
+    assert steps["clean"]["dropped"] == {"query too long": 1}
+    assert steps["dedup"]["dropped"]["same row"] >= 3
+    for step, following in zip(report["rows"], report["rows"][1:], strict=False):
+        assert step["in"] - step["out"] == sum(step["dropped"].values())
+        assert following["in"] == step["out"]
+    assert sum(report["languages"].values()) == report["rows"][-1]["out"]
+
+
+def test_no_held_out_query_is_trained_on(finished: dict[str, Any]) -> None:
+    import pyarrow.parquet as pq
+
+    prepared = next(finished["root"].glob("prepare-*"))
+    held = set(pq.read_table(prepared / "sets" / "held" / "queries.parquet")["text"].to_pylist())
+    for path in sorted((prepared / "rows").glob("*.parquet")):
+        rows = pq.read_table(path)
+        kept = [row["query"] for row in rows.to_pylist() if row["drop"] is None]
+        assert not held & set(kept)
+
+
+def test_the_store_holds_what_the_tokenizer_says(finished: dict[str, Any]) -> None:
+    import pyarrow.parquet as pq
+    from tokenizers import Tokenizer
+
+    from f2llm_ray.data.schema import key_numbers, query_text
+
+    prepared = next(finished["root"].glob("prepare-*"))
+    tokenizer = Tokenizer.from_file(str(prepared / "tokenizer" / "tokenizer.json"))
+    store = TokenStore(prepared / "tokens")
+    instruction = "Classify the topic of the given text."
+    table = pq.read_table(prepared / "table" / "labels.parquet")
+    texts = {
+        row["row_key"]: row
+        for path in (prepared / "rows").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+    rows = [texts[key] for key in table["row_key"].to_pylist()]
+    wanted = {
+        "query_key": [row["query"] for row in rows],
+        "instructed_key": [query_text(row["query"], instruction) for row in rows],
+        "passage_key": [row["passage"] for row in rows],
+    }
+    for column, expected in wanted.items():
+        found = store.lookup(key_numbers(table[column]))
+        for ids, text in zip(found, expected, strict=True):
+            whole = tokenizer.encode(text).ids
+            assert ids.tolist() == (whole if len(whole) <= 32 else [*whole[:31], whole[-1]])
+    labels = set(table["passage_key"].to_pylist())
+    for own, negatives in zip(table["passage_key"].to_pylist(), table["negative_keys"].to_pylist(), strict=True):
+        assert set(negatives) == labels - {own}
+
+
+def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(next(root.glob(f"{stage}-*/model/model.safetensors")))
+
+
+@pytest.mark.timeout(300)
+def test_an_undisturbed_run_ends_with_the_same_weights(
+    finished: dict[str, Any], folder: Path, recipe: Path, ray_here: None
+) -> None:
+    """Killed and resumed, or in one go: the same losses and the same weights, to the last bit."""
+    del ray_here
+    root = folder / "undisturbed"
+    root.mkdir()
+    for stage in ("prepare", "untrained"):
+        source = next(finished["root"].glob(f"{stage}-*"))
+        shutil.copytree(source, root / source.name)
+    Pipeline(load_recipe(str(recipe)), str(root)).model("stage1")
+    ours, theirs = weights(root, "stage1"), weights(finished["root"], "stage1")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    files = [next(run.glob("stage1-*/training.json")) for run in (root, finished["root"])]
+    losses = [json.loads(file.read_text())["loss"] for file in files]
+    assert losses[0] == losses[1]
+    assert np.mean([loss for _, loss in losses[0][-5:]]) < np.mean([loss for _, loss in losses[0][:5]])
+
+
+def test_other_worker_counts_prepare_the_same_bytes(
+    finished: dict[str, Any], folder: Path, recipe: Path, ray_here: None
+) -> None:
+    """The ids, tokens and sets are those of the first run, which another process tree made."""
+    del ray_here
+    again = Pipeline(load_recipe(str(recipe)), str(folder / "again"))
+    again.prepare()
+    first, second = (next(r.glob("prepare-*")) for r in (finished["root"], folder / "again"))
+    names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file() and p.name != "manifest.json")
+    assert names
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def refused(folder: Path, recipe: Path, *arguments: object) -> str:
+    process = job("prepare", "--recipe", recipe, "--root", folder / "bad", *arguments)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_bad_input_gets_one_clear_message(folder: Path, recipe: Path, ray_here: None) -> None:
+    """Bad recipes are refused before Ray starts, bad rows by the file and line that hold them."""
+    del ray_here
+    assert "unknown key" in refused(folder, recipe, "--set", "data.max_token=3")
+    broken = folder / "broken.jsonl"
+    broken.write_text('{"q": "a", "p": "b", "lang": "deu"}\n{"q": "", "p": "b", "lang": "deu"}\n')
+    output = refused(folder, recipe, "--set", f"sources.pairs.paths=[{broken}]")
+    assert "broken.jsonl" in output
+    assert "2" in output
+    assert "error:" in output
+
+
+def test_jobs_say_what_must_run_first(folder: Path, recipe: Path) -> None:
+    process = job("prune", "--recipe", recipe, "--root", folder / "empty")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "is not finished; run jobs/" in output
+    assert yaml.safe_load(recipe.read_text())["name"] == "small"

@@ -1,0 +1,109 @@
+"""A recipe says all that a run is, and what does not fit is refused by name before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from f2llm_ray.errors import RecipeError
+from f2llm_ray.recipe import builtin_recipes, load_recipe
+
+SMALL = """
+name: small
+sources:
+  pairs: {format: jsonl, paths: [pairs.jsonl]}
+tokenizer: {train_vocab: 400}
+backbone:
+  shape: {hidden: 16, layers: 2, heads: 2, kv_heads: 1, head_dim: 8, ffn: 32}
+stages:
+  stage1: {engine: {precision: fp32}, global_batch: 8, negatives: {retrieval: 2}}
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_every_built_in_recipe_is_valid(name: str) -> None:
+    assert load_recipe(name).stages
+
+
+def test_set_changes_one_value_with_its_type(small: str) -> None:
+    recipe = load_recipe(small, ["stages.stage1.lr=1e-3", "sources.pairs.cap=7", "data.on_bad_row=skip"])
+    assert recipe.stages["stage1"].lr == 1e-3
+    assert recipe.sources["pairs"].cap == 7
+    assert recipe.data.on_bad_row == "skip"
+
+
+def test_extends_merges_key_by_key_and_null_removes(tmp_path: Path, small: str) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {Path(small).name}\nname: child\nstages: {{stage1: {{lr: 0.01}}}}\nseed: 5\n")
+    recipe = load_recipe(str(child))
+    assert (recipe.name, recipe.seed) == ("child", 5)
+    assert recipe.stages["stage1"].lr == 0.01
+    assert recipe.stages["stage1"].global_batch == 8
+    child.write_text("extends: small.yaml\nstages: {stage1: null}\n")
+    with pytest.raises(RecipeError, match="stages: at least one"):
+        load_recipe(str(child))
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("extends: a.yaml\n")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.stage1.learning_rate=1", ["stages.stage1.learning_rate", "unknown key", "warmup_steps"]),
+        ("sources.pairs.path=x", ["sources.pairs", "path", "unknown key", "paths"]),
+        ("sources.pairs.format=xml", ["sources.pairs", "xml", "parquet"]),
+        ("data.max_tokens=many", ["data.max_tokens", "integer", "many"]),
+        ("stages.stage1.tasks=[ranking]", ["stages.stage1.tasks.0", "retrieval"]),
+        ("stages.stage1.tasks=[clustering]", ["stages.stage1", "no source has a task"]),
+        ("stages.stage1.sources=[other]", ["stages.stage1.sources", "other", "pairs"]),
+        ("stages.stage1.engine.precision=bf16", ["stages.stage1.engine.precision", "GPU"]),
+        ("compute.workers=3", ["stages.stage1.global_batch", "8", "multiple"]),
+        ("backbone.shape.kv_heads=3", ["heads (2)", "kv_heads (3)"]),
+        ("backbone.path=somewhere", ["exactly one of path and shape"]),
+        ("tokenizer.train_vocab=null", ["tokenizer"]),
+        ("tokenizer.path=somewhere", ["not both"]),
+        ("prune={model: stage9, layers: 1, hidden: 8, ffn: 8}", ["prune.model", "stage9", "stage1"]),
+        ("prune={model: stage1, layers: 3, hidden: 8, ffn: 8}", ["prune.layers", "3", "2"]),
+        ("distill={teacher: stage1, engine: {precision: fp32}}", ["distill", "prune"]),
+        (
+            "sources.labels={format: csv, paths: [a.csv], task: classification}",
+            ["classification", "negatives", "at least 1"],
+        ),
+        ("stages.stage1.min_lr=1", ["min_lr"]),
+        ("nonsense", ["--set", "a.b=value"]),
+        ("name.deep=1", ["--set", "single value"]),
+    ],
+)
+def test_what_does_not_fit_is_named(small: str, override: str, words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(small, [override])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    with pytest.raises(RecipeError, match="quickstart"):
+        load_recipe("no-such-recipe")
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(RecipeError, match="not UTF-8 at byte 6"):
+        load_recipe(str(path))
+    path.write_text("name: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(str(path))
+    path.write_text("- a list")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        load_recipe(str(path))
