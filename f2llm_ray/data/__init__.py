@@ -1,0 +1,1 @@
+"""From raw rows to token store and batch table."""

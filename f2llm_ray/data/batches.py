@@ -1,0 +1,198 @@
+"""Global batches: the unit of training order, fixed by the seed alone.
+
+A batch has rows of one source. Those of each source lie in `epoch-<e>/<source>.arrow`, one record batch per global
+batch, ids only; `order.npy` [steps] says which of them every step takes. A worker maps the files and takes its own
+slice of each batch, so the order is the same for any number of workers, from any step on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.data.schema import KEY, Task, rng
+from f2llm_ray.errors import RunError
+
+EXAMPLES = pa.schema([("query", KEY), ("passage", KEY), ("negatives", pa.list_(KEY))])
+ORDER = np.dtype([("epoch", "<u2"), ("source", "<u2"), ("batch", "<u4")])
+# Rows put back because their texts are in the batch already are tried again for the next one; looking at more
+# than this many batches' worth of them each time would make a label-like source quadratic.
+LOOK_BACK = 4
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def epoch_rows(rows: int, weight: float, generator: np.random.Generator) -> Ints:
+    """Which rows an epoch takes, in its order: each floor(weight) times, and a random part once more."""
+    whole, part = divmod(weight, 1.0)
+    passes = [generator.permutation(rows) for _ in range(int(whole))]
+    passes.append(generator.permutation(rows)[: round(part * rows)])
+    return np.concatenate(passes).astype(np.int64)
+
+
+def fill_batches(order: Ints, texts: Ints, size: int) -> list[Ints]:
+    """Cuts rows into batches in which no text stands twice.
+
+    A row whose query or passage is already in the batch waits for the next one. What is left at the end, fewer
+    than a batch or all with the same text, still goes into batches, filled up with rows of the source that were
+    seen already: no row is lost, and losses mask equal passages.
+
+    Args:
+        order: row numbers in the order they are wanted.
+        texts: ids [rows, k] of the texts of each row that must be unique within a batch.
+        size: rows per batch.
+    """
+    batches: list[Ints] = []
+    waiting: deque[int] = deque()
+    coming = iter(order.tolist())
+    left = len(order)
+    while left:
+        batch: list[int] = []
+        seen: set[int] = set()
+        back: deque[int] = deque()
+        for row in _candidates(waiting, coming, LOOK_BACK * size):
+            ids = texts[row].tolist()
+            if seen.isdisjoint(ids):
+                seen.update(ids)
+                batch.append(row)
+                if len(batch) == size:
+                    break
+            else:
+                back.append(row)
+        waiting.extendleft(reversed(back))
+        left -= len(batch)
+        while len(batch) < size and waiting:
+            batch.append(waiting.popleft())
+            left -= 1
+        batches.append(np.array(batch, dtype=np.int64))
+    if batches and len(batches[-1]) < size:
+        short = batches[-1]
+        filler = np.resize(order, size - len(short)) if len(batches) > 1 else np.resize(short, size - len(short))
+        batches[-1] = np.concatenate([short, filler])
+    return batches
+
+
+def _candidates(waiting: deque[int], coming: Iterator[int], limit: int) -> Iterator[int]:
+    for _ in range(min(len(waiting), limit)):
+        yield waiting.popleft()
+    yield from islice(coming, limit)
+
+
+def draw_negatives(negatives: pa.ListArray, count: int, generator: np.random.Generator) -> pa.ListArray:
+    """Draws up to `count` of each row's negatives, without repetition."""
+    lengths = np.diff(negatives.offsets.to_numpy())
+    starts = negatives.offsets.to_numpy()[:-1]
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    # A random key per negative; the first `count` of each row in that order are drawn.
+    order = np.lexsort((generator.random(len(rows)), rows))
+    rank = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    chosen = order[rank < count]
+    values = negatives.values.slice(starts[0] if len(starts) else 0, len(rows)).take(pa.array(chosen))
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, count))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values.cast(KEY))
+
+
+def write_source(
+    path: Path, rows: pa.Table, *, source: str, task: Task, weight: float, negatives: int, size: int, seed: str
+) -> int:
+    """Writes one epoch's batches of one source.
+
+    Args:
+        path: the .arrow file.
+        rows: columns query, passage, negatives (keys), in key order.
+        source: its name, part of the seed.
+        task: retrieval batches hold no text twice; elsewhere equal passages (labels) are no false negatives.
+        weight: how often a row is seen.
+        negatives: negatives drawn per row.
+        size: rows per global batch.
+        seed: seed of the run, stage and epoch.
+
+    Returns:
+        The number of batches.
+    """
+    order = epoch_rows(len(rows), weight, rng(seed, source, "order"))
+    if task == "retrieval":
+        batches = fill_batches(order, _text_ids(rows), size)
+    else:
+        batches = fill_batches(order, np.zeros((len(rows), 0), np.int64), size)
+    generator = rng(seed, source, "negatives")
+    rows = rows.combine_chunks()
+    with pa.ipc.new_file(path, EXAMPLES) as writer:
+        for batch in batches:
+            taken = rows.take(pa.array(batch)).combine_chunks()
+            drawn = draw_negatives(taken["negatives"].combine_chunks(), negatives, generator)
+            columns = [taken["query"].combine_chunks(), taken["passage"].combine_chunks(), drawn]
+            writer.write_batch(pa.record_batch(columns, schema=EXAMPLES))
+    return len(batches)
+
+
+def _text_ids(rows: pa.Table) -> Ints:
+    """Small numbers for the texts of each row: [rows, 2] of query and passage."""
+    keys = pa.concat_arrays([*rows["query"].chunks, *rows["passage"].chunks])
+    ids = keys.dictionary_encode().indices.to_numpy().astype(np.int64)
+    return ids.reshape(2, -1).T
+
+
+def mix(counts: Sequence[Sequence[int]], *, seed: str, max_steps: int | None = None) -> np.ndarray[Any, Any]:
+    """The order of all batches: epoch after epoch, within one any batch as likely next as any other.
+
+    That is the paper's draw of a source by its remaining number of batches.
+
+    Args:
+        counts: batches of each source in each epoch, [epochs][sources].
+        seed: seed of the run and stage.
+        max_steps: ends the order early.
+
+    Returns:
+        An array [steps] of `ORDER`.
+    """
+    epochs = []
+    for epoch, of_epoch in enumerate(counts):
+        entries = np.zeros(sum(of_epoch), dtype=ORDER)
+        entries["epoch"] = epoch
+        entries["source"] = np.repeat(np.arange(len(of_epoch)), of_epoch)
+        entries["batch"] = np.concatenate([np.arange(n) for n in of_epoch])
+        epochs.append(entries[rng(seed, epoch, "mix").permutation(len(entries))])
+    return np.concatenate(epochs)[:max_steps]
+
+
+@dataclass(frozen=True)
+class BatchTable:
+    """The batch table of a stage on a local disk."""
+
+    folder: Path
+    sources: tuple[str, ...]
+
+    def order(self) -> np.ndarray[Any, Any]:
+        """The batches in step order, [steps] of `ORDER`.
+
+        Raises:
+            RunError: the table is not there.
+        """
+        path = self.folder / "order.npy"
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; the batch table was not finished")
+        return np.load(path)
+
+    def source(self, entry: np.ndarray[Any, Any]) -> str:
+        """Name of the source of one entry of the order."""
+        return self.sources[int(entry["source"])]
+
+    def batch(self, entry: np.ndarray[Any, Any]) -> pa.RecordBatch:
+        """The rows [global batch] of one entry of the order, as `EXAMPLES`."""
+        path = self.folder / f"epoch-{int(entry['epoch']):03d}" / f"{self.source(entry)}.arrow"
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).get_batch(int(entry["batch"]))
+
+
+def rank_slice(rows: int, rank: int, world: int) -> slice:
+    """The rows of a global batch that a rank takes."""
+    share = rows // world
+    return slice(rank * share, (rank + 1) * share)

@@ -1,0 +1,99 @@
+"""How data steps use Ray Data: parts of sources as tasks, and groups by a key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from f2llm_ray.data.sources.base import Piece, SourceBase
+from f2llm_ray.errors import DataError
+
+if TYPE_CHECKING:
+    import ray.data
+
+Tables = Iterator[pa.Table]
+ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one task reads: pieces of one source that follow each other."""
+
+    number: int
+    """Its place among all parts of the run, and the name of its file."""
+    source: str
+    source_rank: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def file(self) -> str:
+        """Name of the file that its rows are written to."""
+        return f"{self.number:06d}.parquet"
+
+
+def parts_of(sources: Mapping[str, SourceBase]) -> list[Part]:
+    """The parts of all sources, in the recipe's order."""
+    found = []
+    for rank, (name, source) in enumerate(sources.items()):
+        pieces = source.pieces(name)
+        size = source.pieces_per_part
+        found += [(name, rank, tuple(pieces[first : first + size])) for first in range(0, len(pieces), size)]
+    return [Part(number, *entry) for number, entry in enumerate(found)]
+
+
+def map_parts(parts: list[Part], function: Callable[[Part], Tables]) -> ray.data.Dataset:
+    """Runs a function on every part, each in a task of its own.
+
+    What the function finds wrong with the data arrives as a row with only an `error`, since Ray Data passes on the
+    text of a task's exception but not the exception; `checked` raises it again.
+    """
+    import ray.data
+
+    blocks = [
+        pa.table(
+            {
+                "number": [part.number],
+                "source": [part.source],
+                "source_rank": [part.source_rank],
+                "pieces": [json.dumps(part.pieces)],
+            }
+        )
+        for part in parts
+    ]
+    dataset = ray.data.from_arrow(blocks)
+    return dataset.map_batches(partial(_on_part, function=function), batch_size=1, batch_format="pyarrow")
+
+
+def _on_part(batch: pa.Table, *, function: Callable[[Part], Tables]) -> Tables:
+    (row,) = batch.to_pylist()
+    try:
+        yield from function(Part(**{**row, "pieces": tuple(json.loads(row["pieces"]))}))
+    except DataError as error:
+        yield pa.table({ERROR: [str(error)]})
+
+
+def checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The tables of `map_parts` that hold rows.
+
+    Raises:
+        DataError: the first one that a task met.
+    """
+    for table in tables:
+        if ERROR in table.column_names:
+            for message in table[ERROR].to_pylist():
+                if message is not None:
+                    raise DataError(message)
+        elif table.num_columns:  # a part may give no row, and then no columns
+            yield table
+
+
+def map_groups(
+    dataset: ray.data.Dataset, column: str, function: Callable[[pa.Table], pa.Table]
+) -> ray.data.Dataset:
+    """Brings rows with equal values of a column together and runs a function on each group."""
+    return dataset.groupby(column).map_groups(function, batch_format="pyarrow")

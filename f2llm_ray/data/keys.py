@@ -1,0 +1,45 @@
+"""Keys: the ids of a row's texts, which stand for the texts in every later step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.data.schema import KEY, query_text, seeded_key, text_key
+
+# Added to the rows of `schema.ROW`. `instructed_key` is the query with its source's instruction before it.
+KEYS = pa.schema(
+    [
+        ("row_key", KEY),
+        ("query_key", KEY),
+        ("instructed_key", KEY),
+        ("passage_key", KEY),
+        ("negative_keys", pa.list_(KEY)),
+    ]
+)
+
+
+def add_keys(rows: pa.Table, instruction: str) -> pa.Table:
+    """Adds the columns of `KEYS`. The same query and passage are the same row, whatever the source."""
+    queries = rows["query"].to_pylist()
+    passages = rows["passage"].to_pylist()
+    query_keys = [text_key(text) for text in queries]
+    passage_keys = [text_key(text) for text in passages]
+    columns = {
+        "row_key": [seeded_key(*pair) for pair in zip(query_keys, passage_keys, strict=True)],
+        "query_key": query_keys,
+        "instructed_key": [text_key(query_text(text, instruction)) for text in queries],
+        "passage_key": passage_keys,
+        "negative_keys": [[text_key(text) for text in texts] for texts in rows["negatives"].to_pylist()],
+    }
+    for field in KEYS:
+        rows = rows.append_column(field, pa.array(columns[field.name], field.type))
+    return rows
+
+
+def shard_of(keys: np.ndarray[Any, np.dtype[np.uint64]], shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The key range [n] each key [n, 2] falls into; ranges are equal, and in the order of the keys."""
+    top = (keys[:, 0] >> np.uint64(32)).astype(np.int64)
+    return top * shards >> 32

@@ -1,0 +1,34 @@
+"""Language codes: what catalogs and locales call a language, as the ISO 639-3 code that rows carry."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+from f2llm_ray.data.optional import require
+
+UNKNOWN = "und"
+
+
+@lru_cache(maxsize=4096)
+def iso639_3(code: str) -> str:
+    """ISO 639-3 code of a language code or locale, such as "de", "pt_BR", "zh_Hans", "sr@latin", "ger".
+
+    Script and territory are left out: rows tell languages apart, not their variants. Codes that ISO has
+    withdrawn ("iw", "mo") are followed to their successor. A code that names no language gives "und".
+
+    Raises:
+        DataError: pycountry or Babel is missing.
+    """
+    language = re.split(r"[_\-@.]", code.strip(), maxsplit=1)[0].lower()
+    aliases = require("babel.core", extra="quickstart").get_global("language_aliases")
+    return _assigned(language) or _assigned(aliases.get(language, "").partition("_")[0]) or UNKNOWN
+
+
+def _assigned(language: str) -> str | None:
+    languages = require("pycountry", extra="quickstart").languages
+    for standard in {2: ("alpha_2",), 3: ("alpha_3", "bibliographic")}.get(len(language), ()):
+        entry = languages.get(**{standard: language})
+        if entry is not None:
+            return str(entry.alpha_3)
+    return None

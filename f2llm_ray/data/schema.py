@@ -1,0 +1,61 @@
+"""What a row is, and what the id of a text is: the contract every data step keeps."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+
+Task = Literal["retrieval", "classification", "clustering"]
+TASKS: tuple[Task, ...] = get_args(Task)
+
+KEY_BYTES = 16
+KEY = pa.binary(KEY_BYTES)
+
+# A row as a reader gives it. `drop` is None for a row that goes on, else "<step>: <reason>": steps tag, one
+# place counts, and the tag keeps a dropped row explainable.
+ROW = pa.schema(
+    [
+        ("source", pa.string()),
+        ("task", pa.string()),
+        ("language", pa.string()),  # ISO 639-3 of the query; code is "code:<name>"; None when unknown
+        ("query", pa.string()),
+        ("passage", pa.string()),
+        ("negatives", pa.list_(pa.string())),
+        ("passage_language", pa.string()),  # None where it is the query's
+        ("drop", pa.string()),
+    ]
+)
+
+
+def text_key(text: str) -> bytes:
+    """The 128-bit id of a text: blake2b of its UTF-8 bytes, the same on every machine and in every run."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=KEY_BYTES).digest()
+
+
+def seeded_key(*parts: str | int | bytes) -> bytes:
+    """A 128-bit hash of several parts, for orders and draws that depend on nothing but their arguments."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        data = part if isinstance(part, bytes) else str(part).encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.digest()
+
+
+def rng(*parts: str | int) -> np.random.Generator:
+    """A random generator seeded by all of its parts."""
+    return np.random.default_rng(int.from_bytes(seeded_key(*parts), "little"))
+
+
+def key_numbers(keys: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Keys as an array [n, 2] of big-endian halves, so that sorting by (hi, lo) is sorting the bytes."""
+    array = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    data = np.frombuffer(array.buffers()[1], dtype=">u8", count=2 * (array.offset + len(array)))
+    return data.reshape(-1, 2)[array.offset :].astype(np.uint64)
+
+
+def query_text(text: str, instruction: str) -> str:
+    """The query side's input: ``Instruct: {instruction}`` and the query on the next line (paper, use)."""
+    return f"Instruct: {instruction}\nQuery: {text}" if instruction else text

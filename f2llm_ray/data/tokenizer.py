@@ -1,0 +1,72 @@
+"""The tokenizer of a run: an existing one, or a byte-level BPE trained on the corpus itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from f2llm_ray.errors import RecipeError
+from f2llm_ray.model.checkpoint import with_eos
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END = "<|endoftext|>"
+# Merges of a 16k vocabulary are settled well before this many characters; more only costs time.
+SAMPLE_CHARS = 20_000_000
+LINE_CHARS = 1_000
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Trains a byte-level BPE, so that no text of any script is unknown to it.
+
+    Args:
+        texts: distinct texts; the first `SAMPLE_CHARS` characters of them are used, `LINE_CHARS` of each.
+        vocabulary: number of entries, the 256 bytes and END included.
+    """
+    from tokenizers import Tokenizer as Tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizers(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(texts), trainer)
+    return with_eos(tokenizer, END)
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """The fast tokenizer of a hub name or local folder, made to end every text with its own EOS.
+
+    Raises:
+        RecipeError: not there, or not a fast tokenizer, or one without an EOS.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (Path(path) / "tokenizer.json").is_file() and not (Path(path) / "config.json").is_file():
+            loaded = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            loaded = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"tokenizer {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None or loaded.eos_token is None:
+        raise RecipeError(f"tokenizer {path!r}: expected a fast tokenizer with an EOS token")
+    return with_eos(backend, loaded.eos_token)
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    left = SAMPLE_CHARS
+    for text in texts:
+        if left <= 0:
+            return
+        line = text[:LINE_CHARS]
+        left -= len(line)
+        yield line

@@ -1,0 +1,403 @@
+"""Laws of the file sources: what is written comes back as rows, and every fault is named or counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.sources.base import BadRow, SourceBase
+from f2llm_ray.data.sources.columns import TABLE_ROWS, Columns
+from f2llm_ray.data.sources.datasets import DatasetsSource
+from f2llm_ray.data.sources.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
+from f2llm_ray.errors import DataError
+
+FULL = Columns(negatives="negatives", language="language", passage_language="passage_language")
+PAIRS = [{"query": f"question {i}", "passage": f"answer {i}"} for i in range(5)]
+MIXED = [
+    {
+        "query": "wie spät?",
+        "passage": "noon",
+        "negatives": ["a", None, " ", "b"],
+        "language": "deu",
+        "passage_language": "eng",
+    },
+    {"query": "何時", "passage": "正午", "negatives": None, "language": "jpn", "passage_language": "jpn"},
+    {"query": "q", "passage": "p", "negatives": [], "language": None, "passage_language": ""},
+]
+
+
+def rows(source: SourceBase, bad_row: BadRow = "error") -> list[dict[str, Any]]:
+    """All rows of a source, each table checked against the schema."""
+    pieces = source.pieces("s")
+    assert pieces == source.pieces("s")
+    assert pieces == json.loads(json.dumps(pieces))
+    found: list[dict[str, Any]] = []
+    for piece in pieces:
+        for table in source.read("s", piece, bad_row):
+            assert table.schema == ROW
+            table.validate(full=True)
+            found += table.to_pylist()
+    return found
+
+
+def drops(source: SourceBase) -> list[str | None]:
+    """The drop column; a dropped row has empty texts."""
+    found = rows(source, "skip")
+    assert all((row["query"], row["passage"], row["negatives"]) == ("", "", []) for row in found if row["drop"])
+    return [row["drop"] for row in found]
+
+
+def pairs(found: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(row["query"], row["passage"]) for row in found]
+
+
+def write_parquet(path: Path, table: pa.Table | list[dict[str, Any]], group: int | None = None) -> str:
+    pq.write_table(pa.Table.from_pylist(table) if isinstance(table, list) else table, path, row_group_size=group)
+    return str(path)
+
+
+def write_lines(path: Path, *lines: str | bytes | dict[str, Any]) -> str:
+    data = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"".join(line + b"\n" for line in data))
+    return str(path)
+
+
+def parquet(*paths: Path | str, **settings: Any) -> ParquetSource:
+    return ParquetSource(paths=tuple(map(str, paths)), **settings)
+
+
+def jsonl(*paths: Path | str, **settings: Any) -> JsonlSource:
+    return JsonlSource(paths=tuple(map(str, paths)), **settings)
+
+
+def table_csv(*paths: Path | str, **settings: Any) -> CsvSource:
+    return CsvSource(paths=tuple(map(str, paths)), **settings)
+
+
+# --- what is written comes back -------------------------------------------------------------------------
+
+
+def test_all_layouts_give_the_same_rows(tmp_path: Path) -> None:
+    cells = [
+        ",".join(
+            '"' + (json.dumps(v) if isinstance(v, list) else v or "").replace('"', '""') + '"'
+            for v in row.values()
+        )
+        for row in MIXED
+    ]
+    datasets.Dataset.from_list(MIXED).save_to_disk(tmp_path / "saved")
+    found = [
+        rows(source)
+        for source in (
+            parquet(write_parquet(tmp_path / "a.parquet", MIXED, group=2), columns=FULL, language="fra"),
+            jsonl(write_lines(tmp_path / "a.jsonl", *MIXED), columns=FULL, language="fra"),
+            table_csv(write_lines(tmp_path / "a.csv", ",".join(MIXED[0]), *cells), columns=FULL, language="fra"),
+            DatasetsSource(path=str(tmp_path / "saved"), columns=FULL, language="fra"),
+        )
+    ]
+    assert all(other == found[0] for other in found)
+    assert [row["negatives"] for row in found[0]] == [["a", "b"], [], []]
+    assert [row["language"] for row in found[0]] == ["deu", "jpn", "fra"]
+    assert [row["passage_language"] for row in found[0]] == ["eng", None, None]
+    assert {row["source"] for row in found[0]} == {"s"}
+
+
+def test_a_row_group_is_a_piece_and_keeps_the_order(tmp_path: Path) -> None:
+    source = parquet(write_parquet(tmp_path / "a.parquet", PAIRS, group=2))
+    assert [piece["row_group"] for piece in source.pieces("s")] == [0, 1, 2]
+    assert pairs(rows(source)) == [(row["query"], row["passage"]) for row in PAIRS]
+
+
+def test_columns_and_task_of_the_recipe_are_used(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"q": "x", "label": "y", "other": 1})
+    (row,) = rows(jsonl(path, task="classification", columns=Columns(query="q", passage="label")))
+    assert (row["query"], row["passage"], row["task"], row["drop"]) == ("x", "y", "classification", None)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_every_text_type_of_arrow_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(["x", "y"]).cast(kind)
+    path = write_parquet(tmp_path / "a.parquet", pa.table({"query": column, "passage": pa.array(["1", "2"])}))
+    assert pairs(rows(parquet(path))) == [("x", "1"), ("y", "2")]
+
+
+def test_long_files_come_in_several_tables_with_right_line_numbers(tmp_path: Path) -> None:
+    lines = [*PAIRS[:1] * (TABLE_ROWS + 1), {"query": 1, "passage": "x"}]
+    source = jsonl(write_lines(tmp_path / "a.jsonl", *lines))
+    assert [len(table) for table in source.read("s", source.pieces("s")[0], "skip")] == [TABLE_ROWS, 2]
+    with pytest.raises(DataError, match=rf"a\.jsonl:{TABLE_ROWS + 2}: query"):
+        rows(source)
+
+
+def test_folders_and_globs_are_sorted_and_leave_other_files_out(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", ".hidden.jsonl", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_lines(tmp_path / name, {"query": name, "passage": "p"})
+    folder = [query for query, _ in pairs(rows(jsonl(tmp_path)))]
+    assert folder == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    assert [query for query, _ in pairs(rows(jsonl(tmp_path / "*.jsonl")))] == folder[:2]
+    assert [query for query, _ in pairs(rows(jsonl(tmp_path / "**" / "[bc].jsonl")))] == folder[1:]
+    assert [query for query, _ in pairs(rows(jsonl(tmp_path.as_uri())))] == folder
+    both = jsonl(tmp_path / "b.jsonl", tmp_path / "*.jsonl")
+    assert [query for query, _ in pairs(rows(both))] == ["b.jsonl", "a.jsonl"]
+
+
+def test_fsspec_uris_are_read(tmp_path: Path) -> None:
+    for name in "ba":
+        write_parquet(tmp_path / f"{name}.parquet", [{"query": name, "passage": "p"}])
+    assert pairs(rows(parquet(f"local://{tmp_path}/*.parquet"))) == [("a", "p"), ("b", "p")]
+
+
+def test_csv_fields_may_hold_quotes_commas_and_line_ends(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.csv", b"\xef\xbb\xbfquery,passage\r", '"a ""b"", c","d\ne"', "", "f,g")
+    assert pairs(rows(table_csv(path))) == [('a "b", c', "d\ne"), ("f", "g")]
+
+
+def test_f2llm_layout_takes_any_number_of_negatives(tmp_path: Path) -> None:
+    wide = {"query": "q", "passage": "p", **{f"negative_{i}": f"n{i}" for i in range(1, 25)}, "negative_3": None}
+    write_parquet(tmp_path / "a.parquet", [wide, {**wide, "negative_1": " "}])
+    write_parquet(tmp_path / "b.parquet", [{"query": "q", "passage": "p", "negative_1": "n"}])
+    write_parquet(tmp_path / "c.parquet", [{"query": "q", "passage": "p"}])
+    found = [row["negatives"] for row in rows(F2llmSource(paths=(str(tmp_path),), language="eng"))]
+    all_but_3 = [f"n{i}" for i in range(1, 25) if i != 3]
+    assert found == [all_but_3, all_but_3[1:], ["n"], []]
+
+
+# --- faults of files: always an error -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad_row", ["error", "skip"])
+@pytest.mark.parametrize("source", [parquet, jsonl, table_csv])
+def test_a_path_that_matches_nothing(tmp_path: Path, source: Any, bad_row: BadRow) -> None:
+    for path in ("nothing", "*.x", "nothing/**/x.parquet"):
+        with pytest.raises(DataError, match="found no file"):
+            rows(source(tmp_path / path), bad_row)
+    with pytest.raises(DataError, match="found no file"):
+        rows(source(tmp_path), bad_row)
+    with pytest.raises(DataError, match="cannot be opened"):
+        rows(source("nosuchscheme://x/y"), bad_row)
+
+
+@pytest.mark.parametrize(("source", "suffix"), [(parquet, "parquet"), (jsonl, "jsonl"), (table_csv, "csv")])
+def test_an_empty_file(tmp_path: Path, source: Any, suffix: str) -> None:
+    (tmp_path / f"a.{suffix}").touch()
+    with pytest.raises(DataError, match=rf"a\.{suffix}: found an empty file"):
+        rows(source(tmp_path), "skip")
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    empty = pa.table({"query": pa.array([], pa.string()), "passage": pa.array([], pa.string())})
+    for source in (
+        parquet(write_parquet(tmp_path / "a.parquet", empty)),
+        jsonl(write_lines(tmp_path / "a.jsonl", "", "  ")),
+        table_csv(write_lines(tmp_path / "a.csv", "query,passage")),
+    ):
+        with pytest.raises(DataError, match="found no rows"):
+            rows(source, "skip")
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, [{"query": "x" * 2000, "passage": f"{i}"} for i in range(100)])
+    whole = path.read_bytes()
+    for data in (whole[:-50], b"query,passage\n1,2\n", whole[:4] + b"\xff" * 400 + whole[404:]):
+        path.write_bytes(data)
+        with pytest.raises(
+            DataError, match=r"a\.parquet: found a damaged file or another format, expected Parquet"
+        ):
+            rows(parquet(path), "skip")
+
+
+@pytest.mark.parametrize("source", [parquet, table_csv])
+def test_a_missing_column_lists_those_that_are_there(tmp_path: Path, source: Any) -> None:
+    path = (
+        write_parquet(tmp_path / "a.parquet", [{"query": "x", "text": "y"}])
+        if source is parquet
+        else write_lines(tmp_path / "a.csv", "query,text", "x,y")
+    )
+    with pytest.raises(DataError, match=r"no column 'passage'; the columns are \['query', 'text'\]"):
+        source(path).pieces("s")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": 7, "passage": "p"}, "column 'query': found int64, expected text"),
+        ({"query": "q", "passage": b"p"}, "column 'passage': found binary, expected text"),
+        ({"query": "q", "passage": "p", "negatives": "n"}, "found string, expected a list of text"),
+        ({"query": "q", "passage": "p", "negatives": [1]}, "expected a list of text"),
+        ({"query": "q", "passage": "p", "language": 1}, "column 'language': found int64"),
+    ],
+)
+def test_a_parquet_column_of_another_type(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    columns = Columns(**{key: key for key in row})
+    with pytest.raises(DataError, match=message):
+        parquet(write_parquet(tmp_path / "a.parquet", [row]), columns=columns).pieces("s")
+
+
+@pytest.mark.parametrize("negatives", [None, []])
+def test_optional_columns_without_any_value_are_absent(tmp_path: Path, negatives: Any) -> None:
+    row = {"query": "q", "passage": "p", "negatives": negatives, "language": None, "passage_language": None}
+    (found,) = rows(parquet(write_parquet(tmp_path / "a.parquet", [row]), columns=FULL, language="eng"))
+    assert (found["negatives"], found["language"], found["passage_language"]) == ([], "eng", None)
+
+
+def test_an_f2llm_negative_of_another_type(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"query": "q", "passage": "p", "negative_1": 1}])
+    with pytest.raises(DataError, match="'negative_1': found int64"):
+        F2llmSource(paths=(path,)).pieces("s")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"qu\xffery,passage", "found byte 0xff at byte 3 of the line"),
+        (b"", "found a blank line"),
+        (b'"q', "not CSV"),
+    ],
+)
+def test_a_csv_header_that_cannot_be_read(tmp_path: Path, header: bytes, message: str) -> None:
+    with pytest.raises(DataError, match=rf"a\.csv:1: .*{message}"):
+        table_csv(write_lines(tmp_path / "a.csv", header)).pieces("s")
+
+
+# --- faults of rows: an error with a place, or a counted row ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        ("{not json", "not JSON", "found a line that is not JSON"),
+        ("[" * 100_000, "not JSON", "found a line that is not JSON"),
+        ('["q", "p"]', "not a JSON object", "found list, expected a JSON object"),
+        ({"query": "q"}, "no passage", r"no key 'passage', expected it beside \['query'\]"),
+        ({"query": 7, "passage": "p"}, "query is not text", "query: found int 7, expected text"),
+        ({"query": "q", "passage": ["p"]}, "passage is not text", "passage: found list"),
+        ({"query": None, "passage": "p"}, "empty query", "query: found null, expected text"),
+        ({"query": "q", "passage": ""}, "empty passage", "passage: found blank text"),
+        ({"query": " \u3000\n", "passage": ""}, "empty query", "query: found blank text"),
+        (b'{"query": "q\xff", "passage": "p"}', "not UTF-8", "found byte 0xff at byte 13 of the line"),
+        (r'{"query": "\ud800", "passage": "p"}', "not UTF-8", "query: found half of a surrogate pair"),
+    ],
+)
+def test_a_bad_json_line(tmp_path: Path, line: Any, reason: str, message: str) -> None:
+    source = jsonl(write_lines(tmp_path / "a.jsonl", PAIRS[0], line, PAIRS[1]))
+    with pytest.raises(DataError, match=rf"source 's': .*a\.jsonl:2: .*{message}"):
+        rows(source)
+    assert drops(source) == [None, f"read: {reason}", None]
+
+
+@pytest.mark.parametrize("negatives", ["n", 3, ["n", 3], {"n": 1}])
+def test_json_negatives_that_are_no_list_of_text(tmp_path: Path, negatives: Any) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"query": "q", "passage": "p", "negatives": negatives})
+    source = jsonl(path, columns=Columns(negatives="negatives"))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: negatives: found .*, expected a list of text"):
+        rows(source)
+    assert drops(source) == ["read: negatives is not a list of text"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "message"),
+    [
+        ("q", "too few fields", "found 1 fields, expected 2"),
+        ("q,p,x", "too many fields", "found 3 fields, expected 2"),
+        ("q, ", "empty passage", "passage: found blank text"),
+        (b"q,\xe9t\xe9", "not UTF-8", "found byte 0xe9 at byte 3 of the line"),
+        ('"q"x,p', "not CSV", "not CSV"),
+    ],
+)
+def test_a_bad_csv_row(tmp_path: Path, line: str | bytes, reason: str, message: str) -> None:
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", "a,b", line, "c,d"))
+    with pytest.raises(DataError, match=rf"a\.csv:3: .*{message}"):
+        rows(source)
+    assert drops(source) == [None, f"read: {reason}", None]
+
+
+def test_a_csv_quote_left_open_does_not_swallow_the_file_silently(tmp_path: Path) -> None:
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", "a,b", '"c,d', "e,f"))
+    with pytest.raises(DataError, match=r"a\.csv:3: found a line that is not CSV"):
+        rows(source)
+
+
+def test_csv_negatives_that_are_no_json_list(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.csv", "query,passage,negatives", "q,p,n")
+    with pytest.raises(DataError, match=r"a\.csv:2: negatives: found str 'n', expected a list of text"):
+        rows(table_csv(path, columns=Columns(negatives="negatives")))
+
+
+def test_bad_parquet_rows(tmp_path: Path) -> None:
+    query = pa.array(["a", None, "b", " ", "c"])
+    passage = pa.array(["a", "b", "", "d", "e"])
+    source = parquet(write_parquet(tmp_path / "a.parquet", pa.table({"query": query, "passage": passage}), 2))
+    with pytest.raises(DataError, match=r"a\.parquet: row 1 \(counted from 0\): query: found null, expected text"):
+        rows(source)
+    assert drops(source) == [None, "read: empty query", "read: empty passage", "read: empty query", None]
+    with pytest.raises(DataError, match=r"row 2 \(counted from 0\): passage: found blank text"):
+        list(source.read("s", source.pieces("s")[1], "error"))
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
+    def broken(*texts: bytes) -> pa.Array:
+        array = pa.array(texts, pa.binary())
+        return pa.StringArray.from_buffers(len(array), array.buffers()[1], array.buffers()[2])
+
+    plain = pa.array(["x", "y", "z"])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), broken(b"n", b"n", b"\xfe"))
+    table = pa.table({"query": broken(b"a", b"b\xff", b"c"), "passage": plain, "negatives": lists})
+    source = parquet(write_parquet(tmp_path / "a.parquet", table), columns=Columns(negatives="negatives"))
+    with pytest.raises(
+        DataError, match=r"row 1 \(counted from 0\): query: found byte 0xff at byte 2, expected UTF-8"
+    ):
+        rows(source)
+    assert drops(source) == [None, "read: not UTF-8", "read: not UTF-8"]
+    wide = pa.table({"query": plain, "passage": plain, "negative_1": broken(b"n", b"\xfe", b"n")})
+    f2llm = F2llmSource(paths=(write_parquet(tmp_path / "b.parquet", wide),))
+    assert drops(f2llm) == [None, "read: not UTF-8", None]
+
+
+# --- datasets -------------------------------------------------------------------------------------------
+
+
+def test_a_saved_dataset_is_read_in_ranges(tmp_path: Path) -> None:
+    count = 50_001
+    saved = datasets.Dataset.from_dict({"query": [f"q{i}" for i in range(count)], "passage": ["p"] * count})
+    datasets.DatasetDict({"train": saved, "test": saved.select(range(3))}).save_to_disk(tmp_path / "d")
+    source = DatasetsSource(path=str(tmp_path / "d"))
+    assert [(piece["start"], piece["stop"]) for piece in source.pieces("s")] == [(0, 50_000), (50_000, count)]
+    (last,) = source.read("s", source.pieces("s")[1], "error")
+    assert pairs(last.to_pylist()) == [("q50000", "p")]
+    assert len(rows(DatasetsSource(path=str(tmp_path / "d"), split="test"))) == 3
+    with pytest.raises(DataError, match=r"no split 'dev'; the splits are \['train', 'test'\]"):
+        DatasetsSource(path=str(tmp_path / "d"), split="dev").pieces("s")
+
+
+def test_faults_of_a_dataset(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"query": "q", "passage": "p"}, {"query": "", "passage": "p"}]).save_to_disk(
+        tmp_path / "d"
+    )
+    source = DatasetsSource(path=str(tmp_path / "d"))
+    with pytest.raises(DataError, match=r"row 1 \(counted from 0\): query: found blank text"):
+        rows(source)
+    assert drops(source) == [None, "read: empty query"]
+    with pytest.raises(DataError, match=r"no column 'text'; the columns are \['query', 'passage'\]"):
+        DatasetsSource(path=str(tmp_path / "d"), columns=Columns(passage="text")).pieces("s")
+    with pytest.raises(DataError, match="neither a folder written by save_to_disk nor a dataset"):
+        DatasetsSource(path=str(tmp_path / "nothing")).pieces("s")
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="column"):
+        ParquetSource.model_validate({"format": "parquet", "paths": ["a"], "column": {}})
+    with pytest.raises(ValidationError, match="paths"):
+        ParquetSource(paths=())
