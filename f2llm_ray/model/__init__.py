@@ -1,0 +1,1 @@
+"""Shapes, the encoder, pruning and the exported model folder."""
