@@ -1,0 +1,1 @@
+"""Losses, the DeepSpeed loop and the Ray Train edge."""
