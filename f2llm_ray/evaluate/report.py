@@ -1,0 +1,454 @@
+"""The report of a run: one JSON file, one HTML page that needs nothing else, and a table for the terminal.
+
+The report's dict may lack any part: a run that has not measured something says so in that place.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from f2llm_ray.run import Folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Report = Mapping[str, Any]
+Model = Mapping[str, Any]
+Cells = list[list[str]]
+Points = list[tuple[float, float]]
+
+METRICS = ("ndcg@10", "acc@1", "recall@10")
+NOT_MEASURED = "not measured"
+TERMINAL_COLUMNS = 120
+LANGUAGES_PLOTTED = 40
+LANGUAGES_OPEN = 20
+"""Rows of the per-language table that are seen without unfolding it."""
+
+
+def write_report(root: Folder, report: dict[str, Any]) -> None:
+    """Writes report.json and report.html into the run's root."""
+    root.write_json("report.json", report)
+    root.write_bytes("report.html", render(report).encode("utf-8"))
+
+
+def render(report: Report) -> str:
+    """The HTML page; all text in it is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("f2llm_ray", "evaluate"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    models = _models(report)
+    teacher = _teacher(models)
+    against = [] if teacher is None else [f"of {teacher.get('name')}"]
+    return environment.get_template("report.html").render(
+        name=report.get("name") or "run",
+        facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
+        headline=headline(report),
+        quality=[(name, _quality(models, teacher, name)) for name in _sets(models)],
+        matryoshka=[(name, _matryoshka(models, name)) for name in _sets(models)],
+        sizes=[_sizes(model) for model in models],
+        last=str(models[-1].get("name")) if models else "",
+        against=against,
+        languages=[(name, _languages(models[-1], teacher, name)) for name in _sets(models[-1:])],
+        open_rows=LANGUAGES_OPEN,
+        plotted=LANGUAGES_PLOTTED,
+        steps=[_step(row) for row in report.get("rows") or []],
+        sources=_sources(report),
+        language_count=len(report.get("languages") or {}),
+        language_plot=_language_plot(report.get("languages") or {}),
+        training=[_training(*item) for item in (report.get("training") or {}).items()],
+        loss_plots=_loss_plots(report),
+        seconds=_seconds(report),
+        serving=[(key, str(value)) for key, value in (report.get("serving") or {}).items()],
+        commands=list((report.get("commands") or {}).items()),
+        libraries=" · ".join(f"{key} {value}" for key, value in (report.get("libraries") or {}).items()),
+    )
+
+
+def headline(report: Report) -> list[str]:
+    """The main numbers as sentences; what was not measured is left out."""
+    models = _models(report)
+    teacher = _teacher(models)
+    sentences = []
+    rows, languages = report.get("rows") or [], report.get("languages") or {}
+    if rows:
+        read, kept = rows[0].get("in"), rows[-1].get("out")
+        where = f" in {_plural(len(languages), 'language')}" if languages else ""
+        sentences.append(f"{_count(kept)} training rows{where}, of {_count(read)} read.")
+    trained = teacher or (models[-1] if models else None)
+    if trained is not None:
+        results = [
+            f"{_score(_at_full(trained, name))} on {name}" + _before(models[0], trained, name)
+            for name in _sets([trained])
+        ]
+        if results:
+            sentences.append(f"The {trained.get('name')} model reaches ndcg@10 {_listed(results)}.")
+    if teacher is not None and models[-1] is not teacher:
+        sentences += _kept(models[-1], teacher)
+    seconds = report.get("seconds") or {}
+    if seconds:
+        device = f" on {report['device']}" if report.get("device") else ""
+        sentences.append(f"The run took {_duration(sum(seconds.values()))}{device}.")
+    return sentences
+
+
+def terminal_table(report: Report) -> str:
+    """One row per model: sizes, and for each set the metrics at d and ndcg@10 at the smaller dims.
+
+    Sets stand side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
+    """
+    models = _models(report)
+    if not models:
+        return f"models: {NOT_MEASURED}"
+    sizes = [["params", *(_size(model.get("parameters")) for model in models)]]
+    sizes.append(["non-emb", *(_size(model.get("non_embedding_parameters")) for model in models)])
+    names = [["model", *(_clip(str(model.get("name")), 16) for model in models)]]
+    left = _beside([_aligned(names, left=True), _aligned(sizes)], gap=2)
+    width = len(left[0])
+    lines: list[str] = []
+    block, titles = left, " " * width
+    for name in _sets(models):
+        part = _aligned(_terminal_columns(models, name))
+        if len(block[0]) + 3 + len(part[0]) > TERMINAL_COLUMNS and block is not left:
+            lines += [titles.rstrip(), *block, ""]
+            block, titles = left, " " * width
+        block = _beside([block, part], gap=3)
+        titles += "   " + _clip(name, len(part[0])).ljust(len(part[0]))
+    title = [titles.rstrip()] if titles.strip() else []
+    return "\n".join(line.rstrip() for line in [*lines, *title, *block])
+
+
+# What the report holds
+
+
+def _models(report: Report) -> list[Model]:
+    return list(report.get("models") or [])
+
+
+def _teacher(models: Sequence[Model]) -> Model | None:
+    """The model that was pruned: the one before "pruned"."""
+    names = [model.get("name") for model in models]
+    at = names.index("pruned") if "pruned" in names else 0
+    return models[at - 1] if at else None
+
+
+def _sets(models: Iterable[Model]) -> list[str]:
+    return list(dict.fromkeys(name for model in models for name in model.get("scores") or {}))
+
+
+def _by_dim(model: Model, name: str) -> dict[int, Mapping[str, Any]]:
+    """A model's scores on a set, largest dim first."""
+    scores = (model.get("scores") or {}).get(name) or {}
+    return {int(dim): scores[dim] for dim in sorted(scores, key=int, reverse=True)}
+
+
+def _at_full(model: Model, name: str, metric: str = "ndcg@10") -> float | None:
+    """A metric at the largest dim."""
+    by_dim = _by_dim(model, name)
+    return next(iter(by_dim.values())).get(metric) if by_dim else None
+
+
+# The parts of the page and of the terminal's table
+
+
+def _before(first: Model, trained: Model, name: str) -> str:
+    before = _at_full(first, name)
+    known = first is not trained and first.get("name") == "untrained" and before is not None
+    return f" ({_score(before)} untrained)" if known else ""
+
+
+def _kept(last: Model, teacher: Model) -> list[str]:
+    kept = [
+        f"{_share(_at_full(last, name), _at_full(teacher, name))}{'' if index else ' of that'} on {name}"
+        for index, name in enumerate(_sets([last]))
+    ]
+    size = _share(last.get("non_embedding_parameters"), teacher.get("non_embedding_parameters"))
+    subject = f"The {last.get('name')} model, with {size} of the parameters outside the embeddings,"
+    return [f"{subject} keeps {_listed(kept)}."] if kept else []
+
+
+def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells:
+    """Rows of model, d and the metrics at d, and where there is a teacher ndcg@10 as a share of the teacher's."""
+    shrunk = [] if teacher is None else models[models.index(teacher) + 1 :]
+    rows = []
+    for model in models:
+        dim = next(iter(_by_dim(model, name)), None)
+        row = [str(model.get("name")), _count(dim)]
+        row += [_score(_at_full(model, name, metric)) for metric in METRICS]
+        if teacher is not None:
+            share = _share(_at_full(model, name), _at_full(teacher, name))
+            row.append(share if model in shrunk else "")
+        rows.append(row)
+    return rows
+
+
+def _matryoshka(models: Sequence[Model], name: str) -> str | None:
+    lines = {}
+    for model in models:
+        points = [(dim, scores.get("ndcg@10")) for dim, scores in _by_dim(model, name).items()]
+        lines[str(model.get("name"))] = [(float(dim), value) for dim, value in points if value is not None]
+    ticks = sorted({dim for points in lines.values() for dim, _ in points})
+    return (
+        line_plot(f"ndcg@10 by dim on {name}", lines, x="dim", y="ndcg@10", markers=True, ticks=ticks)
+        if ticks
+        else None
+    )
+
+
+def _sizes(model: Model) -> list[str]:
+    numbers = [_count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
+    return [str(model.get("name")), *numbers, _bytes(model.get("bytes")), str(model.get("folder") or "")]
+
+
+def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
+    """Rows of language, queries and the metrics at d, and ndcg@10 against the teacher's; weakest first."""
+    found = _language_scores(model, name)
+    reference = {} if teacher is None else _language_scores(teacher, name)
+    rows = []
+    for language in sorted(found, key=lambda language: (found[language].get("ndcg@10") or 0.0, language)):
+        scores = found[language]
+        row = [language, _count(scores.get("queries")), *(_score(scores.get(metric)) for metric in METRICS)]
+        if teacher is not None:
+            row.append(_share(scores.get("ndcg@10"), (reference.get(language) or {}).get("ndcg@10")))
+        rows.append(row)
+    return rows
+
+
+def _language_scores(model: Model, name: str) -> Mapping[str, Mapping[str, Any]]:
+    by_dim = (model.get("languages") or {}).get(name) or {}
+    return by_dim[max(by_dim, key=int)] or {} if by_dim else {}
+
+
+def _step(row: Mapping[str, Any]) -> list[str]:
+    dropped = row.get("dropped") or {}
+    reasons = sorted(((reason, n) for reason, n in dropped.items() if n), key=lambda item: -item[1])
+    words = " · ".join(f"{reason} {_count(number)}" for reason, number in reasons)
+    return [str(row.get("step")), _count(row.get("in")), _count(row.get("out")), words]
+
+
+def _sources(report: Report) -> Cells:
+    sources = report.get("sources") or {}
+    return [
+        [name, str(facts.get("task") or ""), _count(facts.get("rows")), str(facts.get("licence") or "not stated")]
+        for name, facts in sources.items()
+    ]
+
+
+def _language_plot(languages: Mapping[str, int]) -> str | None:
+    largest = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES_PLOTTED]
+    return bar_plot("training rows by language", largest) if largest else None
+
+
+def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
+    speed = facts.get("tokens_per_second")
+    return [
+        stage,
+        _count(facts.get("steps")),
+        _count(facts.get("tokens")),
+        _count(None if speed is None else round(speed)),
+        _score(facts.get("final_loss")),
+    ]
+
+
+def _loss_plots(report: Report) -> list[tuple[str, str]]:
+    plots = []
+    for stage, facts in (report.get("training") or {}).items():
+        lines = {
+            kind: [(step, loss) for step, loss in facts.get(key) or [] if loss is not None]
+            for kind, key in (("training", "loss"), ("validation", "validation"))
+        }
+        if any(lines.values()):
+            plots.append((stage, line_plot(f"loss of {stage}", lines, x="step", y="loss", markers=False)))
+    return plots
+
+
+def _seconds(report: Report) -> list[tuple[str, str, str]]:
+    """Stage, duration, and share of the longest one for a bar."""
+    seconds = report.get("seconds") or {}
+    longest = max(seconds.values(), default=0) or 1
+    return [(stage, _duration(took), f"{100 * took / longest:.1f}%") for stage, took in seconds.items()]
+
+
+def _terminal_columns(models: Sequence[Model], name: str) -> Cells:
+    """Columns, each with its header: the metrics at d, then ndcg@10 at d over each divisor that was measured."""
+    by_dims = [_by_dim(model, name) for model in models]
+    cells = [{max(by_dim) // dim: scores for dim, scores in by_dim.items()} for by_dim in by_dims]
+    divisors = sorted({divisor for cell in cells for divisor in cell} - {1})
+    columns = [[metric, *(_brief(cell.get(1), metric) for cell in cells)] for metric in METRICS]
+    smaller = [[f"d/{n}", *(_brief(cell.get(n), "ndcg@10") for cell in cells)] for n in divisors]
+    return columns + smaller
+
+
+def _brief(scores: Mapping[str, Any] | None, metric: str) -> str:
+    value = (scores or {}).get(metric)
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _aligned(columns: Cells, *, left: bool = False) -> list[str]:
+    """Lines of equal width, numbers to the right."""
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        " ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _beside(blocks: Sequence[Sequence[str]], gap: int) -> list[str]:
+    return [(" " * gap).join(parts) for parts in zip(*blocks, strict=True)]
+
+
+# Plots
+
+
+PLOT_COLOUR = "#0f0f0"
+"""With a digit after it, a colour that no text holds by chance: it becomes the page's CSS variable of that
+number, so that one SVG is readable in light and in dark. 0 is ink, 1 the grid, 2 to 6 the lines."""
+LINES = 5
+POINTS_PER_LINE = 300
+
+
+def line_plot(
+    name: str, lines: Mapping[str, Points], *, x: str, y: str, markers: bool, ticks: Sequence[float] = ()
+) -> str:
+    """One line per key as SVG; with ticks, x is logarithmic and marked there. Empty lines are left out.
+
+    The name is the plot's own on its page.
+    """
+    figure, axes = _figure(4.8, 2.9)
+    drawn = {name: _thin(sorted(points)) for name, points in lines.items() if points}
+    for index, (key, points) in enumerate(drawn.items()):
+        # A leading underscore would hide a line from the legend.
+        label, colour = key.lstrip("_") or key, f"{PLOT_COLOUR}{2 + index % LINES}"
+        alone = markers or len(points) == 1
+        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if alone else "", ms=4)
+    if ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color=f"{PLOT_COLOUR}1", linewidth=0.6)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    return _svg(figure, name)
+
+
+def bar_plot(name: str, bars: Sequence[tuple[str, int]]) -> str:
+    """One bar per key with its number at the end, as SVG, in the given order. The name is the plot's own."""
+    figure, axes = _figure(4.8, 0.2 + 0.2 * len(bars))
+    keys, numbers = zip(*bars, strict=True)
+    places = range(len(bars))
+    axes.barh(places, numbers, color=f"{PLOT_COLOUR}2", height=0.72)
+    axes.set_yticks(places, keys)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlim(0, max(*numbers, 1) * 1.18)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for place, number in zip(places, numbers, strict=True):
+        axes.annotate(f"{number:,}", (number, place), (4, 0), textcoords="offset points", va="center", size=9)
+    return _svg(figure, name)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as NewFigure
+
+    with rc_context({"axes.edgecolor": f"{PLOT_COLOUR}1"}):
+        figure = NewFigure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=f"{PLOT_COLOUR}1")
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element that takes colours and font from the page it stands in.
+
+    Text stays text, and is not read as mathematics. Ids are hashes that the name keeps apart from those of the
+    page's other plots; the ids of groups, which every figure has alike, are left out.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_color(f"{PLOT_COLOUR}0")
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().partition("<svg")[2]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(PLOT_COLOUR + r"(\d)", r"var(--plot-\1)", svg)
+    return f'<svg role="img" aria-label="{html.escape(name)}"{svg}'
+
+
+def _thin(points: Points) -> Points:
+    """At most `POINTS_PER_LINE` points, each the mean of its neighbours where there were more."""
+    size = -(-len(points) // POINTS_PER_LINE) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+# Words and numbers
+
+
+def _count(number: int | None) -> str:
+    return NOT_MEASURED if number is None else f"{number:,}"
+
+
+def _score(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.3f}"
+
+
+def _share(part: float | None, whole: float | None) -> str:
+    return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def _size(number: float | None) -> str:
+    """A number of parameters in four digits or so."""
+    if number is None:
+        return "-"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f}{name}"
+    return str(number)
+
+
+def _bytes(number: float | None) -> str:
+    if number is None:
+        return NOT_MEASURED
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number / 1e3:.1f} kB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours:,} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
+def _plural(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _clip(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

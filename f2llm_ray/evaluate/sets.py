@@ -1,0 +1,338 @@
+"""Retrieval sets: queries, a corpus, and which passages answer which query.
+
+A set comes from a user's folder in the BEIR layout (`read_beir`) or from pairs of a source (`from_pairs`), and
+lies in a run as parquet (`write_set`, `read_set`).
+Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from f2llm_ray.data.schema import text_key
+from f2llm_ray.errors import DataError
+from f2llm_ray.run import Folder
+
+Columns = dict[str, list[Any]]
+Pairs = np.ndarray[Any, np.dtype[np.int64]]
+
+UNKNOWN_LANGUAGE = "und"
+"""ISO 639-3 for "undetermined": the language of a query that comes without one."""
+
+# How the layouts in use spell a column, most usual first.
+QUERY_ID = ("_id", "id", "query-id", "query_id", "qid")
+CORPUS_ID = ("_id", "id", "corpus-id", "corpus_id", "pid")
+JUDGED_QUERY = ("query-id", "query_id", "qid")
+JUDGED_PASSAGE = ("corpus-id", "corpus_id", "pid")
+QUERY_TEXT = ("text", "query")
+CORPUS_TEXT = ("text", "passage")
+LANGUAGE = ("language", "lang")
+KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, "title", "score"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalSet:
+    """A retrieval set in memory. Every query has a relevant passage, and ids are unique."""
+
+    name: str
+    instruction: str
+    """Said before each query to models trained with instructions; "" for none."""
+    query_ids: list[str]
+    query_texts: list[str]
+    query_languages: list[str]
+    """ISO 639-3 of each query, `UNKNOWN_LANGUAGE` where it is not known."""
+    corpus_ids: list[str]
+    corpus_texts: list[str]
+    relevant: Pairs
+    """[r, 2]: (query, passage) as positions in the lists above, distinct and sorted: one array that whole
+    result tables are looked up in at once."""
+
+
+def write_set(folder: Folder, retrieval_set: RetrievalSet) -> None:
+    """Writes queries, corpus and qrels as parquet, and name and instruction as set.json, the last file."""
+    query_r, passage_r = retrieval_set.relevant.T
+    corpus_ids = pa.array(retrieval_set.corpus_ids, pa.string())
+    query_ids = pa.array(retrieval_set.query_ids, pa.string())
+    tables = {
+        "queries.parquet": {
+            "id": query_ids,
+            "text": pa.array(retrieval_set.query_texts, pa.string()),
+            "language": pa.array(retrieval_set.query_languages, pa.string()),
+        },
+        "corpus.parquet": {"id": corpus_ids, "text": pa.array(retrieval_set.corpus_texts, pa.string())},
+        "qrels.parquet": {
+            "query_id": query_ids.take(pa.array(query_r)),
+            "corpus_id": corpus_ids.take(pa.array(passage_r)),
+        },
+    }
+    folder.create()
+    for name, columns in tables.items():
+        pq.write_table(pa.table(columns), f"{folder.path}/{name}", filesystem=folder.filesystem)
+    folder.write_json("set.json", {"name": retrieval_set.name, "instruction": retrieval_set.instruction})
+
+
+def read_set(folder: Folder) -> RetrievalSet:
+    """Reads what `write_set` wrote.
+
+    Raises:
+        RunError: set.json is not there.
+        DataError: a file is missing or does not hold a set.
+    """
+    facts = folder.read_json("set.json")
+    return _read(folder, name=facts["name"], instruction=facts["instruction"], max_queries=None)
+
+
+def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
+    """Reads a folder in the BEIR layout: queries and corpus as .parquet or .jsonl, qrels as those or a split.
+
+    The usual spellings of a column are all known (`_id`, `id`; `query-id`, `query_id`; ...), a `title` goes
+    before its text, a judgement counts when its `score` is above 0 or it has none. Where the judgements are
+    BEIR's `qrels/test.tsv`, queries outside that split are left out; in any other file all queries are judged.
+
+    Args:
+        uri: local path or URI of the folder.
+        name: the set's name in the report.
+        instruction: said before queries to models trained with instructions.
+        max_queries: at most this many queries, drawn by content hash; the corpus stays whole.
+
+    Raises:
+        RunError: the URI cannot be opened.
+        DataError: a missing file or column, a malformed row, an id that is unknown or appears twice, a query
+            without relevant passage, or nothing at all.
+    """
+    return _read(Folder.at(uri), name=name, instruction=instruction, max_queries=max_queries)
+
+
+def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
+    """Makes a set of (query, passage) pairs: each query against all the distinct passages.
+
+    A query is a text in a language, and all passages it is paired with are relevant to it. A pair whose query
+    is its passage asks nothing and is left out. Ids are content hashes and set the order, so the order of
+    the rows does not matter.
+
+    Args:
+        pairs: a table with string columns query, passage and language (null where it is not known).
+        name: the set's name in the report.
+        instruction: said before queries to models trained with instructions.
+        max_queries: at most this many queries, drawn by content hash; the corpus stays whole.
+
+    Raises:
+        DataError: a column is missing, or no pair is left.
+    """
+    missing = [column for column in ("query", "passage", "language") if column not in pairs.column_names]
+    if missing:
+        raise DataError(f"{name}: no column {missing[0]!r}; found {pairs.column_names}")
+    columns = (pairs.column(column).to_pylist() for column in ("query", "passage", "language"))
+    queries: dict[str, tuple[str, str]] = {}
+    corpus: dict[str, str] = {}
+    relevant: set[tuple[str, str]] = set()
+    for query, passage, found in zip(*columns, strict=True):
+        if query == passage:
+            continue
+        language = found or UNKNOWN_LANGUAGE
+        query_id, passage_id = _query_key(query, language), text_key(passage).hex()
+        queries[query_id] = (query, language)
+        corpus[passage_id] = passage
+        relevant.add((query_id, passage_id))
+    return _assemble(
+        name,
+        name=name,
+        instruction=instruction,
+        queries=dict(sorted(queries.items())),
+        corpus=dict(sorted(corpus.items())),
+        relevant=relevant,
+        max_queries=max_queries,
+    )
+
+
+def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | None) -> RetrievalSet:
+    place, columns = _columns(folder, "queries.parquet", "queries.jsonl")
+    ids, texts = _ids(place, columns, QUERY_ID), _texts(place, columns, QUERY_TEXT)
+    spelling = next((spelling for spelling in LANGUAGE if spelling in columns), None)
+    found = columns[spelling] if spelling else [None] * len(ids)
+    languages = [str(language) if language else UNKNOWN_LANGUAGE for language in found]
+    queries = _by_id(place, ids, list(zip(texts, languages, strict=True)))
+
+    place, columns = _columns(folder, "corpus.parquet", "corpus.jsonl")
+    corpus = _by_id(place, _ids(place, columns, CORPUS_ID), _texts(place, columns, CORPUS_TEXT))
+
+    place, columns = _columns(folder, "qrels.parquet", "qrels.jsonl", "qrels/test.tsv")
+    judged = _ids(place, columns, JUDGED_QUERY)
+    passages = _ids(place, columns, JUDGED_PASSAGE)
+    counts = _positive(place, columns["score"]) if "score" in columns else [True] * len(judged)
+    if place.endswith(".tsv"):
+        split = set(judged)
+        queries = {query_id: query for query_id, query in queries.items() if query_id in split}
+    return _assemble(
+        place,
+        name=name,
+        instruction=instruction,
+        queries=queries,
+        corpus=corpus,
+        relevant=(pair for *pair, counted in zip(judged, passages, counts, strict=True) if counted),
+        max_queries=max_queries,
+    )
+
+
+def _assemble(
+    place: str,
+    *,
+    name: str,
+    instruction: str,
+    queries: Mapping[str, tuple[str, str]],
+    corpus: Mapping[str, str],
+    relevant: Iterable[Iterable[str]],
+    max_queries: int | None,
+) -> RetrievalSet:
+    """Checks that the parts fit together, draws the queries and turns ids into positions."""
+    if not queries or not corpus:
+        raise DataError(f"{place}: an empty set: {len(queries)} queries against {len(corpus)} passages")
+    query_at = {query_id: position for position, query_id in enumerate(queries)}
+    passage_at = {passage_id: position for position, passage_id in enumerate(corpus)}
+    positions: list[tuple[int, int]] = []
+    for query_id, passage_id in relevant:
+        if query_id not in query_at:
+            raise DataError(f"{place}: query {query_id!r} is not among the {len(queries)} queries")
+        if passage_id not in passage_at:
+            raise DataError(f"{place}: passage {passage_id!r} is not in the corpus of {len(corpus)}")
+        positions.append((query_at[query_id], passage_at[passage_id]))
+    pairs_r2 = np.array(positions, dtype=np.int64).reshape(-1, 2)
+    judged_q = np.zeros(len(queries), dtype=bool)
+    judged_q[pairs_r2[:, 0]] = True
+    if not judged_q.all():
+        first = list(queries)[int(np.argmin(judged_q))]
+        raise DataError(
+            f"{place}: {np.sum(~judged_q)} of {len(queries)} queries have no relevant passage, "
+            f"the first of them {first!r}"
+        )
+    kept_k = _draw(queries, len(queries) if max_queries is None else max_queries)
+    place_q = np.full(len(queries), -1, dtype=np.int64)
+    place_q[kept_k] = np.arange(len(kept_k))
+    pairs_r2 = np.column_stack([place_q[pairs_r2[:, 0]], pairs_r2[:, 1]])
+    ids = list(queries)
+    kept_ids = [ids[position] for position in kept_k]
+    return RetrievalSet(
+        name=name,
+        instruction=instruction,
+        query_ids=kept_ids,
+        query_texts=[queries[query_id][0] for query_id in kept_ids],
+        query_languages=[queries[query_id][1] for query_id in kept_ids],
+        corpus_ids=list(corpus),
+        corpus_texts=list(corpus.values()),
+        relevant=np.unique(pairs_r2[pairs_r2[:, 0] >= 0], axis=0),
+    )
+
+
+def _draw(queries: Mapping[str, tuple[str, str]], count: int) -> list[int]:
+    """Positions of `count` queries in their own order, the ones whose content has the smallest hashes."""
+    if count >= len(queries):
+        return list(range(len(queries)))
+    keys = [(_query_key(*query), query_id) for query_id, query in queries.items()]
+    return sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count])
+
+
+def _query_key(text: str, language: str) -> str:
+    """The same text in two languages is two queries: each counts for its own language."""
+    return text_key(f"{language}\t{text}").hex()
+
+
+def _columns(folder: Folder, *names: str) -> tuple[str, Columns]:
+    """Where the first of these files lies, and its columns of a known name."""
+    name = next((name for name in names if folder.exists(name)), None)
+    if name is None:
+        raise DataError(f"{folder.uri}: no file {' or '.join(names)}")
+    place = f"{folder.uri}/{name}"
+    if name.endswith(".parquet"):
+        return place, _parquet_columns(folder, name, place)
+    # Not str.splitlines: it also cuts at U+2028 and its like, which may stand inside a text.
+    lines = [line.removesuffix(b"\r") for line in folder.read_bytes(name).split(b"\n")]
+    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    try:
+        decoded = [(number, line.decode("utf-8-sig")) for number, line in rows]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8: {error.reason}") from None
+    return place, _tsv_columns(decoded) if name.endswith(".tsv") else _jsonl_columns(decoded, place)
+
+
+def _parquet_columns(folder: Folder, name: str, place: str) -> Columns:
+    try:
+        with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
+            file = pq.ParquetFile(stream)
+            names = [column for column in file.schema_arrow.names if column in KNOWN]
+            columns: Columns = file.read(columns=names).to_pydict()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{place}: not a parquet file: {error}") from None
+    return columns
+
+
+def _jsonl_columns(lines: list[tuple[int, str]], place: str) -> Columns:
+    rows = []
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{place}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}, line {number}: found {type(row).__name__}, expected an object")
+        rows.append(row)
+    names = {name for row in rows for name in row if name in KNOWN}
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _tsv_columns(lines: list[tuple[int, str]]) -> Columns:
+    rows = [line.split("\t") for _, line in lines]
+    header = rows[0] if rows else []
+    return {
+        name: [row[column] if column < len(row) else None for row in rows[1:]]
+        for column, name in enumerate(header)
+    }
+
+
+def _column(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[Any]:
+    name = next((spelling for spelling in spellings if spelling in columns), None)
+    if name is None:
+        raise DataError(f"{place}: no column {' or '.join(spellings)}; found {sorted(columns) or 'none'}")
+    return columns[name]
+
+
+def _ids(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[str]:
+    ids = _column(place, columns, spellings)
+    for row, found in enumerate(ids, start=1):
+        if not isinstance(found, str | int) or found == "":
+            raise DataError(f"{place}, row {row}: found {found!r} as {spellings[0]}, expected an id")
+    return list(map(str, ids))
+
+
+def _texts(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[str]:
+    texts = _column(place, columns, spellings)
+    for row, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"{place}, row {row}: found {text!r} as {spellings[0]}, expected a text")
+    titles = columns.get("title", [None] * len(texts))
+    return [f"{title} {text}".strip() if title else text for title, text in zip(titles, texts, strict=True)]
+
+
+def _by_id(place: str, ids: list[str], values: list[Any]) -> dict[str, Any]:
+    by_id = dict(zip(ids, values, strict=True))
+    if len(by_id) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise DataError(f"{place}: id {twice!r} appears twice")
+    return by_id
+
+
+def _positive(place: str, scores: list[Any]) -> list[bool]:
+    counts = []
+    for row, score in enumerate(scores, start=1):
+        try:
+            counts.append(float(score) > 0)
+        except (TypeError, ValueError):
+            raise DataError(f"{place}, row {row}: found {score!r} as score, expected a number") from None
+    return counts
