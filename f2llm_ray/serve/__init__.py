@@ -1,0 +1,1 @@
+"""The engine behind serving, bulk embedding and evaluation, and its HTTP face."""

@@ -1,0 +1,76 @@
+"""Batches across clients: while the engine works on one batch, the next one gathers.
+
+Ray Serve's own `@serve.batch` fails a request that is larger than the batch by itself, puts a request that did not
+fit at the end of the queue, and waits a set time for more. This one never waits: an idle engine starts at once, a
+busy one finds its next batch ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from f2llm_ray.model.encoder import Tokens
+from f2llm_ray.serve.engine import Vectors
+
+Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]"]
+
+
+class Batcher:
+    """Joins the token lists of waiting requests, in the order they came, up to a token budget.
+
+    A request above the budget is a batch of its own; the engine cuts it into passes.
+    """
+
+    def __init__(self, embed: Callable[[Sequence[Tokens]], Vectors], batch_tokens: int) -> None:
+        self._embed = embed
+        self._batch_tokens = batch_tokens
+        self._waiting: deque[Request] = deque()
+        # One thread: two passes at a time would share the same cores or GPU and only take turns.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._worker: asyncio.Task[None] | None = None
+
+    async def embed(self, tokens: Sequence[Tokens], *, first: bool = False) -> Vectors:
+        """Vectors [n, d] of one request; a caller that is cancelled while waiting costs the engine nothing.
+
+        Args:
+            tokens: the request's token lists.
+            first: go before all that wait, so that a health check does not time out under load.
+        """
+        future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
+        (self._waiting.appendleft if first else self._waiting.append)((tokens, future))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while batch := self._take():
+            tokens = [ids for request, _ in batch for ids in request]
+            try:
+                vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, tokens)
+            except Exception as error:  # noqa: BLE001 (it belongs to those who wait)
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            start = 0
+            for request, future in batch:
+                if not future.done():
+                    future.set_result(vectors[start : start + len(request)])
+                start += len(request)
+
+    def _take(self) -> list[Request]:
+        batch: list[Request] = []
+        size = 0
+        while self._waiting:
+            request, future = self._waiting[0]
+            length = sum(map(len, request))
+            if batch and size + length > self._batch_tokens:
+                break
+            self._waiting.popleft()
+            if not future.done():
+                batch.append((request, future))
+                size += length
+        return batch

@@ -1,0 +1,48 @@
+"""The engine: texts in, unit vectors out. Serving, bulk embedding and evaluation all use this class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from f2llm_ray.data.tokens import tokenize
+from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
+from f2llm_ray.model.encoder import Tokens, encode
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+class Engine:
+    """A model folder made ready to embed, on the GPU where there is one.
+
+    Raises:
+        RunError: the folder is not a model folder.
+    """
+
+    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384) -> None:
+        self.info = load_info(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
+        self.tokens_per_pass = tokens_per_pass
+
+    def tokenize(self, texts: Sequence[str], *, prompt: str = "", max_tokens: int | None = None) -> list[Tokens]:
+        """Token ids of each text, the prompt before it and EOS last; cut to max_tokens where given."""
+        return tokenize(self.tokenizer, [prompt + text for text in texts], max_tokens)
+
+    @torch.inference_mode()
+    def embed_tokens(self, tokens: Sequence[Tokens], *, dim: int | None = None) -> Vectors:
+        """Unit vectors [n, dim] (the whole d when unset) of token lists, in the given order."""
+        vectors_nd = encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass).float()
+        return normalize(vectors_nd[:, :dim], dim=-1).cpu().numpy()
+
+    def embed(self, texts: Sequence[str], *, prompt: str = "", dim: int | None = None) -> Vectors:
+        """Unit vectors [n, dim] of texts, cut to the model's own max_tokens, in the given order."""
+        tokens = self.tokenize(texts, prompt=prompt, max_tokens=self.info.max_tokens)
+        return self.embed_tokens(tokens, dim=dim)

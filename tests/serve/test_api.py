@@ -1,0 +1,184 @@
+"""The contract without a server: every refusal of the table, and answers that say the same in each form."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from f2llm_ray.model.checkpoint import ModelInfo
+from f2llm_ray.recipe import Serving
+from f2llm_ray.serve import api, limits
+from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
+from tests.tiny import tiny_model
+
+INFO = ModelInfo(
+    name="tiny", dims=(8, 16, 32), max_tokens=64, prompts={"query": "Q: ", "topic": "T: "}, instructions=True
+)
+PLAIN = ModelInfo(name="plain", dims=(8,), max_tokens=64, prompts={"query": ""}, instructions=False)
+LIMITS = Serving(max_inputs=3, max_tokens=16, max_body_bytes=1024, max_queued=2)
+
+
+def read(content: Any, kind: type[EmbeddingsRequest | EmbedRequest] = EmbeddingsRequest) -> Any:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return api.read_request(kind, body)
+
+
+REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
+    "no json": (lambda: read(b'{"input": '), 400, "invalid_json", None),
+    "empty body": (lambda: read(b""), 400, "invalid_json", None),
+    "not utf-8": (lambda: read(b'{"input": "\xff", "model": "m"}'), 400, "invalid_json", None),
+    "half a surrogate pair": (lambda: read(b'{"input": "\\ud800", "model": "m"}'), 400, "invalid_json", None),
+    "not an object": (lambda: read([1]), 400, "invalid_request", None),
+    "no input": (lambda: read({"model": "m"}), 400, "invalid_request", "input"),
+    "no model": (lambda: read({"input": "a"}), 400, "invalid_request", "model"),
+    "input a number": (lambda: read({"input": 1, "model": "m"}), 400, "invalid_request", "input"),
+    "input mixed": (lambda: read({"input": ["a", 1], "model": "m"}), 400, "invalid_request", "input"),
+    "input of booleans": (lambda: read({"input": [True], "model": "m"}), 400, "invalid_request", "input"),
+    "input of floats": (lambda: read({"input": [1.5], "model": "m"}), 400, "invalid_request", "input"),
+    "input too deep": (lambda: read({"input": [[[1]]], "model": "m"}), 400, "invalid_request", "input"),
+    "dimensions a string": (
+        lambda: read({"input": "a", "model": "m", "dimensions": "8"}),
+        400,
+        "invalid_request",
+        "dimensions",
+    ),
+    "misspelt": (lambda: read({"input": "a", "model": "m", "dimension": 8}), 400, "invalid_request", "dimension"),
+    "ids to /embed": (lambda: read({"inputs": [1]}, EmbedRequest), 400, "invalid_request", "inputs"),
+    "encoding": (
+        lambda: read({"input": "a", "model": "m", "encoding_format": "hex"}),
+        422,
+        "invalid_value",
+        "encoding_format",
+    ),
+    "model": (lambda: limits.check_model("gpt", INFO), 404, "model_not_found", "model"),
+    "body": (lambda: limits.check_body(1025, LIMITS), 413, "body_too_large", None),
+    "too many": (lambda: limits.check_inputs(["a"] * 4, LIMITS, "input"), 413, "too_many_inputs", "input"),
+    "none": (lambda: limits.check_inputs([], LIMITS, "input"), 422, "empty_input", "input"),
+    "empty text": (lambda: limits.check_inputs(["a", ""], LIMITS, "input"), 422, "empty_input", "input"),
+    "empty ids": (lambda: limits.check_inputs([[1], []], LIMITS, "input"), 422, "empty_input", "input"),
+    "dims": (lambda: limits.check_dimensions(24, INFO), 422, "invalid_dimensions", "dimensions"),
+    "dims 0": (lambda: limits.check_dimensions(0, INFO), 422, "invalid_dimensions", "dimensions"),
+    "prompt": (lambda: limits.check_prompt("nope", None, INFO), 422, "invalid_prompt", "prompt_name"),
+    "prompt twice": (lambda: limits.check_prompt("query", "Find", INFO), 422, "invalid_prompt", "instruction"),
+    "no instructions": (lambda: limits.check_prompt(None, "Find", PLAIN), 422, "invalid_prompt", "instruction"),
+    "id too high": (lambda: ids([[0, 10]]), 422, "invalid_token", "input"),
+    "id negative": (lambda: ids([[3], [-1]]), 422, "invalid_token", "input"),
+    "too long": (lambda: lengths(17, truncate=False), 422, "too_many_tokens", "input"),
+    "full": (lambda: limits.check_load(2, LIMITS), 429, "overloaded", None),
+}
+
+
+def ids(given: list[list[int]]) -> list[Any]:
+    return limits.check_ids(given, vocabulary=10, eos=9, param="input")
+
+
+def lengths(tokens: int, *, truncate: bool) -> list[Any]:
+    given = [np.arange(tokens, dtype=np.uint32)]
+    return limits.check_lengths(given, max_tokens=16, truncate=truncate, param="input")
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals(name: str) -> None:
+    act, status, code, param = REFUSALS[name]
+    with pytest.raises(ApiError) as caught:
+        act()
+    body = json.loads(caught.value.body())["error"]
+    assert (caught.value.status, body["code"], body["param"]) == (status, code, param)
+    assert body["message"]
+    assert body["type"] == ("rate_limit_error" if status == 429 else "invalid_request_error")
+    assert caught.value.headers == ({"Retry-After": "1"} if status == 429 else {})
+
+
+def test_messages_name_what_is_allowed() -> None:
+    with pytest.raises(ApiError, match="allowed: 8, 16, 32"):
+        limits.check_dimensions(24, INFO)
+    with pytest.raises(ApiError, match="it has: query, topic"):
+        limits.check_prompt("nope", None, INFO)
+    with pytest.raises(ApiError, match="served: tiny"):
+        limits.check_model("gpt", INFO)
+    with pytest.raises(ApiError, match=r"allowed: .*dimensions"):
+        read({"input": "a", "model": "m", "dimension": 8})
+    with pytest.raises(ApiError, match=r"input\[1\]: token id -1 is not in 0\.\.9"):
+        ids([[3], [-1]])
+
+
+def test_what_passes() -> None:
+    for given in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], []):
+        assert read({"input": given, "model": "m"}).input == given
+    limits.check_body(1024, LIMITS)
+    limits.check_load(1, LIMITS)
+    limits.check_inputs(["a"] * 3, LIMITS, "input")
+    assert limits.check_dimensions(None, INFO) == 32
+    assert limits.check_dimensions(8, INFO) == 8
+    assert limits.longest_text(INFO, LIMITS) == 16
+    assert limits.longest_text(INFO, Serving()) == 64
+
+
+def test_prompts() -> None:
+    assert limits.check_prompt(None, None, INFO) == ""
+    assert limits.check_prompt("query", None, INFO) == "Q: "
+    assert limits.check_prompt(None, "Find it.", INFO) == "Instruct: Find it.\nQuery: "
+    assert limits.check_prompt(None, "", INFO) == ""
+
+
+def test_eos_ends_every_token_list_once() -> None:
+    assert [list(tokens) for tokens in ids([[1, 2], [1, 2, 9]])] == [[1, 2, 9], [1, 2, 9]]
+
+
+def test_truncation_keeps_eos() -> None:
+    (tokens,) = lengths(20, truncate=True)
+    assert list(tokens) == [*range(15), 19]
+
+
+def test_split() -> None:
+    assert api.split("a") == (["a"], [])
+    assert api.split(["a", "b"]) == (["a", "b"], [])
+    assert api.split([1, 2]) == ([], [[1, 2]])
+    assert api.split([[1], [2]]) == ([], [[1], [2]])
+    assert api.split([]) == ([], [])
+
+
+def test_base64_and_float_say_the_same() -> None:
+    vectors = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    for given in (vectors, vectors[:, :5], vectors[::2]):
+        floats = json.loads(api.embeddings_answer(given, model="m", tokens=7, encoding="float"))
+        coded = json.loads(api.embeddings_answer(given, model="m", tokens=7, encoding="base64"))
+        assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+        assert [entry["index"] for entry in floats["data"]] == list(range(len(given)))
+        for row, plain, packed in zip(given, floats["data"], coded["data"], strict=True):
+            np.testing.assert_array_equal(np.array(plain["embedding"], dtype=np.float32), row)
+            np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), row)
+        assert json.loads(api.embed_answer(given)) == [entry["embedding"] for entry in floats["data"]]
+        api.EmbeddingsAnswer.model_validate(floats)
+        api.EmbeddingsAnswer.model_validate(coded)
+
+
+def test_cutting_a_unit_vector_is_cutting_the_raw_one() -> None:
+    raw = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
+    unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+    short = raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True)
+    np.testing.assert_allclose(limits.shorten(unit, 8), short, atol=1e-6)
+    assert limits.shorten(unit, 32) is unit
+
+
+def test_a_huge_wrong_body_is_refused_at_once() -> None:
+    with pytest.raises(ApiError, match="expected a string"):
+        read(b'{"model": "m", "input": [' + b"null," * 1_000_000 + b"null]}")
+
+
+def test_token_ids_are_the_text(tmp_path: Path) -> None:
+    from f2llm_ray.serve.engine import Engine
+
+    engine = Engine(tiny_model(tmp_path / "model"))
+    texts = ["The cat sat.", "猫が眠る", "Кошка"]
+    with_eos = [[int(token) for token in ids] for ids in engine.tokenize(texts)]
+    vocabulary, eos = engine.backbone.config.vocab_size, with_eos[0][-1]
+    for given in (with_eos, [ids[:-1] for ids in with_eos]):
+        tokens = limits.check_ids(given, vocabulary=vocabulary, eos=eos, param="input")
+        np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))
