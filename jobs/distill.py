@@ -1,0 +1,17 @@
+"""Distils the pruned model from its teacher."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, pipeline_of
+
+
+def distill(arguments: argparse.Namespace) -> None:
+    """Runs the stage."""
+    pipeline_of(arguments).model("distilled")
+
+
+if __name__ == "__main__":
+    sys.exit(main(job_parser(__doc__ or ""), distill))

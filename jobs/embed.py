@@ -1,0 +1,60 @@
+"""Embeds a column of parquet, jsonl or csv files into parquet shards of vectors."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, recipe_of
+from f2llm_ray.errors import RecipeError
+from f2llm_ray.progress import say
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = job_parser(
+        f"{__doc__} The model is a folder, or the one that a run serves (--recipe and --root).", run_required=False
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="an exported model folder")
+    parser.add_argument(
+        "--input", required=True, metavar="PATH", help="a .parquet, .jsonl or .csv file, or a folder"
+    )
+    parser.add_argument("--column", required=True, help="the column that holds the text")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards go")
+    parser.add_argument("--id-column", help="the column that names a row (default: its number within its file)")
+    parser.add_argument("--dimensions", type=int, help="one of the model's trained dims (default: the largest)")
+    parser.add_argument("--prompt-name", help="a prompt of the model to put before each text, e.g. query")
+    parser.add_argument(
+        "--batch-rows", type=int, default=1024, help="rows that are embedded and written at a time"
+    )
+    parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per CPU core)")
+    return parser
+
+
+def embed(arguments: argparse.Namespace) -> None:
+    """Embeds what is not embedded yet."""
+    from f2llm_ray.serve.bulk import Job, run
+
+    names = ("input", "column", "output", "id_column", "dimensions", "prompt_name", "batch_rows")
+    job = Job(model=_model(arguments), **{name: getattr(arguments, name) for name in names})
+    done = run(job, workers=arguments.workers)
+    now = done["embedded_now"]
+    say(
+        f"{done['output_uri']}: {now['rows']} rows embedded in {done['seconds']} s"
+        f" ({done['rows_per_second']} rows/s, {done['tokens_per_second']} tokens/s);"
+        f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
+    )
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    if arguments.model is not None:
+        return str(arguments.model)
+    if arguments.recipe is None or arguments.root is None:
+        raise RecipeError("give --model, or --recipe and --root")
+    from f2llm_ray.pipeline import Pipeline
+
+    return Pipeline(recipe_of(arguments), arguments.root).served_model().uri
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser(), embed))

@@ -1,0 +1,23 @@
+"""Runs all stages of a recipe: prepare, train, prune, distil, evaluate, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, pipeline_of
+from f2llm_ray.evaluate.report import terminal_table
+from f2llm_ray.progress import say
+
+
+def pipeline(arguments: argparse.Namespace) -> None:
+    """Runs the stages and prints the report in short."""
+    run = pipeline_of(arguments)
+    report = run.everything()
+    say(f"\n{terminal_table(report)}\n")
+    say(f"report: {run.run.root.uri}/report.html")
+    say(f"serve:  {report['commands']['serve']}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(job_parser(__doc__ or ""), pipeline))

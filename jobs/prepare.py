@@ -1,0 +1,17 @@
+"""Prepares the data of a recipe: read, clean, decontaminate, dedup, tokenise."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, pipeline_of
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Runs the stage."""
+    pipeline_of(arguments).prepare()
+
+
+if __name__ == "__main__":
+    sys.exit(main(job_parser(__doc__ or ""), prepare))

@@ -1,0 +1,30 @@
+"""Trains the contrastive stages of a recipe, in order; the data must be prepared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, pipeline_of
+from f2llm_ray.errors import RecipeError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--stage", help="only this stage (default: all stages of the recipe)")
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Runs the stages, after making the model they start from."""
+    pipeline = pipeline_of(arguments)
+    stages = list(pipeline.recipe.stages)
+    if arguments.stage is not None and arguments.stage not in stages:
+        raise RecipeError(f"--stage {arguments.stage!r}: the recipe has {stages}")
+    for name in ["untrained", *([arguments.stage] if arguments.stage else stages)]:
+        pipeline.model(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser(), train))
