@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from f2llm_ray.data.schema import TASKS, Task
+from f2llm_ray.data.settings import Data, Mine, TokenizerSection
 from f2llm_ray.data.sources import Source
 from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
 from f2llm_ray.errors import RecipeError
@@ -19,38 +20,6 @@ from f2llm_ray.section import Section
 
 Settings = dict[str, Any]
 SectionT = TypeVar("SectionT", bound=Section)
-
-
-class Data(Section):
-    """Cleaning, splitting and batching of the rows."""
-
-    on_bad_row: Literal["error", "skip"] = "error"
-    """A malformed row (wrong type, missing or empty text, not UTF-8): stop and name it, or skip and count it."""
-    min_chars: int = Field(default=1, ge=1)
-    """Shortest query or passage, in characters after normalising."""
-    max_chars: int = Field(default=100_000, ge=1)
-    """Longest query or passage, in characters after normalising; longer rows are dropped and counted."""
-    max_tokens: int = Field(default=1024, ge=2)
-    """Longest token list, EOS included; longer texts are cut (the paper trains on 1,024)."""
-    validation: float = Field(default=0.01, ge=0, lt=1)
-    """Share of the rows held out for the validation loss, chosen by content hash (paper: 99/1)."""
-    shards: int = Field(default=16, ge=1, le=4096)
-    """Number of key ranges that tables and tokens are written in; one is held in memory at a time."""
-
-
-class TokenizerSection(Section):
-    """Either an existing tokenizer or one trained on the corpus."""
-
-    path: str | None = None
-    """Hub name or local folder of a fast tokenizer; the backbone's own where neither this nor train is set."""
-    train_vocab: int | None = Field(default=None, ge=300)
-    """Train a byte-level BPE of this many entries on the corpus instead."""
-
-    @model_validator(mode="after")
-    def _one_of(self) -> TokenizerSection:
-        if self.path is not None and self.train_vocab is not None:
-            raise ValueError("set either path or train_vocab, not both")
-        return self
 
 
 class Backbone(Section):
@@ -204,6 +173,7 @@ class Recipe(Section):
     data: Data = Data()
     tokenizer: TokenizerSection = TokenizerSection()
     backbone: Backbone
+    mine: Mine | None = None
     stages: dict[str, TrainStage]
     """Contrastive stages in the order they run, each going on from the one before."""
     prune: Prune | None = None

@@ -163,6 +163,12 @@ class Folder:
         """A parquet file of ours, or some of its columns."""
         return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
 
+    def read_batches(self, name: str, columns: list[str]) -> Iterator[pa.Table]:
+        """Some columns of a parquet file of ours, one row group after the other."""
+        with self.filesystem.open_input_file(self._at(name)) as stream, pq.ParquetFile(stream) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=columns)
+
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}" if name else self.path
 

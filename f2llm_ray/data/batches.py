@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.data.ragged import list_array, numbered
 from f2llm_ray.data.schema import KEY, Task, rng
 from f2llm_ray.errors import RunError
 
@@ -92,11 +93,10 @@ def draw_negatives(negatives: pa.ListArray, count: int, generator: np.random.Gen
     rows = np.repeat(np.arange(len(lengths)), lengths)
     # A random key per negative; the first `count` of each row in that order are drawn.
     order = np.lexsort((generator.random(len(rows)), rows))
-    rank = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    rank = numbered(lengths)
     chosen = order[rank < count]
     values = negatives.values.slice(starts[0] if len(starts) else 0, len(rows)).take(pa.array(chosen))
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, count))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values.cast(KEY))
+    return list_array(values.cast(KEY), np.minimum(lengths, count))
 
 
 def write_source(
@@ -106,9 +106,11 @@ def write_source(
 
     Args:
         path: the .arrow file.
-        rows: columns query, passage, negatives (keys), in key order.
+        rows: columns query, passage, negatives, query_group, passage_group (keys), in key order.
         source: its name, part of the seed.
-        task: retrieval batches hold no text twice; elsewhere equal passages (labels) are no false negatives.
+        task: retrieval batches hold no two equal or near-equal texts; elsewhere equal passages (labels) are no
+        false
+            negatives.
         weight: how often a row is seen.
         negatives: negatives drawn per row.
         size: rows per global batch.
@@ -134,8 +136,8 @@ def write_source(
 
 
 def _text_ids(rows: pa.Table) -> Ints:
-    """Small numbers for the texts of each row: [rows, 2] of query and passage."""
-    keys = pa.concat_arrays([*rows["query"].chunks, *rows["passage"].chunks])
+    """Small numbers for the texts of each row: [rows, 2] of the groups of query and passage."""
+    keys = pa.concat_arrays([*rows["query_group"].chunks, *rows["passage_group"].chunks])
     ids = keys.dictionary_encode().indices.to_numpy().astype(np.int64)
     return ids.reshape(2, -1).T
 

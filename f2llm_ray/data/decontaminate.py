@@ -1,31 +1,88 @@
-"""Decontamination: training rows that hold a query of an evaluation set are tagged."""
+"""Decontamination: training rows that hold a text of an evaluation set are tagged.
+
+Shapes: D texts of the sets, G their n-grams, T training texts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.data.clean import normalize
+from f2llm_ray.data.ragged import Ints, ranges
+from f2llm_ray.data.settings import Decontamination
+from f2llm_ray.data.shingles import Hashes, shingle
+from f2llm_ray.evaluate.sets import RetrievalSet
 
-def decontaminate(rows: pa.Table, sets: Mapping[str, frozenset[bytes]]) -> pa.Table:
-    """Tags rows whose query or passage is, after normalising, a query of a set.
 
-    A set's passages may be trained on: the documents of a search are known beforehand, what is asked is not.
+@dataclass(frozen=True)
+class Screen:
+    """The texts of evaluation sets by their n-grams: an inverted index, which counts every overlap exactly."""
 
-    Args:
-        rows: rows with `keys.KEYS`.
-        sets: keys of the queries of each evaluation set.
-    """
-    if not sets:
+    settings: Decontamination
+    sets: tuple[str, ...]
+    set_of: Ints
+    """The set of each text [D]."""
+    sizes: Ints
+    """Distinct n-grams of each text [D]."""
+    ngrams: Hashes
+    """All n-grams of all texts, sorted [G]."""
+    text_of: Ints
+    """The text that each is of [G]."""
+
+    def find(self, texts: Sequence[str]) -> Ints:
+        """The first set that each training text holds a text of [T], -1 for none."""
+        hashes, lengths = shingle(texts, self.settings.ngram).distinct()
+        owner = np.repeat(np.arange(len(texts)), lengths)
+        first = np.searchsorted(self.ngrams, hashes, side="left")
+        count = np.searchsorted(self.ngrams, hashes, side="right") - first
+        pairs = np.repeat(owner, count) * len(self.sizes) + self.text_of[ranges(first, count)]
+        pairs, common = np.unique(pairs, return_counts=True)
+        held = pairs[common >= self.settings.overlap * self.sizes[pairs % len(self.sizes)]]
+        found = np.full(len(texts), len(self.sets))
+        np.minimum.at(found, held // len(self.sizes), self.set_of[held % len(self.sizes)])
+        return np.where(found < len(self.sets), found, -1)
+
+
+def make_screen(sets: Iterable[RetrievalSet], settings: Decontamination) -> Screen | None:
+    """Indexes the queries of sets and their passages of an n-gram's length; None when there is no text."""
+    names: list[str] = []
+    set_of: list[int] = []
+    texts: list[str] = []
+    for found in sets:
+        queries = [normalize(text) for text in found.query_texts]
+        passages = [normalize(text) for text in found.corpus_texts] if settings.passages else []
+        long = shingle(passages, settings.ngram).tokens >= settings.ngram
+        kept = [*queries, *(text for text, enough in zip(passages, long, strict=True) if enough)]
+        set_of += [len(names)] * len(kept)
+        names.append(found.name)
+        texts += kept
+    if not texts:
+        return None
+    hashes, sizes = shingle(texts, settings.ngram).distinct()
+    order = np.argsort(hashes, kind="stable")
+    return Screen(
+        settings,
+        tuple(names),
+        np.array(set_of),
+        sizes,
+        hashes[order],
+        np.repeat(np.arange(len(texts)), sizes)[order],
+    )
+
+
+def decontaminate(rows: pa.Table, screen: Screen | None) -> pa.Table:
+    """Tags rows with "decontaminate: <set>" whose query or passage holds a text of the set."""
+    if screen is None or not len(rows):
         return rows
+    query, passage = (screen.find(rows[name].to_pylist()) for name in ("query", "passage"))
+    found = np.where(query >= 0, query, passage)
     index = rows.schema.get_field_index("drop")
     drops = [
-        drop
-        or next(
-            (f"decontaminate: {name}" for name, keys in sets.items() if query in keys or passage in keys), None
-        )
-        for drop, query, passage in zip(
-            rows["drop"].to_pylist(), rows["query_key"].to_pylist(), rows["passage_key"].to_pylist(), strict=True
-        )
+        drop or (f"decontaminate: {screen.sets[place]}" if place >= 0 else None)
+        for drop, place in zip(rows["drop"].to_pylist(), found.tolist(), strict=True)
     ]
     return rows.set_column(index, rows.schema.field(index), pa.array(drops, pa.string()))

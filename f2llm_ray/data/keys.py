@@ -9,6 +9,8 @@ import pyarrow as pa
 
 from f2llm_ray.data.schema import KEY, query_text, seeded_key, text_key
 
+Keys = np.ndarray[Any, np.dtype[np.uint64]]
+
 # Added to the rows of `schema.ROW`. `instructed_key` is the query with its source's instruction before it.
 KEYS = pa.schema(
     [
@@ -39,7 +41,29 @@ def add_keys(rows: pa.Table, instruction: str) -> pa.Table:
     return rows
 
 
-def shard_of(keys: np.ndarray[Any, np.dtype[np.uint64]], shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def shard_of(keys: Keys, shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The key range [n] each key [n, 2] falls into; ranges are equal, and in the order of the keys."""
     top = (keys[:, 0] >> np.uint64(32)).astype(np.int64)
     return top * shards >> 32
+
+
+def find_keys(ordered: Keys, keys: Keys) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The place [n] of each key in a sorted list of distinct ones, -1 where it is not there.
+
+    Args:
+        ordered: halves of the sorted keys [2, m]; may be mapped from disk, of which only what is compared is read.
+        keys: the keys to find [n, 2].
+    """
+    high, low = ordered
+    places = np.searchsorted(high, keys[:, 0])
+    # Two keys with the same first half are not expected below 2^32 keys, but cost one comparison.
+    while True:
+        here = places < len(high)
+        here[here] = high[places[here]] == keys[here, 0]
+        later = here.copy()
+        later[here] = low[places[here]] < keys[here, 1]
+        if not later.any():
+            break
+        places = places + later
+    here[here] = low[places[here]] == keys[here, 1]
+    return np.where(here, places, -1)

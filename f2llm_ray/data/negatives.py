@@ -13,10 +13,11 @@ def label_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
     """Gives rows that brought no negatives the keys of other labels (paper: a label text is the negative).
 
     A classification source's passages are its labels. Up to `count` others (paper: 24 per row) are drawn for each
-    row, among those written in the same passage language where the source has several.
+    row, among those written in the same passage language where the source has several. A text with several labels
+    gets none of them.
 
     Args:
-        ids: rows of one classification source, with row_key, passage_key, passage_language, negative_keys.
+        ids: rows of one classification source, with query_group, passage_key, passage_language, negative_keys.
         source: its name, part of the seed.
         seed: the recipe's.
         count: most negatives per row.
@@ -28,16 +29,21 @@ def label_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
         language: sorted({labels[row] for row in np.flatnonzero(languages == language)})
         for language in np.unique(languages)
     }
+    groups = ids["query_group"].to_pylist()
+    own: dict[bytes, set[bytes]] = {}
+    for group, label in zip(groups, labels, strict=True):
+        own.setdefault(group, set()).add(label)
     start = rng(seed, source, "labels").integers(0, 2**31, size=len(labels))
     negatives = []
-    for row, label in enumerate(labels):
+    for row in range(len(labels)):
         pool = pools[languages[row]]
-        if given[row] or len(pool) < 2:
+        if given[row]:
             negatives.append(given[row])
             continue
-        # A stretch of the sorted (hash-ordered) labels from a random place on, the row's own left out.
-        place = [pool[(int(start[row]) + i) % len(pool)] for i in range(min(count + 1, len(pool)))]
-        negatives.append([other for other in place if other != label][:count])
+        # A stretch of the sorted (hash-ordered) labels from a random place on, the text's own left out.
+        mine = own[groups[row]]
+        place = [pool[(int(start[row]) + i) % len(pool)] for i in range(min(count + len(mine), len(pool)))]
+        negatives.append([other for other in place if other not in mine][:count])
     index = ids.schema.get_field_index("negative_keys")
     field = KEYS.field("negative_keys")
     return ids.set_column(index, field, pa.array(negatives, field.type))

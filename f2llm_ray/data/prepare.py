@@ -6,18 +6,22 @@ workers. Steps tag rows instead of removing them, so that one count at the end a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
 from f2llm_ray.data.account import STEPS
-from f2llm_ray.data.clean import normalize
+from f2llm_ray.data.card import write_card
+from f2llm_ray.data.decontaminate import make_screen
+from f2llm_ray.data.dedup import NEAR
 from f2llm_ray.data.flow import parts_of
+from f2llm_ray.data.near import find_groups
 from f2llm_ray.data.read import read_pairs, write_rows
 from f2llm_ray.data.schema import query_text, text_key
 from f2llm_ray.data.store import write_store
-from f2llm_ray.data.table import write_table
+from f2llm_ray.data.table import samples, write_table
 from f2llm_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, write_set
@@ -28,13 +32,16 @@ from f2llm_ray.run import Folder
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SAMPLES_PER_SOURCE = 3
+
 
 def prepare(recipe: Recipe, folder: Folder) -> dict[str, Any]:
     """Runs all data steps; parts that an earlier try has written are not read again.
 
     Args:
         recipe: the run's recipe.
-        folder: the stage's folder. It gets `sets/`, `rows/`, `table/`, `tokenizer/` and `tokens/`.
+        folder: the stage's folder. It gets `sets/`, `rows/`, `near/`, `table/`, `removed/`, `tokenizer/`,
+            `tokens/`, and the data card as card.json and card.html.
 
     Returns:
         What the manifest says: `rows` (each step's in, out and dropped by reason), `languages`, `sources`,
@@ -43,30 +50,71 @@ def prepare(recipe: Recipe, folder: Folder) -> dict[str, Any]:
     Raises:
         DataError: a source that cannot be read, or one of which nothing is left.
     """
+    clock = _Clock()
     sets = [_evaluation_set(recipe, name) for name in recipe.evaluation.sets]
     for found in sets:
         write_set(folder / "sets" / found.name, found)
+    clock.lap("sets", sum(len(found.query_texts) + len(found.corpus_texts) for found in sets))
     parts = parts_of(recipe.sources)
-    counts = write_rows(recipe, parts, {found.name: _queries_of(found) for found in sets}, folder / "rows")
-    for row in write_table(recipe, parts, folder / "rows", folder / "table"):
-        counts.drop(row)
+    account = write_rows(recipe, parts, make_screen(sets, recipe.data.decontaminate), folder / "rows")
+    clock.lap("read", account.rows)
+    near = None
+    if recipe.data.near_dedup is not None:
+        near = find_groups(recipe, parts, folder)
+        clock.lap("near_dedup", near["documents"])
+    left = account.left
+    write_table(recipe, parts, folder, account)
     for name in recipe.sources:
-        if not counts.kept(name):
-            reasons = counts.dropped(name) or "it gave no rows"
+        if not account.kept(name):
+            reasons = account.dropped(name) or "it gave no rows"
             raise DataError(f"source {name!r}: no row is left after {', '.join(STEPS)}: {reasons}")
+    clock.lap("dedup", left)
     tokenizer = _tokenizer(recipe, folder)
+    clock.lap("tokenizer", account.left)
     texts, tokens = write_store(recipe, parts, tokenizer, folder)
-    return {
-        "rows": counts.steps(),
-        "languages": counts.languages(),
-        "sources": {
-            name: {"task": source.task, "licence": source.licence, "rows": counts.kept(name)}
-            for name, source in recipe.sources.items()
-        },
-        "texts": texts,
-        "tokens": tokens,
-        "vocabulary": tokenizer.get_vocab_size(),
+    clock.lap("tokens", texts)
+    if near is not None:
+        near["samples"] = [
+            sample for name in recipe.sources for sample in samples(folder, parts, name, NEAR, SAMPLES_PER_SOURCE)
+        ]
+    sources = {
+        name: {"task": source.task, "licence": source.licence, "instruction": source.query_instruction}
+        for name, source in recipe.sources.items()
     }
+    facts = {"texts": texts, "tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}
+    counted = account.card()
+    write_card(
+        folder,
+        {
+            "name": recipe.name,
+            "sources": sources,
+            **counted,
+            "near_dedup": near,
+            **facts,
+            "seconds": clock.laps,
+        },
+    )
+    return {
+        "rows": counted["steps"],
+        "languages": account.languages(),
+        "sources": {name: {**source, "rows": account.kept(name)} for name, source in sources.items()},
+        **facts,
+        "step_seconds": clock.laps,
+    }
+
+
+class _Clock:
+    """How long each step took, and the rows or texts that it worked on."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, dict[str, float]] = {}
+        self._last = time.monotonic()
+
+    def lap(self, step: str, rows: int) -> None:
+        """Ends a step."""
+        now = time.monotonic()
+        self.laps[step] = {"seconds": round(now - self._last, 2), "rows": rows}
+        self._last = now
 
 
 def _evaluation_set(recipe: Recipe, name: str) -> RetrievalSet:
@@ -79,10 +127,6 @@ def _evaluation_set(recipe: Recipe, name: str) -> RetrievalSet:
     return from_pairs(
         pairs, name=name, instruction=setting.source.query_instruction, max_queries=setting.max_queries
     )
-
-
-def _queries_of(found: RetrievalSet) -> frozenset[bytes]:
-    return frozenset(text_key(normalize(text)) for text in found.query_texts)
 
 
 def _tokenizer(recipe: Recipe, folder: Folder) -> Tokenizer:

@@ -1,67 +1,106 @@
-"""Reading: the one pass over the text. Each part is read, cleaned, keyed, decontaminated and written."""
+"""Reading: the one pass over the text. Each part is read, cleaned, understood, screened, keyed and written."""
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.account import Counts, count_tags
+from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean
-from f2llm_ray.data.decontaminate import decontaminate
+from f2llm_ray.data.decontaminate import Screen, decontaminate
 from f2llm_ray.data.flow import Part, Tables, checked, map_parts, parts_of
+from f2llm_ray.data.identify import Identifier
 from f2llm_ray.data.keys import KEYS, add_keys
+from f2llm_ray.data.pairs import drop_near_positives
+from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.settings import Data
 from f2llm_ray.data.sources.base import SourceBase
 from f2llm_ray.progress import Progress
-from f2llm_ray.recipe import Data, Recipe
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
-WRITTEN = pa.schema([*ROW, *KEYS])
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+# What reading finds out about a row beside its texts.
+FOUND = pa.schema(
+    [
+        ("detected", pa.string()),  # language of the query; None when it was not asked for or is not known
+        ("confidence", pa.float32()),
+        ("given_negatives", pa.int32()),
+        ("dropped_negatives", pa.int32()),  # those that were near-equal to the passage
+    ]
+)
+WRITTEN = pa.schema([*ROW, *FOUND, *KEYS])
+# Two texts with this Jaccard say the same where near dedup accepts every candidate.
+NEAR_EQUAL = 0.7
 PAIR = ["query", "passage", "language"]
 
 
-def write_rows(
-    recipe: Recipe, parts: list[Part], queries_of_sets: dict[str, frozenset[bytes]], rows: Folder
-) -> Counts:
-    """Writes the rows of every part with all their tags, and counts them by source, language and tag.
+def write_rows(recipe: Recipe, parts: list[Part], screen: Screen | None, rows: Folder) -> Account:
+    """Writes the rows of every part with all their tags, and counts them.
 
     A part that an earlier try has written is not read again.
 
     Args:
         recipe: the run's recipe.
         parts: the parts of its sources.
-        queries_of_sets: keys of the queries of each evaluation set.
+        screen: the texts of the evaluation sets.
         rows: folder that gets one file per part.
     """
-    write = partial(_write_part, recipe=recipe, queries_of_sets=queries_of_sets, rows=rows)
-    counts = Counts()
+    import ray
+
+    write = partial(_write_part, recipe=recipe, screen=ray.put(screen), rows=rows)
+    account = Account()
     progress = Progress("prepare: read", len(parts), "parts")
     done = 0
     for batch in checked(map_parts(parts, write).iter_batches(batch_size=None, batch_format="pyarrow")):
         for row in batch.to_pylist():
-            counts.add(row)
-            done += row["last"]
-        progress.update(done, f"{counts.rows:,} rows")
-    return counts
+            for found in json.loads(row["account"]):
+                account.add_part(row["source"], found)
+            done += 1
+        progress.update(done, f"{account.rows:,} rows")
+    return account
 
 
-def _write_part(
-    part: Part, *, recipe: Recipe, queries_of_sets: dict[str, frozenset[bytes]], rows: Folder
-) -> Tables:
+def _write_part(part: Part, *, recipe: Recipe, screen: ObjectRef[Screen | None], rows: Folder) -> Tables:
+    import ray
+
     source = recipe.sources[part.source]
     if not rows.exists(part.file):
+        index = ray.get(screen)
         tables = (
-            decontaminate(add_keys(table, source.query_instruction), queries_of_sets).cast(WRITTEN)
+            add_keys(decontaminate(_found(table, recipe.data), index), source.query_instruction)
+            .select(WRITTEN.names)
+            .cast(WRITTEN)
             for table in _cleaned(part, source, recipe.data)
         )
         rows.write_table(part.file, tables, WRITTEN)
-    counts = count_tags(rows.read_table(part.file, ["source", "language", "drop"]))
-    if not len(counts):  # the part still has to be counted as done
-        nothing = {"source": [part.source], "language": [None], "drop": [None], "rows": [0]}
-        counts = pa.table(nothing, counts.schema)
-    yield counts.append_column("last", pa.array([0] * (len(counts) - 1) + [1]))
+    columns = ["language", "query", "passage", "drop", *FOUND.names]
+    account = [part_account(table) for table in rows.read_batches(part.file, columns)]
+    yield pa.table({"source": [part.source], "account": [json.dumps(account)]})
+
+
+def _found(rows: pa.Table, settings: Data) -> pa.Table:
+    """Adds the columns of `FOUND`."""
+    given = lengths_of(rows["negatives"].combine_chunks())
+    rows = rows.append_column("given_negatives", pa.array(given, pa.int32()))
+    if settings.near_dedup is not None:
+        threshold = settings.near_dedup.min_jaccard or NEAR_EQUAL
+        rows = drop_near_positives(rows, size=settings.near_dedup.shingle, min_jaccard=threshold)
+    else:
+        rows = rows.append_column("dropped_negatives", pa.array(np.zeros(len(rows)), pa.int32()))
+    if settings.language_id is not None:
+        return Identifier(settings.language_id).tag(rows)
+    for name in ("detected", "confidence"):
+        rows = rows.append_column(FOUND.field(name), pa.nulls(len(rows), FOUND.field(name).type))
+    return rows
 
 
 def read_pairs(name: str, source: SourceBase, settings: Data) -> pa.Table:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from f2llm_ray.data import tokens
 from f2llm_ray.data.flow import Part, map_groups
 from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.ragged import lengths_of, numbered
 from f2llm_ray.data.schema import KEY, key_numbers, query_text
 from f2llm_ray.progress import Progress
 from f2llm_ray.recipe import Recipe
@@ -82,9 +83,8 @@ def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
     rows = table.read_table(f"{source}.parquet").combine_chunks()
     piece, position = (rows[name].to_numpy() for name in ("piece", "position"))
     lists = rows["negative_keys"].combine_chunks()
-    lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
-    owner = np.repeat(np.arange(len(rows)), lengths)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    lengths = lengths_of(lists)
+    owner, number = np.repeat(np.arange(len(rows)), lengths), numbered(lengths)
     key = pa.concat_arrays(
         [*(rows[name].combine_chunks() for name in columns.values()), pc.list_flatten(lists).cast(KEY)]
     )

@@ -1,7 +1,10 @@
-"""The table of ids: distinct rows of each source, in key order, with negatives and split."""
+"""The table of ids: distinct rows of each source, in key order, with groups, negatives and split."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,61 +12,123 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.account import count_tags
+from f2llm_ray.data.account import Account, count_by
 from f2llm_ray.data.dedup import dedup
 from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts
+from f2llm_ray.data.groups import Groups
 from f2llm_ray.data.keys import KEYS, shard_of
 from f2llm_ray.data.negatives import label_negatives
-from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.pairs import drop_positives
+from f2llm_ray.data.schema import KEY, key_numbers
 from f2llm_ray.data.split import is_validation
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
+READ_COLUMNS = ["source", "language", "passage_language", *KEYS.names]
+GROUPS = pa.schema([("query_group", KEY), ("passage_group", KEY)])
 PLACE_COLUMNS = ["piece", "position"]
-ID_COLUMNS = ["source", "language", "passage_language", *KEYS.names, *PLACE_COLUMNS]
+ID_COLUMNS = [*READ_COLUMNS, *GROUPS.names, *PLACE_COLUMNS]
+REMOVED_COLUMNS = ["language", "drop", *PLACE_COLUMNS, "kept_piece", "kept_position"]
 
 
-def write_table(recipe: Recipe, parts: list[Part], rows: Folder, table: Folder) -> list[dict[str, Any]]:
-    """Dedups ids by key range, then writes `<source>.parquet` for every source.
+def write_table(recipe: Recipe, parts: list[Part], prepared: Folder, account: Account) -> None:
+    """Dedups ids by query group, then writes `table/<source>.parquet`, and `removed/` for the rest.
 
     Args:
         recipe: the run's recipe.
         parts: the parts of its sources.
-        rows: folder with the rows of each part.
-        table: folder that gets one file per source.
-
-    Returns:
-        Counts of the rows that were taken out, by source, language and drop.
+        prepared: folder with `rows/`, and `near/` where near-duplicates were looked for.
+        account: gets the rows and negatives that were taken out.
     """
-    ids = map_parts(parts, partial(_read_ids, rows=rows, shards=recipe.data.shards))
-    unique = map_groups(ids, "shard", dedup)
-    lost = map_groups(unique, "source", partial(_write_source, recipe=recipe, table=table))
-    return list(lost.take_all())
+    near = prepared / "near" / "groups" if recipe.data.near_dedup is not None else None
+    shards = recipe.data.shards
+    ids = map_parts(parts, partial(_read_ids, recipe=recipe, rows=prepared / "rows", near=near, shards=shards))
+    unique = map_groups(ids, "shard", partial(_settle, near=near, shards=shards))
+    written = map_groups(unique, "source", partial(_write_source, recipe=recipe, prepared=prepared))
+    for row in written.iter_rows():
+        for language, drop, n in json.loads(row["lost"]):
+            account.drop(row["source"], language, drop, n)
+        account.add_negatives(row["source"], **{"a positive of the query": row["dropped_negatives"]})
 
 
-def _read_ids(part: Part, *, rows: Folder, shards: int) -> Tables:
-    ids = rows.read_table(part.file, [*ID_COLUMNS[: -len(PLACE_COLUMNS)], "drop"])
+@contextmanager
+def _opened(near: Folder | None, shards: int) -> Iterator[Groups]:
+    """The groups that near dedup found; every text is its own where it did not run."""
+    if near is None:
+        yield Groups(None, shards)
+    else:
+        with near.as_local() as folder:
+            yield Groups(folder, shards)
+
+
+def _read_ids(part: Part, *, recipe: Recipe, rows: Folder, near: Folder | None, shards: int) -> Tables:
+    ids = rows.read_table(part.file, [*READ_COLUMNS, "drop"])
     constants = {"piece": part.number, "source_rank": part.source_rank}
     for name, value in constants.items():
         ids = ids.append_column(name, pa.array(np.full(len(ids), value), pa.int64()))
     ids = ids.append_column("position", pa.array(np.arange(len(ids)), pa.int64()))
-    ids = ids.filter(pc.is_null(ids["drop"]))
-    yield ids.append_column("shard", pa.array(shard_of(key_numbers(ids["row_key"]), shards)))
+    ids = ids.filter(pc.is_null(ids["drop"])).drop_columns(["drop"])
+    labels = recipe.sources[part.source].task == "classification"
+    with _opened(near, shards) as groups:
+        # Two labels that read alike are still two.
+        passage = ids["passage_key"] if labels else groups.of_array(ids["passage_key"])
+        ids = ids.append_column("query_group", groups.of_array(ids["query_key"]))
+        ids = ids.append_column("passage_group", passage)
+    yield ids.append_column("shard", pa.array(shard_of(key_numbers(ids["query_group"]), shards)))
 
 
-def _write_source(ids: pa.Table, *, recipe: Recipe, table: Folder) -> pa.Table:
+def _settle(ids: pa.Table, *, near: Folder | None, shards: int) -> pa.Table:
+    """Dedup and negatives of a shard, which has all rows of its query groups."""
+    with _opened(near, shards) as groups:
+        return drop_positives(dedup(ids), groups)
+
+
+def _write_source(ids: pa.Table, *, recipe: Recipe, prepared: Folder) -> pa.Table:
     name = ids["source"][0].as_py()
     source = recipe.sources[name]
-    kept = ids.filter(pc.is_null(ids["drop"])).select(ID_COLUMNS).sort_by("row_key")
-    lost = ids.filter(pc.is_valid(ids["drop"])).select(["source", "language", "drop"])
+    ids = ids.sort_by([(column, "ascending") for column in ("row_key", *PLACE_COLUMNS)])
+    left = pc.is_null(ids["drop"])
     if source.cap is not None:  # keys are hashes: the first rows are a random draw
-        over = kept.slice(source.cap).select(["source", "language"])
-        tag = pa.array(["cap: over the source's cap"] * len(over), pa.string())
-        lost = pa.concat_tables([lost, over.append_column("drop", tag)])
-        kept = kept.slice(0, source.cap)
+        over = pc.and_(left, pc.greater(pc.cumulative_sum(pc.cast(left, pa.int64())), source.cap))
+        index = ids.schema.get_field_index("drop")
+        ids = ids.set_column(index, "drop", pc.if_else(over, "cap: over the source's cap", ids["drop"]))
+        left = pc.is_null(ids["drop"])
+    removed = ids.filter(pc.invert(left)).select(REMOVED_COLUMNS)
+    (prepared / "removed").write_table(f"{name}.parquet", [removed], removed.schema)
+    kept = ids.filter(left)
+    dropped = int(pc.sum(kept["dropped_negatives"]).as_py() or 0)
+    kept = kept.select(ID_COLUMNS)
     if source.task == "classification":
         kept = label_negatives(kept, source=name, seed=recipe.seed)
     split = is_validation(kept["row_key"].combine_chunks(), recipe.data.validation)
     kept = kept.append_column("validation", split)
-    table.write_table(f"{name}.parquet", [kept], kept.schema)
-    return count_tags(lost)
+    (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)
+    lost = json.dumps(count_by(removed, "language", "drop"))
+    return pa.table({"source": [name], "lost": [lost], "dropped_negatives": [dropped]})
+
+
+def samples(prepared: Folder, parts: list[Part], source: str, tag: str, most: int) -> list[dict[str, Any]]:
+    """Rows of a source that a tag took out, each with the row that stayed for it, for a person to look at."""
+    if not (prepared / "removed").exists(f"{source}.parquet"):
+        return []
+    removed = (prepared / "removed").read_table(f"{source}.parquet")
+    removed = removed.filter(pc.equal(removed["drop"], tag)).slice(0, most)
+    files = {part.number: part.file for part in parts}
+    texts = partial(_texts_at, prepared / "rows", files)
+    return [
+        {
+            "source": source,
+            "language": row["language"],
+            "kept": texts(row["kept_piece"], row["kept_position"]),
+            "dropped": texts(row["piece"], row["position"]),
+        }
+        for row in removed.to_pylist()
+    ]
+
+
+def _texts_at(rows: Folder, files: dict[int, str], piece: int, position: int) -> dict[str, str]:
+    for table in rows.read_batches(files[piece], ["query", "passage"]):
+        if position < len(table):
+            return dict(table.slice(position, 1).to_pylist()[0])
+        position -= len(table)
+    raise AssertionError("a place in the table is a row of its file")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.keys import Keys, find_keys, shard_of
 from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.errors import RunError
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 META = "store.json"
 PLACE = np.dtype([("piece", "<u4"), ("length", "<u4"), ("offset", "<u8")])
 """Where a text's tokens lie: which .bin, how many, and how many tokens come before them."""
-
-Keys = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def cut(tokens: Tokens, max_tokens: int) -> Tokens:
@@ -110,20 +108,12 @@ class TokenStore:
                 np.load(self.folder / f"{stem}.keys.npy", mmap_mode="r"),
                 np.load(self.folder / f"{stem}.places.npy", mmap_mode="r"),
             )
-        (high, low), places = self._index[shard]
-        rows = np.searchsorted(high, keys[:, 0])
-        # Two keys with the same first half are not expected below 2^32 texts, but cost one comparison.
-        while True:
-            inside = rows < len(high)
-            missing = ~inside
-            missing[inside] = high[rows[inside]] != keys[inside, 0]
-            if missing.any():
-                key = keys[np.flatnonzero(missing)[0]]
-                raise RunError(f"{self.folder}: no text with key {int(key[0]):016x}{int(key[1]):016x}")
-            other = low[rows] != keys[:, 1]
-            if not other.any():
-                return places[rows]
-            rows = rows + other
+        ordered, places = self._index[shard]
+        rows = find_keys(ordered, keys)
+        if (rows < 0).any():
+            key = keys[np.flatnonzero(rows < 0)[0]]
+            raise RunError(f"{self.folder}: no text with key {int(key[0]):016x}{int(key[1]):016x}")
+        return places[rows]
 
     def _piece(self, piece: int) -> Tokens:
         if piece not in self._pieces:

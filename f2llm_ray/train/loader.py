@@ -91,11 +91,12 @@ def _write_epoch(
     source, epoch, validation = work["source"], work["epoch"], work["validation"]
     settings = recipe.sources[source]
     query = "instructed_key" if stage.instructions else "query_key"
-    rows = (prepared / "table").read_table(
-        f"{source}.parquet", [query, "passage_key", "negative_keys", "validation"]
+    names = {query: "query", "passage_key": "passage", "negative_keys": "negatives"}
+    columns = [*names, "query_group", "passage_group", "validation"]
+    rows = (prepared / "table").read_table(f"{source}.parquet", columns)
+    rows = rows.filter(pc.equal(rows["validation"], validation)).rename_columns(
+        [names.get(column, column) for column in columns]
     )
-    rows = rows.filter(pc.equal(rows["validation"], validation)).drop_columns(["validation"])
-    rows = rows.rename_columns(["query", "passage", "negatives"])
     with (out / _split(validation) / f"epoch-{epoch:03d}").writing() as folder:
         batches = write_source(
             folder / f"{source}.arrow",

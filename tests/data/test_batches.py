@@ -83,6 +83,8 @@ def table_of(rows: int) -> pa.Table:
         {
             "query": pa.array(keys[:rows], pa.binary(16)),
             "passage": pa.array(keys[rows:], pa.binary(16)),
+            "query_group": pa.array(keys[:rows], pa.binary(16)),
+            "passage_group": pa.array(keys[rows:], pa.binary(16)),
             "negatives": pa.array(negatives, pa.list_(pa.binary(16))),
         }
     )

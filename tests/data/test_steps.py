@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.data.account import Counts, count_tags
+from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean, normalize
-from f2llm_ray.data.decontaminate import decontaminate
-from f2llm_ray.data.dedup import dedup
 from f2llm_ray.data.keys import add_keys, shard_of
 from f2llm_ray.data.negatives import label_negatives
 from f2llm_ray.data.schema import key_numbers, query_text, seeded_key, text_key
 from f2llm_ray.data.sources.base import rows_table
 from f2llm_ray.data.split import is_validation
-from f2llm_ray.recipe import Data
+from f2llm_ray.data.settings import Data
 
 
 @given(st.text())
@@ -81,41 +77,13 @@ def test_shards_are_key_ranges_in_order(shards: int, keys: list[bytes]) -> None:
     assert found.max() < shards
 
 
-def ids(entries: list[tuple[str, int, str, int, int]]) -> pa.Table:
-    columns = list(zip(*entries, strict=True))
-    names = ("row_key", "source_rank", "language", "piece", "position")
-    keys = [text_key(text) for text in columns[0]]
-    table = pa.table({"row_key": pa.array(keys, pa.binary(16)), **dict(zip(names[1:], columns[1:], strict=True))})
-    return table.append_column("drop", pa.nulls(len(keys), pa.string()))
-
-
-def test_dedup_keeps_one_row_whatever_the_order() -> None:
-    entries = [
-        (text, rank, language, n, n)
-        for n, (text, rank, language) in enumerate(
-            [("a", 1, "deu"), ("a", 0, "fra"), ("b", 1, "deu"), ("a", 0, "deu"), ("c", 0, "eng"), ("a", 0, "deu")]
-        )
-    ]
-    results = []
-    for seed in range(5):
-        shuffled = random.Random(seed).sample(entries, len(entries))
-        found = dedup(ids(shuffled))
-        results.append(sorted((r["piece"], r["drop"]) for r in found.to_pylist() if r["drop"] is None))
-    assert results == [[(2, None), (3, None), (4, None)]] * 5
-
-
-def test_decontamination_tags_rows_that_hold_a_test_query() -> None:
-    table = rows_table([row("test q", "b"), row("a", "test q"), row("a", "b")], source="s", task="retrieval")
-    found = decontaminate(add_keys(table, ""), {"set1": frozenset({text_key("test q")})})
-    assert found["drop"].to_pylist() == ["decontaminate: set1", "decontaminate: set1", None]
-
-
 def test_label_negatives_are_other_labels_of_the_language() -> None:
     labels = ["x", "y", "z", "x", "ä", "ö"]
     languages = ["eng", "eng", "eng", "eng", "deu", "deu"]
     keys = [text_key(label) for label in labels]
     table = pa.table(
         {
+            "query_group": pa.array([text_key(name) for name in ("1", "2", "3", "4", "5", "6")], pa.binary(16)),
             "passage_key": pa.array(keys, pa.binary(16)),
             "passage_language": languages,
             "negative_keys": pa.array([[]] * 5 + [[keys[0]]], pa.list_(pa.binary(16))),
@@ -130,6 +98,21 @@ def test_label_negatives_are_other_labels_of_the_language() -> None:
     assert label_negatives(table, source="s", seed=1).equals(label_negatives(table, source="s", seed=1))
 
 
+def test_a_text_with_two_labels_gets_neither_as_its_negative() -> None:
+    keys = [text_key(label) for label in ("x", "y", "z")]
+    table = pa.table(
+        {
+            "query_group": pa.array([text_key(name) for name in ("both", "both", "one")], pa.binary(16)),
+            "passage_key": pa.array(keys, pa.binary(16)),
+            "passage_language": ["eng"] * 3,
+            "negative_keys": pa.array([[]] * 3, pa.list_(pa.binary(16))),
+        }
+    )
+    found = label_negatives(table, source="s", seed=1)["negative_keys"].to_pylist()
+    assert found[:2] == [[keys[2]]] * 2
+    assert set(found[2]) == set(keys[:2])
+
+
 def test_validation_split_is_by_key_and_of_the_right_size() -> None:
     keys = pa.array([text_key(str(n)) for n in range(20_000)], pa.binary(16))
     held = np.array(is_validation(keys, 0.1).to_pylist())
@@ -139,17 +122,40 @@ def test_validation_split_is_by_key_and_of_the_right_size() -> None:
     assert is_validation(keys[5:9], 0.1).to_pylist() == held[5:9].tolist()
 
 
-def test_the_account_balances() -> None:
-    counts = Counts()
-    table = pa.table(
-        {"source": ["s"] * 4, "language": ["deu", "deu", None, "fra"], "drop": [None, None, None, "clean: x"]}
+def written(drops: list[str | None], languages: list[str | None]) -> pa.Table:
+    count = len(drops)
+    return pa.table(
+        {
+            "language": pa.array(languages, pa.string()),
+            "detected": pa.array(["fra"] * count, pa.string()),
+            "drop": pa.array(drops, pa.string()),
+            "query": ["ab"] * count,
+            "passage": ["abcd"] * count,
+            "given_negatives": pa.array([2] * count, pa.int32()),
+            "dropped_negatives": pa.array([1] * count, pa.int32()),
+        }
     )
-    for entry in count_tags(table).to_pylist():
-        counts.add(entry)
-    counts.drop({"source": "s", "language": "deu", "drop": "dedup: same row", "rows": 1})
-    steps = {step["step"]: step for step in counts.steps()}
-    assert steps["read"]["in"] == counts.rows == 4
+
+
+def test_the_account_balances() -> None:
+    account = Account()
+    account.add_part("s", part_account(written([None, None, None, "clean: x"], ["deu", "deu", None, "fra"])))
+    account.drop("s", "deu", "dedup: same row", 1)
+    account.add_negatives("s", **{"a positive of the query": 2})
+    steps = {step["step"]: step for step in account.steps()}
+    assert steps["read"]["in"] == account.rows == 4
     assert steps["clean"] == {"step": "clean", "in": 4, "out": 3, "dropped": {"x": 1}}
     assert steps["dedup"]["dropped"] == {"same row": 1}
-    assert steps["cap"]["out"] == counts.kept("s") == 2
-    assert counts.languages() == {"deu": 1, "und": 1}
+    assert steps["cap"]["out"] == account.kept("s") == account.left == 2
+    assert account.languages() == {"deu": 1, "und": 1}
+    card = account.card()
+    assert sum(row["rows"] for row in card["rows"]) == 4
+    assert card["lengths"]["s"]["query"][:3] == [0, 3, 0]
+    assert card["lengths"]["s"]["passage"][:3] == [0, 0, 3]
+    assert card["negatives"] == {
+        "s": {"given": 6, "dropped": {"near-equal to the positive": 3, "a positive of the query": 2}}
+    }
+    assert {(row["claimed"], row["detected"]): row["rows"] for row in card["language_check"]} == {
+        (None, "fra"): 1,
+        ("deu", "fra"): 2,
+    }

@@ -1,0 +1,76 @@
+"""Positives and negatives of the same query: no text is both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.data.groups import Groups
+from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
+from f2llm_ray.data.sets import jaccards
+from f2llm_ray.data.shingles import Hashes, shingle
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def drop_near_positives(rows: pa.Table, *, size: int, min_jaccard: float) -> pa.Table:
+    """Leaves out negatives that say nearly what their row's passage says.
+
+    Args:
+        rows: columns passage and negatives, and any others.
+        size: tokens of a shingle.
+        min_jaccard: from this Jaccard of their shingles on, two texts say the same.
+
+    Returns:
+        The rows with the column `dropped_negatives`, how many each lost.
+    """
+    rows = rows.combine_chunks()
+    negatives = rows["negatives"].combine_chunks()
+    owner = np.repeat(np.arange(len(rows)), lengths_of(negatives))
+    near = np.zeros(len(owner), bool)
+    if len(owner):
+        passages = shingle(rows["passage"].to_pylist(), size).distinct()
+        others = shingle(negatives.flatten().to_pylist(), size).distinct()
+        near = jaccards(_taken(passages, owner), others) >= min_jaccard
+    return _without(rows, "negatives", near, owner)
+
+
+def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
+    """Leaves out negatives that are, or nearly are, a passage of any row with the same query.
+
+    Args:
+        ids: columns query_group, passage_group and negative_keys, and any others; all rows of a query group,
+            duplicates included.
+        groups: the near-duplicate groups.
+
+    Returns:
+        The rows with the column `dropped_negatives`, how many each lost.
+    """
+    ids = ids.combine_chunks()
+    negatives = ids["negative_keys"].combine_chunks()
+    owner = np.repeat(np.arange(len(ids)), lengths_of(negatives))
+    query = _codes(ids["query_group"].combine_chunks())
+    near = groups.of_array(negatives.flatten())
+    passage = _codes(pa.concat_arrays([ids["passage_group"].combine_chunks(), near]))
+    pairs = np.concatenate([query, query[owner]]) * (len(passage) + 1) + passage
+    return _without(ids, "negative_keys", np.isin(pairs[len(ids) :], pairs[: len(ids)]), owner)
+
+
+def _without(rows: pa.Table, column: str, dropped: Mask, owner: Ints) -> pa.Table:
+    index = rows.schema.get_field_index(column)
+    kept = filter_lists(rows[column].combine_chunks(), ~dropped)
+    counts = np.bincount(owner[dropped], minlength=len(rows))
+    rows = rows.set_column(index, rows.schema.field(index), kept.cast(rows.schema.field(index).type))
+    return rows.append_column("dropped_negatives", pa.array(counts, pa.int32()))
+
+
+def _codes(keys: pa.Array) -> Ints:
+    return np.asarray(keys.dictionary_encode().indices.to_numpy(), np.int64)
+
+
+def _taken(sets: tuple[Hashes, Ints], rows: Ints) -> tuple[Hashes, Ints]:
+    hashes, lengths = sets
+    starts = np.cumsum(lengths) - lengths
+    return hashes[ranges(starts[rows], lengths[rows])], lengths[rows]
