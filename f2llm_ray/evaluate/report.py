@@ -5,25 +5,19 @@ The report's dict may lack any part: a run that has not measured something says 
 
 from __future__ import annotations
 
-import html
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from f2llm_ray import words
+from f2llm_ray.page import render_page
+from f2llm_ray.plots import bar_plot, line_plot
 from f2llm_ray.run import Folder
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Report = Mapping[str, Any]
 Model = Mapping[str, Any]
 Cells = list[list[str]]
-Points = list[tuple[float, float]]
 
 METRICS = ("ndcg@10", "acc@1", "recall@10")
-NOT_MEASURED = "not measured"
 TERMINAL_COLUMNS = 120
 LANGUAGES_PLOTTED = 40
 LANGUAGES_OPEN = 20
@@ -38,19 +32,11 @@ def write_report(root: Folder, report: dict[str, Any]) -> None:
 
 def render(report: Report) -> str:
     """The HTML page; all text in it is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("f2llm_ray", "evaluate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     models = _models(report)
     teacher = _teacher(models)
     against = [] if teacher is None else [f"of {teacher.get('name')}"]
-    return environment.get_template("report.html").render(
+    return render_page(
+        "evaluate/report.html",
         name=report.get("name") or "run",
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
@@ -83,22 +69,22 @@ def headline(report: Report) -> list[str]:
     rows, languages = report.get("rows") or [], report.get("languages") or {}
     if rows:
         read, kept = rows[0].get("in"), rows[-1].get("out")
-        where = f" in {_plural(len(languages), 'language')}" if languages else ""
-        sentences.append(f"{_count(kept)} training rows{where}, of {_count(read)} read.")
+        where = f" in {words.plural(len(languages), 'language')}" if languages else ""
+        sentences.append(f"{words.count(kept)} training rows{where}, of {words.count(read)} read.")
     trained = teacher or (models[-1] if models else None)
     if trained is not None:
         results = [
-            f"{_score(_at_full(trained, name))} on {name}" + _before(models[0], trained, name)
+            f"{words.score(_at_full(trained, name))} on {name}" + _before(models[0], trained, name)
             for name in _sets([trained])
         ]
         if results:
-            sentences.append(f"The {trained.get('name')} model reaches ndcg@10 {_listed(results)}.")
+            sentences.append(f"The {trained.get('name')} model reaches ndcg@10 {words.listed(results)}.")
     if teacher is not None and models[-1] is not teacher:
         sentences += _kept(models[-1], teacher)
     seconds = report.get("seconds") or {}
     if seconds:
         device = f" on {report['device']}" if report.get("device") else ""
-        sentences.append(f"The run took {_duration(sum(seconds.values()))}{device}.")
+        sentences.append(f"The run took {words.duration(sum(seconds.values()))}{device}.")
     return sentences
 
 
@@ -109,10 +95,10 @@ def terminal_table(report: Report) -> str:
     """
     models = _models(report)
     if not models:
-        return f"models: {NOT_MEASURED}"
-    sizes = [["params", *(_size(model.get("parameters")) for model in models)]]
-    sizes.append(["non-emb", *(_size(model.get("non_embedding_parameters")) for model in models)])
-    names = [["model", *(_clip(str(model.get("name")), 16) for model in models)]]
+        return f"models: {words.NOT_MEASURED}"
+    sizes = [["params", *(words.size(model.get("parameters")) for model in models)]]
+    sizes.append(["non-emb", *(words.size(model.get("non_embedding_parameters")) for model in models)])
+    names = [["model", *(words.clip(str(model.get("name")), 16) for model in models)]]
     left = _beside([_aligned(names, left=True), _aligned(sizes)], gap=2)
     width = len(left[0])
     lines: list[str] = []
@@ -123,7 +109,7 @@ def terminal_table(report: Report) -> str:
             lines += [titles.rstrip(), *block, ""]
             block, titles = left, " " * width
         block = _beside([block, part], gap=3)
-        titles += "   " + _clip(name, len(part[0])).ljust(len(part[0]))
+        titles += "   " + words.clip(name, len(part[0])).ljust(len(part[0]))
     title = [titles.rstrip()] if titles.strip() else []
     return "\n".join(line.rstrip() for line in [*lines, *title, *block])
 
@@ -164,17 +150,17 @@ def _at_full(model: Model, name: str, metric: str = "ndcg@10") -> float | None:
 def _before(first: Model, trained: Model, name: str) -> str:
     before = _at_full(first, name)
     known = first is not trained and first.get("name") == "untrained" and before is not None
-    return f" ({_score(before)} untrained)" if known else ""
+    return f" ({words.score(before)} untrained)" if known else ""
 
 
 def _kept(last: Model, teacher: Model) -> list[str]:
     kept = [
-        f"{_share(_at_full(last, name), _at_full(teacher, name))}{'' if index else ' of that'} on {name}"
+        f"{words.share(_at_full(last, name), _at_full(teacher, name))}{'' if index else ' of that'} on {name}"
         for index, name in enumerate(_sets([last]))
     ]
-    size = _share(last.get("non_embedding_parameters"), teacher.get("non_embedding_parameters"))
+    size = words.share(last.get("non_embedding_parameters"), teacher.get("non_embedding_parameters"))
     subject = f"The {last.get('name')} model, with {size} of the parameters outside the embeddings,"
-    return [f"{subject} keeps {_listed(kept)}."] if kept else []
+    return [f"{subject} keeps {words.listed(kept)}."] if kept else []
 
 
 def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells:
@@ -183,10 +169,10 @@ def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells
     rows = []
     for model in models:
         dim = next(iter(_by_dim(model, name)), None)
-        row = [str(model.get("name")), _count(dim)]
-        row += [_score(_at_full(model, name, metric)) for metric in METRICS]
+        row = [str(model.get("name")), words.count(dim)]
+        row += [words.score(_at_full(model, name, metric)) for metric in METRICS]
         if teacher is not None:
-            share = _share(_at_full(model, name), _at_full(teacher, name))
+            share = words.share(_at_full(model, name), _at_full(teacher, name))
             row.append(share if model in shrunk else "")
         rows.append(row)
     return rows
@@ -206,8 +192,8 @@ def _matryoshka(models: Sequence[Model], name: str) -> str | None:
 
 
 def _sizes(model: Model) -> list[str]:
-    numbers = [_count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
-    return [str(model.get("name")), *numbers, _bytes(model.get("bytes")), str(model.get("folder") or "")]
+    numbers = [words.count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
+    return [str(model.get("name")), *numbers, words.byte_size(model.get("bytes")), str(model.get("folder") or "")]
 
 
 def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
@@ -217,9 +203,13 @@ def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
     rows = []
     for language in sorted(found, key=lambda language: (found[language].get("ndcg@10") or 0.0, language)):
         scores = found[language]
-        row = [language, _count(scores.get("queries")), *(_score(scores.get(metric)) for metric in METRICS)]
+        row = [
+            language,
+            words.count(scores.get("queries")),
+            *(words.score(scores.get(metric)) for metric in METRICS),
+        ]
         if teacher is not None:
-            row.append(_share(scores.get("ndcg@10"), (reference.get(language) or {}).get("ndcg@10")))
+            row.append(words.share(scores.get("ndcg@10"), (reference.get(language) or {}).get("ndcg@10")))
         rows.append(row)
     return rows
 
@@ -230,16 +220,19 @@ def _language_scores(model: Model, name: str) -> Mapping[str, Mapping[str, Any]]
 
 
 def _step(row: Mapping[str, Any]) -> list[str]:
-    dropped = row.get("dropped") or {}
-    reasons = sorted(((reason, n) for reason, n in dropped.items() if n), key=lambda item: -item[1])
-    words = " · ".join(f"{reason} {_count(number)}" for reason, number in reasons)
-    return [str(row.get("step")), _count(row.get("in")), _count(row.get("out")), words]
+    dropped = words.tallied(row.get("dropped") or {})
+    return [str(row.get("step")), words.count(row.get("in")), words.count(row.get("out")), dropped]
 
 
 def _sources(report: Report) -> Cells:
     sources = report.get("sources") or {}
     return [
-        [name, str(facts.get("task") or ""), _count(facts.get("rows")), str(facts.get("licence") or "not stated")]
+        [
+            name,
+            str(facts.get("task") or ""),
+            words.count(facts.get("rows")),
+            str(facts.get("licence") or "not stated"),
+        ]
         for name, facts in sources.items()
     ]
 
@@ -253,10 +246,10 @@ def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
     speed = facts.get("tokens_per_second")
     return [
         stage,
-        _count(facts.get("steps")),
-        _count(facts.get("tokens")),
-        _count(None if speed is None else round(speed)),
-        _score(facts.get("final_loss")),
+        words.count(facts.get("steps")),
+        words.count(facts.get("tokens")),
+        words.count(None if speed is None else round(speed)),
+        words.score(facts.get("final_loss")),
     ]
 
 
@@ -276,7 +269,7 @@ def _seconds(report: Report) -> list[tuple[str, str, str]]:
     """Stage, duration, and share of the longest one for a bar."""
     seconds = report.get("seconds") or {}
     longest = max(seconds.values(), default=0) or 1
-    return [(stage, _duration(took), f"{100 * took / longest:.1f}%") for stage, took in seconds.items()]
+    return [(stage, words.duration(took), f"{100 * took / longest:.1f}%") for stage, took in seconds.items()]
 
 
 def _terminal_columns(models: Sequence[Model], name: str) -> Cells:
@@ -305,150 +298,3 @@ def _aligned(columns: Cells, *, left: bool = False) -> list[str]:
 
 def _beside(blocks: Sequence[Sequence[str]], gap: int) -> list[str]:
     return [(" " * gap).join(parts) for parts in zip(*blocks, strict=True)]
-
-
-# Plots
-
-
-PLOT_COLOUR = "#0f0f0"
-"""With a digit after it, a colour that no text holds by chance: it becomes the page's CSS variable of that
-number, so that one SVG is readable in light and in dark. 0 is ink, 1 the grid, 2 to 6 the lines."""
-LINES = 5
-POINTS_PER_LINE = 300
-
-
-def line_plot(
-    name: str, lines: Mapping[str, Points], *, x: str, y: str, markers: bool, ticks: Sequence[float] = ()
-) -> str:
-    """One line per key as SVG; with ticks, x is logarithmic and marked there. Empty lines are left out.
-
-    The name is the plot's own on its page.
-    """
-    figure, axes = _figure(4.8, 2.9)
-    drawn = {name: _thin(sorted(points)) for name, points in lines.items() if points}
-    for index, (key, points) in enumerate(drawn.items()):
-        # A leading underscore would hide a line from the legend.
-        label, colour = key.lstrip("_") or key, f"{PLOT_COLOUR}{2 + index % LINES}"
-        alone = markers or len(points) == 1
-        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if alone else "", ms=4)
-    if ticks:
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color=f"{PLOT_COLOUR}1", linewidth=0.6)
-    figure.legend(loc="outside upper left", ncols=3, frameon=False)
-    return _svg(figure, name)
-
-
-def bar_plot(name: str, bars: Sequence[tuple[str, int]]) -> str:
-    """One bar per key with its number at the end, as SVG, in the given order. The name is the plot's own."""
-    figure, axes = _figure(4.8, 0.2 + 0.2 * len(bars))
-    keys, numbers = zip(*bars, strict=True)
-    places = range(len(bars))
-    axes.barh(places, numbers, color=f"{PLOT_COLOUR}2", height=0.72)
-    axes.set_yticks(places, keys)
-    axes.set_ylim(len(bars) - 0.4, -0.6)
-    axes.set_xlim(0, max(*numbers, 1) * 1.18)
-    axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    for place, number in zip(places, numbers, strict=True):
-        axes.annotate(f"{number:,}", (number, place), (4, 0), textcoords="offset points", va="center", size=9)
-    return _svg(figure, name)
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure as NewFigure
-
-    with rc_context({"axes.edgecolor": f"{PLOT_COLOUR}1"}):
-        figure = NewFigure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(color=f"{PLOT_COLOUR}1")
-    return figure, axes
-
-
-def _svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element that takes colours and font from the page it stands in.
-
-    Text stays text, and is not read as mathematics. Ids are hashes that the name keeps apart from those of the
-    page's other plots; the ids of groups, which every figure has alike, are left out.
-    """
-    from matplotlib import rc_context
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)
-        text.set_color(f"{PLOT_COLOUR}0")
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue().partition("<svg")[2]
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(PLOT_COLOUR + r"(\d)", r"var(--plot-\1)", svg)
-    return f'<svg role="img" aria-label="{html.escape(name)}"{svg}'
-
-
-def _thin(points: Points) -> Points:
-    """At most `POINTS_PER_LINE` points, each the mean of its neighbours where there were more."""
-    size = -(-len(points) // POINTS_PER_LINE) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
-
-
-# Words and numbers
-
-
-def _count(number: int | None) -> str:
-    return NOT_MEASURED if number is None else f"{number:,}"
-
-
-def _score(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.3f}"
-
-
-def _share(part: float | None, whole: float | None) -> str:
-    return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"
-
-
-def _size(number: float | None) -> str:
-    """A number of parameters in four digits or so."""
-    if number is None:
-        return "-"
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return str(number)
-
-
-def _bytes(number: float | None) -> str:
-    if number is None:
-        return NOT_MEASURED
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return f"{number / 1e3:.1f} kB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours:,} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
-
-
-def _plural(number: int, word: str) -> str:
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

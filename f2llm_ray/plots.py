@@ -1,0 +1,152 @@
+"""Plots as SVG elements that take colours and font from the page they stand in."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = list[tuple[float, float]]
+
+COLOUR = "#0f0f0"
+"""With a digit after it, a colour that no text holds by chance: it becomes the page's CSS variable of that
+number, so that one SVG is readable in light and in dark. 0 is ink, 1 the grid, 2 to 6 the lines."""
+LINES = 5
+POINTS_PER_LINE = 300
+
+
+def line_plot(
+    name: str,
+    lines: Mapping[str, Points],
+    *,
+    x: str,
+    y: str,
+    markers: bool,
+    ticks: Sequence[float] = (),
+    mark: float | None = None,
+) -> str:
+    """One line per key; with ticks, x is logarithmic and marked there. Empty lines are left out.
+
+    Args:
+        name: the plot's own on its page.
+        lines: points (x, y) by the line's name.
+        x: name of the axis.
+        y: name of the axis.
+        markers: a dot on every point.
+        ticks: the places of x that are marked.
+        mark: where a dashed vertical line stands.
+    """
+    figure, axes = _figure(4.8, 2.9)
+    drawn = {name: _thin(sorted(points)) for name, points in lines.items() if points}
+    for index, (key, points) in enumerate(drawn.items()):
+        # A leading underscore would hide a line from the legend.
+        label, colour = key.lstrip("_") or key, f"{COLOUR}{2 + index % LINES}"
+        alone = markers or len(points) == 1
+        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o" if alone else "", ms=4)
+    if mark is not None:
+        axes.axvline(mark, color=f"{COLOUR}0", linewidth=0.8, linestyle="--")
+    if ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color=f"{COLOUR}1", linewidth=0.6)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False)
+    return _svg(figure, name)
+
+
+def bar_plot(name: str, bars: Sequence[tuple[str, int]], wholes: Sequence[int] = ()) -> str:
+    """One bar per key with its number at the end, in the given order. The name is the plot's own on its page.
+
+    With wholes, a pale bar behind each one is what it is a part of, and both numbers stand at its end.
+    """
+    figure, axes = _figure(4.8, 0.2 + 0.2 * len(bars))
+    keys, numbers = zip(*bars, strict=True)
+    places = range(len(bars))
+    ends, labels = numbers, [f"{number:,}" for number in numbers]
+    if wholes:
+        axes.barh(places, wholes, color=f"{COLOUR}1", height=0.72)
+        ends = tuple(map(max, numbers, wholes))
+        labels = [f"{number:,} of {whole:,}" for number, whole in zip(numbers, wholes, strict=True)]
+    axes.barh(places, numbers, color=f"{COLOUR}2", height=0.72)
+    axes.set_yticks(places, keys)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    # Room for the label of the longest bar.
+    axes.set_xlim(0, max(*ends, 1) * (1.4 if wholes else 1.18))
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for place, end, label in zip(places, ends, labels, strict=True):
+        axes.annotate(label, (end, place), (4, 0), textcoords="offset points", va="center", size=9)
+    return _svg(figure, name)
+
+
+def histogram_plot(name: str, shares: Mapping[str, Sequence[float]], edges: Mapping[int, str]) -> str:
+    """A small plot of one or more histograms over the same bins, laid over each other.
+
+    Args:
+        name: the plot's own on its page.
+        shares: share of each bin, by the histogram's name; the n-th has the n-th colour of lines.
+        edges: which edges between bins are marked, and how; the first and the last bound the plot.
+    """
+    figure, axes = _figure(3.4, 1.5)
+    first, last = min(edges), max(edges)
+    for index, values in enumerate(shares.values()):
+        colour = f"{COLOUR}{2 + index % LINES}"
+        axes.stairs(values, range(len(values) + 1), color=colour, fill=True, alpha=0.2)
+        axes.stairs(values, range(len(values) + 1), color=colour, linewidth=1.4)
+    axes.set_xlim(first, last)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(list(edges), list(edges.values()))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.locator_params(axis="y", nbins=3)
+    return _svg(figure, name)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as NewFigure
+
+    with rc_context({"axes.edgecolor": f"{COLOUR}1"}):
+        figure = NewFigure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(color=f"{COLOUR}1")
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element.
+
+    Text stays text, and is not read as mathematics. Ids are hashes that the name keeps apart from those of the
+    page's other plots; the ids of groups, which every figure has alike, are left out.
+    """
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_color(f"{COLOUR}0")
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().partition("<svg")[2]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(COLOUR + r"(\d)", r"var(--plot-\1)", svg)
+    return f'<svg role="img" aria-label="{html.escape(name)}"{svg}'
+
+
+def _thin(points: Points) -> Points:
+    """At most `POINTS_PER_LINE` points, each the mean of its neighbours where there were more."""
+    size = -(-len(points) // POINTS_PER_LINE) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
