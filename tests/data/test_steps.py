@@ -8,52 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from f2llm_ray.data.account import Account, part_account
-from f2llm_ray.data.clean import clean, normalize
 from f2llm_ray.data.keys import add_keys, shard_of
 from f2llm_ray.data.negatives import label_negatives
 from f2llm_ray.data.schema import key_numbers, query_text, seeded_key, text_key
 from f2llm_ray.data.sources.base import rows_table
 from f2llm_ray.data.split import is_validation
-from f2llm_ray.data.settings import Data
-
-
-@given(st.text())
-def test_normalising_twice_is_normalising_once(text: str) -> None:
-    once = normalize(text)
-    assert normalize(once) == once
-    assert once == once.strip()
-
-
-def test_normal_form_keeps_what_spelling_needs() -> None:
-    assert normalize("a\u0301 \u00a0\t b\r\n\n\n\nc\ufeff\x00") == "á b\n\nc"
-    assert normalize("می\u200cخواهم 👩\u200d💻 क\u094dष") == "می\u200cخواهم 👩\u200d💻 क\u094dष"
-    assert normalize("\u202bשלום\u202c") == "שלום"
 
 
 def row(query: str, passage: str, **fields: object) -> dict[str, object]:
     return {"language": "deu", "query": query, "passage": passage, **fields}
-
-
-def tags(rows: list[dict[str, object]], **settings: object) -> list[str | None]:
-    table = rows_table(rows, source="s", task="retrieval")
-    return clean(table, Data(**settings))["drop"].to_pylist()
-
-
-def test_cleaning_tags_each_fault_and_keeps_earlier_tags() -> None:
-    rows = [
-        row("a", "b"),
-        row(" \u200e ", "b"),
-        row("a", "x" * 11),
-        row("same", " same "),
-        row("", "", drop="read: empty query"),
-    ]
-    assert tags(rows, max_chars=10) == [
-        None,
-        "clean: query too short",
-        "clean: passage too long",
-        "clean: query equals passage",
-        "read: empty query",
-    ]
 
 
 def test_keys_are_of_content_alone() -> None:

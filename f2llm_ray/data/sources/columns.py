@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import field_validator
 
 from f2llm_ray.data.schema import ROW
 from f2llm_ray.data.sources.base import BadRow, SourceBase
+from f2llm_ray.data.sources.templates import Template, join_columns, template
 from f2llm_ray.errors import DataError
 from f2llm_ray.section import Section
 
@@ -38,7 +40,12 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Columns(Section):
-    """Which column, or key, holds what."""
+    """Which column, or key, holds what.
+
+    Every field but the negatives may also be a template of several columns, such as "{title}: {body}", where a
+    doubled brace stands for a brace. What a row has no text for is left empty; a row without text for any of the
+    template's columns has an empty field.
+    """
 
     query: str = "query"
     passage: str = "passage"
@@ -49,9 +56,30 @@ class Columns(Section):
     passage_language: str | None = None
     """ISO 639-3 of the passage, or "code:<name>"; the query's where unset, null or blank."""
 
+    @field_validator("query", "passage", "language", "passage_language")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            template(value)
+        return value
+
     def named(self) -> dict[str, str]:
-        """Field of the row to column, for the columns that are set."""
-        return {field: column for field, column in self if column is not None}
+        """Field of the row to column, for the fields that are one column."""
+        templates = self.templates()
+        return {field: column for field, column in self if column is not None and field not in templates}
+
+    def templates(self) -> dict[str, Template]:
+        """Field of the row to its parts, for the fields that are templates."""
+        found = {field: template(text) for field, text in self if text is not None and field != "negatives"}
+        return {field: parts for field, parts in found.items() if parts}
+
+    def joined(self) -> list[str]:
+        """The columns that templates name, each once."""
+        return list(dict.fromkeys(c for parts in self.templates().values() for _, c in parts if c))
+
+    def used(self) -> list[str]:
+        """All columns that are read, each once."""
+        return list(dict.fromkeys([*self.named().values(), *self.joined()]))
 
 
 @dataclass(frozen=True)
@@ -85,6 +113,10 @@ def check_schema(schema: pa.Schema, columns: Columns, place: str) -> None:
                 raise DataError(f"{place}: column {column!r}: found {found}, expected a list of text")
         elif not (_is_text(found) if field in {"query", "passage"} else _is_optional_text(found)):
             raise DataError(f"{place}: column {column!r}: found {found}, expected text")
+    for column in columns.joined():
+        found = schema.field(column).type
+        if not _is_optional_text(found):
+            raise DataError(f"{place}: column {column!r}: found {found}, expected text")
 
 
 def check_names(names: list[str], columns: Columns, place: str) -> None:
@@ -93,16 +125,22 @@ def check_names(names: list[str], columns: Columns, place: str) -> None:
     Raises:
         DataError: one is missing; the message lists those that are there.
     """
-    for column in columns.named().values():
+    for column in columns.used():
         if column not in names:
             raise DataError(f"{place}: no column {column!r}; the columns are {names}")
 
 
 def texts_of(table: pa.Table, columns: Columns) -> pa.Table:
     """The columns of a checked table as `TEXTS`."""
-    named = columns.named()
+    named, templates = columns.named(), columns.templates()
+    joined = {column: _texts_column(table, column, pa.string()) for column in columns.joined()}
     return pa.table(
-        [_texts_column(table, named.get(field.name), field.type) for field in TEXTS],
+        [
+            join_columns(joined, templates[field.name])
+            if field.name in templates
+            else _texts_column(table, named.get(field.name), field.type)
+            for field in TEXTS
+        ],
         schema=TEXTS,
     )
 

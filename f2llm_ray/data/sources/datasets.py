@@ -11,6 +11,7 @@ from pydantic import Field
 from f2llm_ray.data.optional import require
 from f2llm_ray.data.sources.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.sources.columns import TABLE_ROWS, Columns, check_schema, finish, texts_of
+from f2llm_ray.data.sources.paths import store_errors
 from f2llm_ray.errors import DataError, RunError
 from f2llm_ray.run import Folder
 
@@ -47,8 +48,7 @@ class DatasetsSource(SourceBase):
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one range of rows."""
         place = f"source {name!r}: {self.path}"
-        named = list(dict.fromkeys(self.columns.named().values()))
-        dataset = self._load(piece["folder"], place).select_columns(named).with_format("arrow")
+        dataset = self._load(piece["folder"], place).select_columns(self.columns.used()).with_format("arrow")
         for first in range(piece["start"], piece["stop"], TABLE_ROWS):
             table = dataset[first : min(first + TABLE_ROWS, piece["stop"])]
             yield finish(
@@ -82,5 +82,5 @@ def _saved_folder(path: str) -> str | None:
     try:
         folder = Folder.at(path)
         return folder.uri if any(folder.exists(file) for file in SAVED) else None
-    except (RunError, OSError):
+    except store_errors(RunError):
         return None

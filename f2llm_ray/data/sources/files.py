@@ -29,7 +29,8 @@ from f2llm_ray.data.sources.columns import (
     texts_of,
     wrong_kind,
 )
-from f2llm_ray.data.sources.paths import find_files
+from f2llm_ray.data.sources.paths import find_files, store_errors
+from f2llm_ray.data.sources.templates import Template, join
 from f2llm_ray.errors import DataError
 from f2llm_ray.run import Folder
 
@@ -74,8 +75,7 @@ class ParquetSource(FilesSource):
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one row group."""
-        names = list(dict.fromkeys(self.columns.named().values()))
-        for first, table in _batches(name, piece, names):
+        for first, table in _batches(name, piece, self.columns.used()):
             yield finish(self, name, texts_of(table, self.columns), _row_place(name, piece, first), bad_row)
 
 
@@ -118,17 +118,23 @@ class LinesSource(FilesSource):
         """Reads one file, a few thousand rows at a time."""
         file = piece["file"]
         place = f"source {name!r}: {file}"
+        unseen = set(self.columns.joined())
         with _opened(file, place) as stream:
             records = self.records(_lines(stream), place)
             empty = True
             while chunk := list(islice(records, TABLE_ROWS)):
                 empty = False
+                if unseen:
+                    unseen.difference_update(*(record for _, record in chunk if not isinstance(record, Fault)))
                 yield self._table(name, chunk, place, bad_row)
             if empty:
                 raise DataError(f"{place}: found no rows, expected at least one")
+        if unseen:  # a row may lack a key of a template, but a key that all rows lack is a slip in the recipe
+            raise DataError(f"{place}: no row has the key {min(unseen)!r} of the template, expected it in some")
 
     def _table(self, name: str, chunk: list[tuple[int, Record | Fault]], place: str, bad_row: BadRow) -> pa.Table:
-        rows = [_typed(record, self.columns) for _, record in chunk]
+        named, templates = self.columns.named(), self.columns.templates()
+        rows = [_typed(record, named, templates) for _, record in chunk]
         faults = {index: row for index, row in enumerate(rows) if isinstance(row, Fault)}
         texts = pa.Table.from_pylist([{} if isinstance(row, Fault) else row for row in rows], schema=TEXTS)
         return finish(self, name, texts, lambda row: f"{place}:{chunk[row][0]}", bad_row, faults)
@@ -192,7 +198,7 @@ def _opened(file: str, place: str) -> Iterator[io.BufferedReader]:
     try:
         with io.BufferedReader(folder.filesystem.open_input_stream(folder.path), READ_BYTES) as stream:
             yield stream
-    except OSError as error:
+    except store_errors() as error:
         raise DataError(f"{place}: cannot be read: {error}") from None
 
 
@@ -204,6 +210,8 @@ def _parquet(file: str, place: str) -> Iterator[pq.ParquetFile]:
             yield parquet
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{place}: found a damaged file or another format, expected Parquet: {error}") from None
+    except store_errors() as error:
+        raise DataError(f"{place}: cannot be read: {error}") from None
 
 
 def _row_groups(file: str, columns: Columns, place: str, also: re.Pattern[str] | None = None) -> list[Piece]:
@@ -255,21 +263,33 @@ def _not_utf8(error: UnicodeDecodeError) -> Fault:
     return Fault("not UTF-8", f"found byte 0x{byte:02x} at byte {error.start + 1} of the line, expected UTF-8")
 
 
-def _typed(record: Record | Fault, columns: Columns) -> Record | Fault:
+def _typed(record: Record | Fault, named: Mapping[str, str], templates: Mapping[str, Template]) -> Record | Fault:
     """A record's fields as a row of `TEXTS`, or what is wrong with them."""
     if isinstance(record, Fault):
         return record
-    row = {}
-    for field, column in columns.named().items():
+    row: dict[str, Any] = {}
+    for field, column in named.items():
         if column not in record:
             return Fault(f"no {field}", f"found no key {column!r}, expected it beside {list(record)}")
-        value = record[column]
-        if not (_is_texts(value) if field == "negatives" else isinstance(value, str | None)):
-            return wrong_kind(field, column, value)
-        if not all(map(_is_unicode, value if isinstance(value, list) else [value])):
-            return Fault("not UTF-8", f"{column}: found half of a surrogate pair, expected UTF-8 text")
-        row[field] = value
+        row[field] = record[column]
+        fault = _value_fault(field, column, record[column])
+        if fault is not None:
+            return fault
+    for field, parts in templates.items():
+        for column in (column for _, column in parts if column is not None):
+            fault = _value_fault(field, column, record.get(column))
+            if fault is not None:
+                return fault
+        row[field] = join(record, parts)
     return row
+
+
+def _value_fault(field: str, column: str, value: Any) -> Fault | None:
+    if not (_is_texts(value) if field == "negatives" else isinstance(value, str | None)):
+        return wrong_kind(field, column, value)
+    if not all(map(_is_unicode, value if isinstance(value, list) else [value])):
+        return Fault("not UTF-8", f"{column}: found half of a surrogate pair, expected UTF-8 text")
+    return None
 
 
 def _is_texts(value: Any) -> bool:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from fnmatch import fnmatchcase
 
 from pyarrow import fs
 
 from f2llm_ray.errors import DataError, RunError
 from f2llm_ray.run import Folder
+
+# What the libraries below fsspec's file systems raise when a store cannot be reached; it is no OSError.
+_HTTP_ERRORS = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
+
+
+def store_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What opening and reading a file may raise, on a disk and in an object store, for an `except` clause."""
+    loaded = [(sys.modules.get(module), name) for module, name in _HTTP_ERRORS.items()]
+    return OSError, *more, *(getattr(module, name) for module, name in loaded if module is not None)
 
 
 def find_files(path: str, suffix: str, place: str) -> list[str]:
@@ -18,7 +28,7 @@ def find_files(path: str, suffix: str, place: str) -> list[str]:
     """
     try:
         entries = _entries(path, suffix)
-    except (RunError, OSError) as error:
+    except store_errors(RunError, ValueError, NotImplementedError) as error:
         raise DataError(f"{place}: {path}: cannot be opened: {error}") from None
     if not entries:
         raise DataError(f"{place}: {path}: found no file, expected a file, a folder with {suffix} files or a glob")

@@ -1,0 +1,50 @@
+"""Templates: a field of a row made of several columns, as in "{title}: {body}"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache, reduce
+from string import Formatter
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+Template = tuple[tuple[str, str | None], ...]
+"""Pieces of text, each with the column that follows it, or None."""
+ASCII_SPACE = " \t\n\v\f\r"
+
+
+@lru_cache(maxsize=256)
+def template(text: str) -> Template:
+    """The parts of a template, or () where the text is the name of a column, having no braces.
+
+    Raises:
+        ValueError: a brace without its partner, or something else than the name of a column between two.
+    """
+    if "{" not in text and "}" not in text:
+        return ()
+    try:
+        parts = tuple(Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no template of columns, such as '{{title}} {{body}}': {error}") from None
+    if any(form or conversion or column == "" for _, column, form, conversion in parts):
+        raise ValueError(f"{text!r}: expected nothing but names of columns in the braces, such as {{title}}")
+    if not any(column for _, column, _, _ in parts):
+        raise ValueError(f"{text!r}: found no column, expected some, such as {{title}}")
+    return tuple((literal, column) for literal, column, _, _ in parts)
+
+
+def join(record: Mapping[str, str | None], parts: Template) -> str | None:
+    """What a template makes of one record; None where the record has no text for any of its columns."""
+    if not any((record.get(column) or "").strip(ASCII_SPACE) for _, column in parts if column):
+        return None
+    return "".join(literal + (record.get(column) or "" if column else "") for literal, column in parts)
+
+
+def join_columns(columns: Mapping[str, pa.Array], parts: Template) -> pa.Array:
+    """`join` for every row of text columns; their bytes may not be UTF-8, so nothing here looks at characters."""
+    pieces = [piece for literal, column in parts for piece in (literal, columns[column] if column else "")]
+    text = pc.binary_join_element_wise(*pieces, "", null_handling="replace", null_replacement="")
+    lengths = [pc.binary_length(pc.ascii_trim_whitespace(columns[column])) for _, column in parts if column]
+    some = reduce(pc.or_, [pc.greater(pc.fill_null(length, 0), 0) for length in lengths])
+    return pc.if_else(some, text, pa.scalar(None, pa.string()))
