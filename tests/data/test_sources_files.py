@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.schema import ROW, TASKS
 from f2llm_ray.data.sources.base import BadRow, SourceBase
 from f2llm_ray.data.sources.columns import TABLE_ROWS, Columns
 from f2llm_ray.data.sources.datasets import DatasetsSource
 from f2llm_ray.data.sources.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
 from f2llm_ray.errors import DataError
+from f2llm_ray.recipe import load_recipe
+from f2llm_ray.run import Folder
 
 FULL = Columns(negatives="negatives", language="language", passage_language="passage_language")
 PAIRS = [{"query": f"question {i}", "passage": f"answer {i}"} for i in range(5)]
@@ -159,6 +164,21 @@ def test_fsspec_uris_are_read(tmp_path: Path) -> None:
     assert pairs(rows(parquet(f"local://{tmp_path}/*.parquet"))) == [("a", "p"), ("b", "p")]
 
 
+def test_paths_of_the_hub_open_without_a_network_and_fail_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", nobody)
+    uri = "hf://datasets/owner/name/folder"
+    folder = Folder.at(uri)
+    assert (folder.path, folder.uri, folder.local) == ("datasets/owner/name/folder", uri, None)
+    for path in (f"{uri}/*.parquet", f"{uri}/a.parquet", uri, "hf://name"):
+        started = time.monotonic()
+        with pytest.raises(DataError, match=rf"^source 's': {re.escape(path)}: cannot be opened: \S"):
+            parquet(path).pieces("s")
+        assert time.monotonic() - started < 10
+
+
 def test_csv_fields_may_hold_quotes_commas_and_line_ends(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.csv", b"\xef\xbb\xbfquery,passage\r", '"a ""b"", c","d\ne"', "", "f,g")
     assert pairs(rows(table_csv(path))) == [('a "b", c', "d\ne"), ("f", "g")]
@@ -172,6 +192,100 @@ def test_f2llm_layout_takes_any_number_of_negatives(tmp_path: Path) -> None:
     found = [row["negatives"] for row in rows(F2llmSource(paths=(str(tmp_path),), language="eng"))]
     all_but_3 = [f"n{i}" for i in range(1, 25) if i != 3]
     assert found == [all_but_3, all_but_3[1:], ["n"], []]
+
+
+def test_f2llm_rows_may_have_fewer_negatives_than_their_file(tmp_path: Path) -> None:
+    counts = [24, 0, 7]
+    columns = {f"negative_{i}": [f"n{i}" if i <= count else None for count in counts] for i in range(1, 25)}
+    table = pa.table({"query": ["a", "b", "c"], "passage": ["p"] * 3, **columns})
+    table = table.set_column(25, "negative_24", table["negative_24"].cast(pa.large_string()))
+    found = rows(F2llmSource(paths=(write_parquet(tmp_path / "a.parquet", table),)))
+    assert [row["negatives"] for row in found] == [[f"n{i}" for i in range(1, count + 1)] for count in counts]
+    nulls = pa.table({"query": ["a"], "passage": ["p"], **{name: pa.nulls(1) for name in columns}})
+    (bare,) = rows(F2llmSource(paths=(write_parquet(tmp_path / "b.parquet", nulls),)))
+    assert bare["negatives"] == []
+
+
+# --- templates --------------------------------------------------------------------------------------------
+
+ARTICLES = [
+    {"title": "Mond", "body": "Er kreist.", "answer": "x", "lang": "go"},
+    {"title": None, "body": "Ohne Titel.", "answer": "x", "lang": None},
+    {"title": "Sonne {1}", "body": " ", "answer": "x", "lang": ""},
+]
+TEMPLATES = Columns(query="{{{title}}}: {body}", passage="answer", language="code:{lang}")
+
+
+def layouts(folder: Path, records: list[dict[str, Any]], columns: Columns) -> list[SourceBase]:
+    """The same records in every layout that has `columns`."""
+    cells = [",".join(f'"{value or ""}"' for value in record.values()) for record in records]
+    datasets.Dataset.from_list(records).save_to_disk(folder / "saved")
+    return [
+        parquet(write_parquet(folder / "a.parquet", records), columns=columns),
+        jsonl(write_lines(folder / "a.jsonl", *records), columns=columns),
+        table_csv(write_lines(folder / "a.csv", ",".join(records[0]), *cells), columns=columns),
+        DatasetsSource(path=str(folder / "saved"), columns=columns),
+    ]
+
+
+def test_a_field_may_be_made_of_several_columns(tmp_path: Path) -> None:
+    for source in layouts(tmp_path, ARTICLES, TEMPLATES):
+        found = rows(source)
+        assert [row["query"] for row in found] == ["{Mond}: Er kreist.", "{}: Ohne Titel.", "{Sonne {1}}:  "]
+        assert [row["language"] for row in found] == ["code:go", None, None]
+
+
+def test_a_template_without_any_text_is_an_empty_field(tmp_path: Path) -> None:
+    empty = [*ARTICLES, {"title": None, "body": "\t", "answer": "x", "lang": "go"}]
+    for source in layouts(tmp_path, empty, TEMPLATES):
+        with pytest.raises(DataError, match=r"query: found (null|blank text), expected text"):
+            rows(source)
+        assert drops(source) == [None, None, None, "read: empty query"]
+
+
+def test_json_keys_of_a_template_may_be_missing_from_a_row_but_not_from_all(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"title": "a", "passage": "p"}, {"body": "b", "passage": "p"})
+    assert pairs(rows(jsonl(path, columns=Columns(query="{title} {body}")))) == [("a ", "p"), (" b", "p")]
+    for bad_row in ("error", "skip"):
+        with pytest.raises(DataError, match=r"a\.jsonl: no row has the key 'titel' of the template"):
+            rows(jsonl(path, columns=Columns(query="{title}{titel}{body}")), bad_row)
+
+
+@pytest.mark.parametrize("source", [parquet, table_csv])
+def test_a_missing_column_of_a_template_is_named(tmp_path: Path, source: Any) -> None:
+    path = (
+        write_parquet(tmp_path / "a.parquet", [{"title": "x", "passage": "y"}])
+        if source is parquet
+        else write_lines(tmp_path / "a.csv", "title,passage", "x,y")
+    )
+    with pytest.raises(DataError, match=r"no column 'body'; the columns are \['title', 'passage'\]"):
+        source(path, columns=Columns(query="{title}{body}")).pieces("s")
+
+
+def test_values_of_a_template_are_text(tmp_path: Path) -> None:
+    record = {"title": "x", "year": 1969, "passage": "y"}
+    columns = Columns(query="{title} {year}")
+    with pytest.raises(DataError, match="column 'year': found int64, expected text"):
+        parquet(write_parquet(tmp_path / "a.parquet", [record]), columns=columns).pieces("s")
+    source = jsonl(write_lines(tmp_path / "a.jsonl", record), columns=columns)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: year: found int 1969, expected text"):
+        rows(source)
+    assert drops(source) == ["read: query is not text"]
+
+
+def test_bytes_of_a_template_that_are_not_utf8_are_a_fault_of_their_row(tmp_path: Path) -> None:
+    data = pa.array([b"a", b"b\xff", b"c"], pa.binary())
+    broken = pa.StringArray.from_buffers(3, data.buffers()[1], data.buffers()[2])
+    table = pa.table({"title": broken, "passage": ["x", "y", "z"]})
+    source = parquet(write_parquet(tmp_path / "a.parquet", table), columns=Columns(query="<{title}>"))
+    assert drops(source) == [None, "read: not UTF-8", None]
+
+
+@pytest.mark.parametrize("text", ["{title", "title}", "{}", "{title:>5}", "{title!r}", "{{title}}"])
+def test_a_template_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match=r"such as \{title\}"):
+        Columns(query=text)
+    assert Columns(negatives=text).named()["negatives"] == text, "lists are never made of templates"
 
 
 # --- faults of files: always an error -------------------------------------------------------------------
@@ -401,3 +515,14 @@ def test_unknown_settings_are_refused() -> None:
         ParquetSource.model_validate({"format": "parquet", "paths": ["a"], "column": {}})
     with pytest.raises(ValidationError, match="paths"):
         ParquetSource(paths=())
+
+
+def test_the_recipe_of_the_f2llm_data_shows_each_task() -> None:
+    recipe = load_recipe("f2llm-v2-data")
+    assert {source.task for source in recipe.sources.values()} == set(TASKS)
+    for source in recipe.sources.values():
+        assert isinstance(source, F2llmSource)
+        assert all(path.startswith("hf://datasets/codefuse-ai/F2LLM-v2/") for path in source.paths)
+    assert recipe.data.language_id is not None
+    assert recipe.data.near_dedup is not None
+    assert [stage.instructions for stage in recipe.stages.values()] == [False, True]

@@ -32,7 +32,8 @@ class SourceBase(Section, ABC):
     task: Task = "retrieval"
     """What the pairs are for: it decides the losses and how negatives are found."""
     language: str | None = None
-    """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it."""
+    """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it. Where nothing
+    says it, `data.language_id` fills in what it detects; without it the language stays unknown."""
     instruction: str | None = None
     """Said before each query in stages with instructions; the paper's default for the task when unset."""
     cap: int | None = Field(default=None, ge=1)

@@ -46,7 +46,8 @@ class FilesSource(SourceBase):
     """What all sources made of files share."""
 
     paths: tuple[str, ...] = Field(min_length=1)
-    """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens.
+    """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens, such as
+    s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
     A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
 
     def files(self, name: str, suffix: str) -> list[str]:
@@ -82,7 +83,8 @@ class ParquetSource(FilesSource):
 class F2llmSource(FilesSource):
     """The F2LLM-v2 dataset: one Parquet file per source with query, passage and negative_1 to negative_n.
 
-    The number n may differ between files; a null or blank negative counts as absent.
+    There n is 24 for retrieval and clustering and 1 for classification. It may differ between the files of a
+    source, and rows may have fewer: a null or blank negative counts as absent.
     """
 
     format: Literal["f2llm"] = "f2llm"

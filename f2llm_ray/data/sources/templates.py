@@ -19,18 +19,18 @@ def template(text: str) -> Template:
     """The parts of a template, or () where the text is the name of a column, having no braces.
 
     Raises:
-        ValueError: a brace without its partner, or something else than the name of a column between two.
+        ValueError: a brace without its partner, something else than a column's name between two, or no column.
     """
     if "{" not in text and "}" not in text:
         return ()
+    problem = "expected a column's name in each pair of braces and nothing else, such as {title}"
     try:
         parts = tuple(Formatter().parse(text))
     except ValueError as error:
-        raise ValueError(f"{text!r} is no template of columns, such as '{{title}} {{body}}': {error}") from None
-    if any(form or conversion or column == "" for _, column, form, conversion in parts):
-        raise ValueError(f"{text!r}: expected nothing but names of columns in the braces, such as {{title}}")
-    if not any(column for _, column, _, _ in parts):
-        raise ValueError(f"{text!r}: found no column, expected some, such as {{title}}")
+        raise ValueError(f"{text!r}: {error}; {problem}") from None
+    named = [column for _, column, form, conversion in parts if column and not form and not conversion]
+    if not named or len(named) < sum(column is not None for _, column, _, _ in parts):
+        raise ValueError(f"{text!r}: {problem}")
     return tuple((literal, column) for literal, column, _, _ in parts)
 
 
