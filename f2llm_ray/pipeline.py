@@ -1,6 +1,7 @@
 """The pipeline: the stages of a recipe, what each is made of, and how each is run.
 
-prepare -> untrained -> (contrastive stages) -> pruned -> distilled, and an evaluation of every model.
+prepare -> untrained -> (contrastive stages) -> pruned -> distilled, and an evaluation of every model. Where the
+recipe mines hard negatives, that stage comes after the model that mines, and all later training uses it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from f2llm_ray.progress import say
 from f2llm_ray.recipe import Recipe, TrainStage
 from f2llm_ray.run import Folder, Run, Stage, device_name
 
+MINED = "mined"
 Work = Callable[[Folder], dict[str, Any]]
 
 
@@ -26,6 +28,8 @@ class Plan:
     """The stages of a recipe, by what they make."""
 
     prepare: Stage
+    mined: Stage | None
+    """Hard-negative mining, where the recipe has it."""
     models: dict[str, Stage]
     """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled."""
     evaluations: dict[str, Stage]
@@ -33,7 +37,8 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
-        return [self.prepare, *self.models.values(), *self.evaluations.values()]
+        mined = [] if self.mined is None else [self.mined]
+        return [self.prepare, *mined, *self.models.values(), *self.evaluations.values()]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -50,17 +55,27 @@ def plan(recipe: Recipe) -> Plan:
     )
     models = {"untrained": Stage(name="untrained", settings=dump["backbone"], parents=(prepare,))}
     last = models["untrained"]
+    mined: Stage | None = None
+    if recipe.mine is not None and recipe.mine.model not in recipe.model_names():
+        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare,))
     for name in recipe.stages:
-        last = models[name] = Stage(
-            name=name, settings=_training(dump, dump["stages"][name]), parents=(prepare, last)
-        )
+        if recipe.mine is not None and recipe.mine.model == last.name:
+            mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
+        parents = (prepare, last) if mined is None else (prepare, last, mined)
+        last = models[name] = Stage(name=name, settings=_training(dump, dump["stages"][name]), parents=parents)
+    if recipe.mine is not None and recipe.mine.model == last.name:
+        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
     if recipe.prune is not None:
         models["pruned"] = Stage(
             name="pruned", settings=dump["prune"], parents=(prepare, models[recipe.prune.model])
         )
     if recipe.distill is not None:
-        parents = (prepare, models["pruned"], models[recipe.distill.teacher])
-        models["distilled"] = Stage(name="distilled", settings=_training(dump, dump["distill"]), parents=parents)
+        made_from = (prepare, models["pruned"], models[recipe.distill.teacher])
+        models["distilled"] = Stage(
+            name="distilled",
+            settings=_training(dump, dump["distill"]),
+            parents=made_from if mined is None else (*made_from, mined),
+        )
     evaluations = {}
     if recipe.evaluation.sets:
         settings = {"divisors": dump["evaluation"]["divisors"]}
@@ -68,7 +83,7 @@ def plan(recipe: Recipe) -> Plan:
             name: Stage(name=f"evaluate-{name}", settings=settings, parents=(prepare, model))
             for name, model in models.items()
         }
-    return Plan(prepare, models, evaluations)
+    return Plan(prepare, mined, models, evaluations)
 
 
 def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
@@ -96,8 +111,20 @@ class Pipeline:
 
         self._stage(self.plan.prepare, partial(prepare, self.recipe))
 
+    def mine(self) -> None:
+        """Mines hard negatives; what mines must be finished.
+
+        Raises:
+            RunError: the recipe has no `mine`, or the model that mines is not finished.
+        """
+        if self.plan.mined is None:
+            raise RunError(f"recipe {self.recipe.name!r} has no section mine")
+        self._stage(self.plan.mined, self._mined)
+
     def model(self, name: str) -> None:
         """Makes one model: "untrained", a contrastive stage by its name, "pruned" or "distilled".
+
+        Negatives are mined first where it trains on them.
 
         Raises:
             RunError: what it is made from is not finished, or the recipe has no such model.
@@ -106,6 +133,8 @@ class Pipeline:
             raise RunError(
                 f"recipe {self.recipe.name!r} makes no model {name!r}; it makes {list(self.plan.models)}"
             )
+        if self.plan.mined in self.plan.models[name].parents:
+            self.mine()
         work: Work
         if name == "untrained":
             work = self._untrained
@@ -216,7 +245,9 @@ class Pipeline:
         from f2llm_ray.train.trainer import train
 
         stage: TrainStage
-        student, teacher = self.plan.models[name].parents[1], None
+        parents = self.plan.models[name].parents
+        student, teacher = parents[1], None
+        mined = self.plan.mined if self.plan.mined in parents else None
         if name == "distilled":
             assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
             stage = self.recipe.distill
@@ -228,11 +259,21 @@ class Pipeline:
             name,
             stage,
             prepared=self.run.folder(self.plan.prepare),
+            mined=None if mined is None else self.run.folder(mined),
             student=self._model_folder(student),
             teacher=teacher,
             out=out,
         )
         return {**facts, **model_facts(out / "model")}
+
+    def _mined(self, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.data.mine import mine
+
+        settings = self.recipe.mine
+        assert settings is not None  # noqa: S101 - plan() made the stage from it
+        known = self.plan.models.get(settings.model)
+        model = Folder.at(settings.model) if known is None else self._model_folder(known)
+        return {"mining": mine(self.recipe, settings, self.run.folder(self.plan.prepare), model, out)}
 
     def _pruned(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.model.shrink import shrink
@@ -267,7 +308,12 @@ class Pipeline:
 
 
 def _command(stage: str) -> str:
-    jobs = {"prepare": "jobs/prepare.py", "pruned": "jobs/prune.py", "distilled": "jobs/distill.py"}
+    jobs = {
+        "prepare": "jobs/prepare.py",
+        MINED: "jobs/mine.py",
+        "pruned": "jobs/prune.py",
+        "distilled": "jobs/distill.py",
+    }
     return jobs.get(stage, "jobs/train.py")
 
 
@@ -329,6 +375,9 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
                 "languages": {found: result["languages"] for found, result in results.items()},
             }
         )
+    mined = None if stages.mined is None else run.manifest(stages.mined)
+    if mined is not None:
+        seconds[MINED] = mined["seconds"]
     seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
     served = recipe.serving.model or (models[-1]["name"] if models else None)
     return {
@@ -342,6 +391,7 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         "sources": prepared.get("sources", {}),
         "seconds": seconds,
         "training": training,
+        "mining": None if mined is None else mined["mining"],
         "models": models,
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},

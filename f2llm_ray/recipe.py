@@ -64,6 +64,11 @@ class TrainStage(Section):
     """Ends the stage early; the schedule is stretched over the steps that are run."""
     global_batch: int = Field(default=512, ge=2)
     """Rows per optimizer step over all workers."""
+    language_temperature: float = Field(default=1.0, ge=1)
+    """Evens out the languages of a source: one of n rows is drawn in proportion to n^(1/temperature)."""
+    length_window: int = Field(default=1, ge=1)
+    """Global batches whose rows are sorted by length before they are cut, so that a batch has similar lengths; 1
+    leaves lengths mixed."""
     negatives: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
     """Hard negatives drawn per row and epoch."""
     temperature: float = Field(default=0.05, gt=0)
@@ -187,6 +192,7 @@ class Recipe(Section):
         problems = [
             *self._source_problems(),
             *self._stage_problems(),
+            *self._mine_problems(),
             *self._shrink_problems(),
         ]
         if problems:
@@ -209,7 +215,7 @@ class Recipe(Section):
         training: dict[str, TrainStage] = {f"stages.{name}": stage for name, stage in self.stages.items()}
         if self.distill is not None:
             training["distill"] = self.distill
-        reserved = {"prepare", "untrained", "pruned", "distilled", "evaluate"}
+        reserved = {"prepare", "mined", "untrained", "pruned", "distilled", "evaluate"}
         problems += [f"stages.{name}: this name is taken" for name in self.stages if name in reserved]
         for place, stage in training.items():
             unknown = [name for name in stage.sources or () if name not in self.sources]
@@ -233,6 +239,18 @@ class Recipe(Section):
                 problems.append(f"{place}.engine.precision: bf16 needs GPUs; use fp32 on CPU")
         return problems
 
+    def _mine_problems(self) -> list[str]:
+        if self.mine is None:
+            return []
+        problems = []
+        known = [name for name, source in self.sources.items() if source.task == "retrieval"]
+        wrong = [name for name in self.mine.sources or () if name not in known]
+        if wrong or not known:
+            problems.append(f"mine.sources: {wrong or 'none'} not among the retrieval sources {known}")
+        if self.distill is None and self.stages and self.mine.model == list(self.stages)[-1]:
+            problems.append(f"mine.model: no training comes after {self.mine.model!r}")
+        return problems
+
     def _shrink_problems(self) -> list[str]:
         problems = []
         if self.distill is not None and self.prune is None:
@@ -249,6 +267,10 @@ class Recipe(Section):
                 if getattr(self.prune, part) > getattr(shape, part)
             ]
         return problems
+
+    def model_names(self) -> list[str]:
+        """Names of the models that are there before pruning."""
+        return ["untrained", *self.stages]
 
     def stage_sources(self, stage: TrainStage) -> list[str]:
         """Names of the sources that a stage trains on, in the recipe's order."""

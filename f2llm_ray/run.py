@@ -46,7 +46,7 @@ class Folder:
             return Folder(fs.LocalFileSystem(), path, path)
         try:
             filesystem, path = fs.FileSystem.from_uri(uri)
-        except (ValueError, OSError, NotImplementedError):
+        except (ValueError, OSError, NotImplementedError, ImportError):
             filesystem, path = _fsspec(uri)
         local = isinstance(filesystem, fs.LocalFileSystem)
         return Folder(filesystem, path.rstrip("/"), path if local else uri.rstrip("/"))

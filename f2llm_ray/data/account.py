@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.data.identify import MISMATCH
+
 STEPS = ("read", "clean", "language", "decontaminate", "dedup", "near_dedup", "cap")
 """The steps that take rows out, in their order; a tag is "<step>: <reason>"."""
 
@@ -30,10 +32,15 @@ def part_account(rows: pa.Table) -> dict[str, Any]:
     return {
         "rows": count_by(rows, "language", "drop"),
         "lengths": {side: _length_bins(kept[side]).tolist() for side in SIDES},
-        "language_check": count_by(kept, "language", "detected"),
+        "language_check": count_by(_asked(rows), "language", "detected", "verdict"),
         "given_negatives": _sum(kept, "given_negatives"),
         "near_positives": _sum(kept, "dropped_negatives"),
     }
+
+
+def _asked(rows: pa.Table) -> pa.Table:
+    """Rows whose language was asked about, those that went for it included."""
+    return rows.filter(pc.or_(pc.is_null(rows["drop"]), pc.fill_null(pc.equal(rows["drop"], MISMATCH), False)))
 
 
 def _sum(rows: pa.Table, column: str) -> int:
@@ -51,7 +58,7 @@ class Account:
 
     def __init__(self) -> None:
         self._rows: Counter[tuple[str, str | None, str | None]] = Counter()
-        self._checks: Counter[tuple[str, str | None, str | None]] = Counter()
+        self._checks: Counter[tuple[str | None, ...]] = Counter()
         self._negatives: dict[str, Counter[str]] = {}
         self._lengths: dict[str, dict[str, np.ndarray[Any, np.dtype[np.int64]]]] = {}
 
@@ -59,8 +66,9 @@ class Account:
         """Adds a `part_account` of a source."""
         for language, drop, n in found["rows"]:
             self._rows[source, language, drop] += n
-        for claimed, detected, n in found["language_check"]:
-            self._checks[source, claimed, detected] += n
+        for language, detected, verdict, n in found["language_check"]:
+            claimed = None if verdict == "filled" else language
+            self._checks[source, claimed, detected, verdict] += n
         lengths = self._lengths.setdefault(source, {side: np.zeros(LENGTH_BINS, np.int64) for side in SIDES})
         for side in SIDES:
             lengths[side] += found["lengths"][side]
@@ -124,7 +132,7 @@ class Account:
                 source: {side: bins.tolist() for side, bins in lengths.items()}
                 for source, lengths in sorted(self._lengths.items())
             },
-            "language_check": _listed(self._checks, ("source", "claimed", "detected")),
+            "language_check": _listed(self._checks, ("source", "claimed", "detected", "verdict")),
             "negatives": {
                 source: {
                     "given": counts["given"],

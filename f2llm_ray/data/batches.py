@@ -27,15 +27,48 @@ ORDER = np.dtype([("epoch", "<u2"), ("source", "<u2"), ("batch", "<u4")])
 # than this many batches' worth of them each time would make a label-like source quadratic.
 LOOK_BACK = 4
 
+# A language of a few rows is not repeated more often than this in an epoch, however high the temperature.
+MOST_REPEATS = 10
+
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def epoch_rows(rows: int, weight: float, generator: np.random.Generator) -> Ints:
-    """Which rows an epoch takes, in its order: each floor(weight) times, and a random part once more."""
-    whole, part = divmod(weight, 1.0)
-    passes = [generator.permutation(rows) for _ in range(int(whole))]
-    passes.append(generator.permutation(rows)[: round(part * rows)])
+def row_rates(languages: Ints, weight: float, temperature: float) -> Floats:
+    """How often each row [n] is taken per epoch: `weight` on average.
+
+    A language of n rows gets a share in proportion to n^(1/temperature), at most `MOST_REPEATS` times each row.
+
+    Args:
+        languages: a number for the language of each row [n].
+        weight: how often a row is taken on average.
+        temperature: 1 leaves languages as they come; more evens them out.
+    """
+    counts = np.bincount(languages)
+    shares = counts ** (1 / temperature)
+    rates = weight * (shares / shares.sum()) / np.maximum(counts / len(languages), 1e-12)
+    return np.asarray(np.minimum(rates, max(weight, MOST_REPEATS))[languages])
+
+
+def epoch_rows(rates: Floats, generator: np.random.Generator) -> Ints:
+    """Which rows an epoch takes, in its order: each floor(rate) times, a random part of equal rates once more."""
+    passes = []
+    left = rates.copy()
+    while (left > 0).any():
+        order = generator.permutation(len(left))
+        taken = left[order] >= 1
+        for rate in np.unique(left[(left > 0) & (left < 1)]):
+            equal = np.flatnonzero(left[order] == rate)
+            taken[equal[: round(rate * len(equal))]] = True
+        passes.append(order[taken])
+        left = np.where(left >= 1, left - 1, 0)
     return np.concatenate(passes).astype(np.int64)
+
+
+def by_length(order: Ints, lengths: Ints, window: int) -> Ints:
+    """The order with each stretch of `window` rows sorted by length, so that a batch has similar lengths."""
+    stretches = [order[first : first + window] for first in range(0, len(order), window)]
+    return np.concatenate([stretch[np.argsort(lengths[stretch], kind="stable")] for stretch in stretches])
 
 
 def fill_batches(order: Ints, texts: Ints, size: int) -> list[Ints]:
@@ -100,18 +133,26 @@ def draw_negatives(negatives: pa.ListArray, count: int, generator: np.random.Gen
 
 
 def write_source(
-    path: Path, rows: pa.Table, *, source: str, task: Task, weight: float, negatives: int, size: int, seed: str
+    path: Path,
+    rows: pa.Table,
+    order: Ints,
+    *,
+    source: str,
+    task: Task,
+    negatives: int,
+    size: int,
+    seed: str,
 ) -> int:
     """Writes one epoch's batches of one source.
 
     Args:
         path: the .arrow file.
         rows: columns query, passage, negatives, query_group, passage_group (keys), in key order.
+        order: row numbers in the order that the epoch takes them.
         source: its name, part of the seed.
         task: retrieval batches hold no two equal or near-equal texts; elsewhere equal passages (labels) are no
         false
             negatives.
-        weight: how often a row is seen.
         negatives: negatives drawn per row.
         size: rows per global batch.
         seed: seed of the run, stage and epoch.
@@ -119,7 +160,6 @@ def write_source(
     Returns:
         The number of batches.
     """
-    order = epoch_rows(len(rows), weight, rng(seed, source, "order"))
     if task == "retrieval":
         batches = fill_batches(order, _text_ids(rows), size)
     else:

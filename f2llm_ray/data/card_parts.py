@@ -152,21 +152,16 @@ def _median(bins: Sequence[int]) -> str:
 
 
 def agreement(checks: Sequence[Row]) -> Cells:
-    """Rows of source, rows compared, the share that agrees, and rows where there was nothing to compare."""
+    """Rows of source, rows judged, share that agrees, and those not judged: not detected, no claim, no label."""
     cells = []
     for name in dict.fromkeys(check["source"] for check in checks):
-        compared = agreeing = undetected = unclaimed = 0
-        for check in (check for check in checks if check["source"] == name):
-            if check["claimed"] is None:
-                unclaimed += check["rows"]
-            elif check["detected"] is None:
-                undetected += check["rows"]
-            else:
-                compared += check["rows"]
-                agreeing += check["rows"] if check["claimed"] == check["detected"] else 0
-        cells.append(
-            [name, words.count(compared), _share(agreeing, compared), *map(words.count, (undetected, unclaimed))]
-        )
+        found: Counter[str | None] = Counter()
+        for check in checks:
+            if check["source"] == name:
+                found[check["verdict"]] += check["rows"]
+        judged = found["agrees"] + found["differs"]
+        others = (found[None], found["filled"], found["unjudged"])
+        cells.append([name, words.count(judged), _share(found["agrees"], judged), *map(words.count, others)])
     return cells
 
 
@@ -174,9 +169,9 @@ def disagreements(checks: Sequence[Row]) -> Cells:
     """The most frequent pairs of claimed and detected language, and the sources they are of."""
     by_pair: dict[tuple[str, str], Counter[str]] = {}
     for check in checks:
-        claimed, detected = check["claimed"], check["detected"]
-        if claimed is not None and detected is not None and claimed != detected:
-            by_pair.setdefault((claimed, detected), Counter())[check["source"]] += check["rows"]
+        if check["verdict"] == "differs":
+            pair = (check["claimed"], check["detected"])
+            by_pair.setdefault(pair, Counter())[check["source"]] += check["rows"]
     pairs = sorted(by_pair, key=lambda pair: (-by_pair[pair].total(), pair))[:DISAGREEMENTS]
     return [[" → ".join(pair), words.count(by_pair[pair].total()), words.tallied(by_pair[pair])] for pair in pairs]
 

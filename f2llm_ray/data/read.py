@@ -14,7 +14,7 @@ from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean
 from f2llm_ray.data.decontaminate import Screen, decontaminate
 from f2llm_ray.data.flow import Part, Tables, checked, map_parts, parts_of
-from f2llm_ray.data.identify import Identifier
+from f2llm_ray.data.identify import FOUND, Identifier
 from f2llm_ray.data.keys import KEYS, add_keys
 from f2llm_ray.data.pairs import drop_near_positives
 from f2llm_ray.data.ragged import lengths_of
@@ -28,16 +28,13 @@ from f2llm_ray.run import Folder
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-# What reading finds out about a row beside its texts.
-FOUND = pa.schema(
+NEGATIVES = pa.schema(
     [
-        ("detected", pa.string()),  # language of the query; None when it was not asked for or is not known
-        ("confidence", pa.float32()),
         ("given_negatives", pa.int32()),
         ("dropped_negatives", pa.int32()),  # those that were near-equal to the passage
     ]
 )
-WRITTEN = pa.schema([*ROW, *FOUND, *KEYS])
+WRITTEN = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
 # Two texts with this Jaccard say the same where near dedup accepts every candidate.
 NEAR_EQUAL = 0.7
 PAIR = ["query", "passage", "language"]
@@ -56,7 +53,9 @@ def write_rows(recipe: Recipe, parts: list[Part], screen: Screen | None, rows: F
     """
     import ray
 
-    write = partial(_write_part, recipe=recipe, screen=ray.put(screen), rows=rows)
+    language_id = recipe.data.language_id
+    identifier = None if language_id is None else Identifier(language_id)
+    write = partial(_write_part, recipe=recipe, screen=ray.put(screen), identifier=identifier, rows=rows)
     account = Account()
     progress = Progress("prepare: read", len(parts), "parts")
     done = 0
@@ -69,26 +68,33 @@ def write_rows(recipe: Recipe, parts: list[Part], screen: Screen | None, rows: F
     return account
 
 
-def _write_part(part: Part, *, recipe: Recipe, screen: ObjectRef[Screen | None], rows: Folder) -> Tables:
+def _write_part(
+    part: Part,
+    *,
+    recipe: Recipe,
+    screen: ObjectRef[Screen | None],
+    identifier: Identifier | None,
+    rows: Folder,
+) -> Tables:
     import ray
 
     source = recipe.sources[part.source]
     if not rows.exists(part.file):
         index = ray.get(screen)
         tables = (
-            add_keys(decontaminate(_found(table, recipe.data), index), source.query_instruction)
+            add_keys(decontaminate(_found(table, recipe.data, identifier), index), source.query_instruction)
             .select(WRITTEN.names)
             .cast(WRITTEN)
             for table in _cleaned(part, source, recipe.data)
         )
         rows.write_table(part.file, tables, WRITTEN)
-    columns = ["language", "query", "passage", "drop", *FOUND.names]
+    columns = ["language", "query", "passage", "drop", *FOUND.names, *NEGATIVES.names]
     account = [part_account(table) for table in rows.read_batches(part.file, columns)]
     yield pa.table({"source": [part.source], "account": [json.dumps(account)]})
 
 
-def _found(rows: pa.Table, settings: Data) -> pa.Table:
-    """Adds the columns of `FOUND`."""
+def _found(rows: pa.Table, settings: Data, identifier: Identifier | None) -> pa.Table:
+    """Adds the columns of `FOUND` and `NEGATIVES`."""
     given = lengths_of(rows["negatives"].combine_chunks())
     rows = rows.append_column("given_negatives", pa.array(given, pa.int32()))
     if settings.near_dedup is not None:
@@ -96,10 +102,10 @@ def _found(rows: pa.Table, settings: Data) -> pa.Table:
         rows = drop_near_positives(rows, size=settings.near_dedup.shingle, min_jaccard=threshold)
     else:
         rows = rows.append_column("dropped_negatives", pa.array(np.zeros(len(rows)), pa.int32()))
-    if settings.language_id is not None:
-        return Identifier(settings.language_id).tag(rows)
-    for name in ("detected", "confidence"):
-        rows = rows.append_column(FOUND.field(name), pa.nulls(len(rows), FOUND.field(name).type))
+    if identifier is not None:
+        return identifier.tag(rows)
+    for field in FOUND:
+        rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     return rows
 
 

@@ -18,7 +18,8 @@ class Filters(Section):
     """Largest share of a text of 32 or more characters that one run of a repeated character may have, as in
     "==========" or "aaaaaaaa"; 1 turns it off."""
     max_markup: float = Field(default=0.9, gt=0, le=1)
-    """Largest share of a text's characters that may be tags, entities and URLs; 1 turns it off."""
+    """Largest share of a text's characters, white space not counted, that may be tags, entities and URLs; 1 turns
+    it off. Code is exempt."""
 
 
 class LanguageId(Section):

@@ -101,6 +101,19 @@ class TokenStore:
                 found[row] = self._piece(int(place["piece"]))[offset : offset + length]
         return found
 
+    def lengths(self, keys: Keys) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Number of tokens of each key [n, 2].
+
+        Raises:
+            RunError: a key that is not in the store.
+        """
+        shards = shard_of(keys, self.shards)
+        found = np.zeros(len(keys), np.int64)
+        for shard in np.unique(shards):
+            rows = np.flatnonzero(shards == shard)
+            found[rows] = self._places(int(shard), keys[rows])["length"]
+        return found
+
     def _places(self, shard: int, keys: Keys) -> np.ndarray[Any, Any]:
         if shard not in self._index:
             stem = f"index-{shard:04d}"

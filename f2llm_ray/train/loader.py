@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.batches import BatchTable, mix, rank_slice, write_source
-from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.batches import BatchTable, by_length, epoch_rows, mix, rank_slice, row_rates, write_source
+from f2llm_ray.data.language import UNKNOWN
+from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens import TokenStore
 from f2llm_ray.recipe import Recipe, TrainStage
 from f2llm_ray.run import Folder
@@ -51,7 +52,9 @@ class Batch:
     """An id of each passage's content [b]: equal passages are no negatives of each other."""
 
 
-def build_batches(recipe: Recipe, name: str, stage: TrainStage, prepared: Folder, out: Folder) -> None:
+def build_batches(
+    recipe: Recipe, name: str, stage: TrainStage, prepared: Folder, mined: Folder | None, out: Folder
+) -> None:
     """Writes a stage's batch tables: `train/` for all epochs and `validation/` for the held-out rows.
 
     Args:
@@ -59,6 +62,7 @@ def build_batches(recipe: Recipe, name: str, stage: TrainStage, prepared: Folder
         name: the stage's name, part of the seed.
         stage: its settings.
         prepared: folder of the prepare stage.
+        mined: folder of the mining stage, whose negatives take the place of the prepared ones.
         out: folder that gets both tables.
     """
     import ray.data
@@ -70,7 +74,7 @@ def build_batches(recipe: Recipe, name: str, stage: TrainStage, prepared: Folder
         for epoch in range(1 if validation else stage.epochs)
         for source in sources
     ]
-    write = partial(_write_epoch, recipe=recipe, name=name, stage=stage, prepared=prepared, out=out)
+    write = partial(_write_epoch, recipe=recipe, name=name, stage=stage, prepared=prepared, mined=mined, out=out)
     written = ray.data.from_items(work, override_num_blocks=len(work)).map(write).take_all()
     counts = {(row["validation"], row["epoch"], row["source"]): row["batches"] for row in written}
     seed = f"{recipe.seed}/{name}"
@@ -86,29 +90,57 @@ def _split(validation: bool) -> str:
 
 
 def _write_epoch(
-    work: dict[str, Any], *, recipe: Recipe, name: str, stage: TrainStage, prepared: Folder, out: Folder
+    work: dict[str, Any],
+    *,
+    recipe: Recipe,
+    name: str,
+    stage: TrainStage,
+    prepared: Folder,
+    mined: Folder | None,
+    out: Folder,
 ) -> dict[str, Any]:
     source, epoch, validation = work["source"], work["epoch"], work["validation"]
     settings = recipe.sources[source]
     query = "instructed_key" if stage.instructions else "query_key"
     names = {query: "query", "passage_key": "passage", "negative_keys": "negatives"}
-    columns = [*names, "query_group", "passage_group", "validation"]
-    rows = (prepared / "table").read_table(f"{source}.parquet", columns)
+    columns = [*names, "query_group", "passage_group", "language", "validation"]
+    file = f"{source}.parquet"
+    rows = (prepared / "table").read_table(file, columns)
+    if mined is not None and mined.exists(file):  # its rows are in the table's order
+        negatives = mined.read_table(file, ["negative_keys"])["negative_keys"]
+        rows = rows.set_column(columns.index("negative_keys"), "negative_keys", negatives)
     rows = rows.filter(pc.equal(rows["validation"], validation)).rename_columns(
         [names.get(column, column) for column in columns]
     )
+    seed = f"{recipe.seed}/{name}/{_split(validation)}/{epoch}"
+    rates = np.ones(len(rows)) if validation else _rates(rows, settings.weight, stage.language_temperature)
+    order = epoch_rows(rates, rng(seed, source, "order"))
+    if stage.length_window > 1:
+        with (prepared / "tokens").as_local() as store:
+            order = by_length(order, _lengths(rows, TokenStore(store)), stage.length_window * stage.global_batch)
     with (out / _split(validation) / f"epoch-{epoch:03d}").writing() as folder:
         batches = write_source(
             folder / f"{source}.arrow",
             rows,
+            order,
             source=source,
             task=settings.task,
-            weight=1.0 if validation else settings.weight,
             negatives=stage.negatives.get(settings.task, 0),
             size=stage.global_batch,
-            seed=f"{recipe.seed}/{name}/{_split(validation)}/{epoch}",
+            seed=seed,
         )
     return {**work, "batches": batches}
+
+
+def _rates(rows: pa.Table, weight: float, temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
+    languages = rows["language"].combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices
+    return row_rates(languages.to_numpy().astype(np.int64), weight, temperature)
+
+
+def _lengths(rows: pa.Table, store: TokenStore) -> Ints:
+    """Tokens of query and passage of each row."""
+    query, passage = (store.lengths(key_numbers(rows[side])) for side in ("query", "passage"))
+    return query + passage
 
 
 def stream(

@@ -17,6 +17,7 @@ def train(
     stage: TrainStage | Distill,
     *,
     prepared: Folder,
+    mined: Folder | None,
     student: Folder,
     teacher: Folder | None,
     out: Folder,
@@ -28,6 +29,7 @@ def train(
         name: the stage's name.
         stage: its settings.
         prepared: folder of the prepare stage.
+        mined: folder of the mining stage, where the recipe has one before this stage.
         student: model folder that it starts from.
         teacher: model folder of the teacher, when distilling.
         out: the stage's folder; it gets `batches/`, `ray_train/` (checkpoints) and `model/`.
@@ -43,7 +45,7 @@ def train(
 
     batches = out / "batches"
     if not batches.exists("validation/order.npy"):
-        build_batches(recipe, name, stage, prepared, batches)
+        build_batches(recipe, name, stage, prepared, mined, batches)
     compute = recipe.compute
     run_id = f"{name}-{out.path.rsplit('/', 1)[-1]}"
     job = Job(

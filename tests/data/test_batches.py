@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from f2llm_ray.data.batches import (
+    MOST_REPEATS,
     BatchTable,
+    by_length,
     draw_negatives,
     epoch_rows,
     fill_batches,
     mix,
     rank_slice,
+    row_rates,
     write_source,
 )
 from f2llm_ray.data.schema import rng, text_key
@@ -43,11 +46,33 @@ def test_texts_stand_once_in_a_batch_while_there_are_enough_of_them() -> None:
 
 
 def test_weights_say_how_often_a_row_is_seen() -> None:
-    half = epoch_rows(1000, 0.5, rng("a"))
+    half = epoch_rows(np.full(1000, 0.5), rng("a"))
     assert len(set(half.tolist())) == len(half) == 500
-    more = np.bincount(epoch_rows(1000, 2.25, rng("a")))
+    more = np.bincount(epoch_rows(np.full(1000, 2.25), rng("a")))
     assert more.sum() == 2250
     assert set(more.tolist()) == {2, 3}
+    assert sorted(epoch_rows(np.ones(1000), rng("a")).tolist()) == list(range(1000))
+
+
+def test_a_temperature_evens_out_languages_and_keeps_the_weight() -> None:
+    languages = np.repeat([0, 1, 2], [8000, 1600, 400])
+    assert (row_rates(languages, 0.5, 1.0) == 0.5).all()
+    for weight in (0.5, 1.0, 3.0):
+        rates = row_rates(languages, weight, 2.0)
+        taken = np.bincount(languages[epoch_rows(rates, rng("a"))])
+        expected = weight * 10_000 * np.sqrt([8000, 1600, 400]) / np.sqrt([8000, 1600, 400]).sum()
+        np.testing.assert_allclose(taken, expected, rtol=0.01)
+    rare = row_rates(np.repeat([0, 1], [10_000, 3]), 1.0, 5.0)
+    assert rare.max() == MOST_REPEATS
+
+
+def test_sorting_by_length_within_windows_keeps_every_row() -> None:
+    order, lengths = rng("o").permutation(1000), rng("l").integers(1, 500, 1000)
+    found = by_length(order, lengths, 200)
+    assert sorted(found.tolist()) == sorted(order.tolist())
+    for first in range(0, 1000, 200):
+        assert set(found[first : first + 200].tolist()) == set(order[first : first + 200].tolist())
+        assert (np.diff(lengths[found[first : first + 200]]) >= 0).all()
 
 
 @given(st.lists(st.lists(st.integers(0, 99), max_size=9, unique=True), min_size=1, max_size=9), st.integers(0, 5))
@@ -93,12 +118,12 @@ def table_of(rows: int) -> pa.Table:
 def test_files_hold_whole_batches_in_the_order_of_the_seed(tmp_path: Path) -> None:
     (tmp_path / "epoch-000").mkdir()
     path = tmp_path / "epoch-000" / "s.arrow"
-    arguments = {"source": "s", "task": "retrieval", "weight": 1.0, "negatives": 2, "size": 8, "seed": "1/a/0"}
-    assert write_source(path, table_of(50), **arguments) == 7
+    arguments = {"source": "s", "task": "retrieval", "negatives": 2, "size": 8, "seed": "1/a/0"}
+    assert write_source(path, table_of(50), np.arange(50), **arguments) == 7
     first = path.read_bytes()
-    write_source(path, table_of(50), **arguments)
+    write_source(path, table_of(50), np.arange(50), **arguments)
     assert path.read_bytes() == first
-    write_source(path, table_of(50), **{**arguments, "seed": "1/a/1"})
+    write_source(path, table_of(50), np.arange(50), **{**arguments, "seed": "1/a/1"})
     assert path.read_bytes() != first
 
     np.save(tmp_path / "order.npy", mix([[7]], seed="x"))
@@ -112,7 +137,14 @@ def test_files_hold_whole_batches_in_the_order_of_the_seed(tmp_path: Path) -> No
 
 def test_a_source_of_a_single_row_still_makes_a_batch(tmp_path: Path) -> None:
     count = write_source(
-        tmp_path / "s.arrow", table_of(1), source="s", task="retrieval", weight=1.0, negatives=1, size=4, seed="x"
+        tmp_path / "s.arrow",
+        table_of(1),
+        np.arange(1),
+        source="s",
+        task="retrieval",
+        negatives=1,
+        size=4,
+        seed="x",
     )
     assert count == 1
 

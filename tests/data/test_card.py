@@ -63,12 +63,14 @@ def full_card() -> dict[str, Any]:
             "empty": {"query": bins(), "passage": bins()},
         },
         "language_check": [
-            {"source": "web", "claimed": "deu", "detected": "deu", "rows": 300},
-            {"source": "web", "claimed": "deu", "detected": "nld", "rows": 100},
-            {"source": "web", "claimed": "ara", "detected": None, "rows": 7},
-            {"source": "code", "claimed": "deu", "detected": "nld", "rows": 3},
-            {"source": "code", "claimed": None, "detected": "eng", "rows": 5},
-            {"source": "code", "claimed": "eng", "detected": "sco", "rows": 1},
+            {"source": "web", "claimed": "deu", "detected": "deu", "verdict": "agrees", "rows": 300},
+            {"source": "web", "claimed": "deu", "detected": "nld", "verdict": "differs", "rows": 100},
+            {"source": "web", "claimed": "ara", "detected": None, "verdict": None, "rows": 7},
+            {"source": "code", "claimed": "deu", "detected": "nld", "verdict": "differs", "rows": 3},
+            {"source": "code", "claimed": "tlh", "detected": "eng", "verdict": "unjudged", "rows": 2},
+            {"source": "code", "claimed": "cmn", "detected": "zho", "verdict": "agrees", "rows": 4},
+            {"source": "code", "claimed": None, "detected": "eng", "verdict": "filled", "rows": 5},
+            {"source": "code", "claimed": "eng", "detected": "sco", "verdict": "differs", "rows": 1},
         ],
         "negatives": {
             "web": {"given": 1000, "dropped": {"equal to a positive": 40, "near-equal to the positive": 10}},
@@ -152,8 +154,8 @@ def test_a_full_card_shows_its_numbers_in_order(tmp_path: Path) -> None:
     assert ["web", "60", "100", "0"] in rows["Sources"]
     assert ["code", "0", "0", "8"] in rows["Sources"]
     assert ["web", "Find the page."] in rows["Sources"]
-    assert ["web", "400", "75.0 %", "7", "0"] in rows["Language agreement"]
-    assert ["code", "4", "0.0 %", "0", "5"] in rows["Language agreement"]
+    assert ["web", "400", "75.0 %", "7", "0", "0"] in rows["Language agreement"]
+    assert ["code", "8", "50.0 %", "0", "5", "2"] in rows["Language agreement"]
     pairs = [row for row in rows["Language agreement"] if row and "→" in row[0]]
     assert pairs == [["deu → nld", "103", "web 100 · code 3"], ["eng → sco", "1", "code 1"]]
     assert ["accepted pairs", "60 (75.0 %)"] in rows["Near duplicates"]
@@ -266,7 +268,8 @@ def test_hostile_text_is_shown_as_text() -> None:
     card["lengths"] = {HOSTILE: card["lengths"]["web"]}
     card["rows"] = [{"source": HOSTILE, "language": HOSTILE, "drop": f"clean: {HOSTILE}", "rows": 1}]
     card["steps"] = [{"step": HOSTILE, "in": 1, "out": 0, "dropped": {HOSTILE: 1}}]
-    card["language_check"] = [{"source": HOSTILE, "claimed": HOSTILE, "detected": "eng", "rows": 1}]
+    card["language_check"] = [{"source": HOSTILE, "claimed": HOSTILE,
+         "detected": "eng", "verdict": "differs", "rows": 1}]
     card["negatives"] = {HOSTILE: {"given": 1, "dropped": {HOSTILE: 1}}}
     card["contamination"] = {HOSTILE: {HOSTILE: 1}}
     card["seconds"] = {HOSTILE: {"seconds": 0.0, "rows": 1}}

@@ -91,6 +91,7 @@ def written(drops: list[str | None], languages: list[str | None]) -> pa.Table:
         {
             "language": pa.array(languages, pa.string()),
             "detected": pa.array(["fra"] * count, pa.string()),
+            "verdict": pa.array(["filled" if name is None else "differs" for name in languages], pa.string()),
             "drop": pa.array(drops, pa.string()),
             "query": ["ab"] * count,
             "passage": ["abcd"] * count,
@@ -118,7 +119,5 @@ def test_the_account_balances() -> None:
     assert card["negatives"] == {
         "s": {"given": 6, "dropped": {"near-equal to the positive": 3, "a positive of the query": 2}}
     }
-    assert {(row["claimed"], row["detected"]): row["rows"] for row in card["language_check"]} == {
-        (None, "fra"): 1,
-        ("deu", "fra"): 2,
-    }
+    checks = {(row["claimed"], row["detected"], row["verdict"]): row["rows"] for row in card["language_check"]}
+    assert checks == {(None, "fra", "filled"): 1, ("deu", "fra", "differs"): 2}
