@@ -78,6 +78,7 @@ def write_corpus(prepared: Folder, rows: int, seed: int) -> int:
             "negative_keys": list_array(others, np.full(number, negatives)),
             "query_group": queries,
             "passage_group": passages.take(pa.array(own)),
+            "language": pa.array(["eng"] * number),
             "validation": pa.array(generator.random(number) < 0.01),
         }
         table = pa.table(columns)
@@ -176,7 +177,7 @@ def measure(rows: int, steps: int, global_batch: int) -> dict[str, Any]:
         corpus_s = time.perf_counter() - started
         connect()
         started = time.perf_counter()
-        build_batches(recipe, "bench", recipe.stages["bench"], prepared, out)
+        build_batches(recipe, "bench", recipe.stages["bench"], prepared, None, out)
         batches_s = time.perf_counter() - started
         # Consumers must not be processes that have held the tables of the build.
         ray.shutdown()

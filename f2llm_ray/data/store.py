@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from f2llm_ray.data import tokens
 from f2llm_ray.data.flow import Part, map_groups
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.ragged import lengths_of, numbered
+from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers, query_text
 from f2llm_ray.progress import Progress
 from f2llm_ray.recipe import Recipe
@@ -29,7 +29,7 @@ TOKENIZE_ROWS = 4096
 
 
 def write_store(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, prepared: Folder) -> tuple[int, int]:
-    """Writes the token store of all texts in the table.
+    """Writes the token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
     Args:
         recipe: the run's recipe.
@@ -43,7 +43,6 @@ def write_store(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, prepare
     import ray.data
 
     store, shards = prepared / "tokens", recipe.data.shards
-    store.clear()
     names = ray.data.from_items(
         [{"source": name} for name in recipe.sources], override_num_blocks=len(recipe.sources)
     )
@@ -74,7 +73,7 @@ def write_store(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, prepare
 
 
 def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
-    """Key and place of every text of a source: its row's place, its role there, its number among the negatives.
+    """Key and place of every text of a source: its row's place, and its role there.
 
     Negatives that are other rows' labels have no place of their own; they are those rows' passages.
     """
@@ -83,8 +82,7 @@ def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
     rows = table.read_table(f"{source}.parquet").combine_chunks()
     piece, position = (rows[name].to_numpy() for name in ("piece", "position"))
     lists = rows["negative_keys"].combine_chunks()
-    lengths = lengths_of(lists)
-    owner, number = np.repeat(np.arange(len(rows)), lengths), numbered(lengths)
+    owner = np.repeat(np.arange(len(rows)), lengths_of(lists))
     key = pa.concat_arrays(
         [*(rows[name].combine_chunks() for name in columns.values()), pc.list_flatten(lists).cast(KEY)]
     )
@@ -92,7 +90,6 @@ def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
         "piece": np.concatenate([*[piece] * len(columns), piece[owner]]),
         "position": np.concatenate([*[position] * len(columns), position[owner]]),
         "role": np.concatenate([np.repeat(list(columns), len(rows)), np.full(len(owner), NEGATIVE)]),
-        "number": np.concatenate([np.zeros(len(columns) * len(rows), np.int64), number]),
         "shard": shard_of(key_numbers(key), shards),
     }
     return pa.table({"key": key, **{name: pa.array(values, pa.int64()) for name, values in columns_of.items()}})
@@ -100,8 +97,7 @@ def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
 
 def first_places(places: pa.Table) -> pa.Table:
     """One place of each key, the same one in every run: a passage's or query's before a negative's."""
-    order = ("key", "role", "piece", "position", "number")
-    places = places.sort_by([(name, "ascending") for name in order])
+    places = places.sort_by([(name, "ascending") for name in ("key", "role", "piece", "position")])
     keys = places["key"].combine_chunks()
     first = np.ones(len(keys), dtype=bool)
     first[1:] = pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
@@ -114,9 +110,9 @@ def _tokenize_part(
     from tokenizers import Tokenizer as Tokenizers
 
     piece = places["piece"][0].as_py()
-    places = places.sort_by([(name, "ascending") for name in ("position", "role", "number")])
+    places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
     loaded = Tokenizers.from_str(tokenizer)
-    file = rows.read_table(files[piece], ["source", "query", "passage", "negatives"])
+    file = rows.read_table(files[piece], ["source", "query", "passage", "negatives", "negative_keys"])
     texts = _texts(places, file, recipe.sources[file["source"][0].as_py()].query_instruction)
     with store.writing() as path:
         lengths = tokens.write_piece(
@@ -132,11 +128,14 @@ def _tokenize_part(
 
 
 def _texts(places: pa.Table, file: pa.Table, instruction: str) -> Iterator[str]:
-    columns = {name: file[name].combine_chunks() for name in ("query", "passage", "negatives")}
-    wanted = (places[name].to_pylist() for name in ("position", "role", "number"))
-    for position, role, number in zip(*wanted, strict=True):
+    names = ("query", "passage", "negatives", "negative_keys")
+    columns = {name: file[name].combine_chunks() for name in names}
+    wanted = (places[name].to_pylist() for name in ("position", "role", "key"))
+    for position, role, key in zip(*wanted, strict=True):
         if role == NEGATIVE:
-            yield columns["negatives"][position].as_py()[number]
+            # By its key: the table has fewer negatives than the row was written with.
+            number = columns["negative_keys"][position].as_py().index(key)
+            yield columns["negatives"][position][number].as_py()
         elif role == PASSAGE:
             yield columns["passage"][position].as_py()
         else:

@@ -41,14 +41,22 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], max_tokens: int | None = No
 
 
 def write_piece(path: Path, batches: Iterable[list[Tokens]]) -> pa.Table:
-    """Writes the tokens of one piece, batch by batch, and returns (offset, length) of each text in order."""
-    lengths: list[int] = []
-    with path.open("wb") as file:
-        for batch in batches:
-            lengths += [len(tokens) for tokens in batch]
-            if batch:
-                file.write(np.concatenate(batch).astype("<u4").tobytes())
-    length = np.array(lengths, dtype=np.uint32)
+    """Writes the tokens of one piece, batch by batch, and returns (offset, length) of each text in order.
+
+    The lengths lie beside the tokens, written last: a piece that has them is finished and is not written again.
+    """
+    finished = path.with_suffix(".lengths.npy")
+    if not finished.exists():
+        lengths: list[int] = []
+        with path.open("wb") as file:
+            for batch in batches:
+                lengths += [len(tokens) for tokens in batch]
+                if batch:
+                    file.write(np.concatenate(batch).astype("<u4").tobytes())
+        temporary = path.with_suffix(".lengths.tmp.npy")
+        np.save(temporary, np.array(lengths, dtype=np.uint32))
+        temporary.replace(finished)
+    length = np.load(finished)
     offset = np.cumsum(length, dtype=np.uint64) - length
     return pa.table({"offset": pa.array(offset, pa.uint64()), "length": pa.array(length, pa.uint32())})
 

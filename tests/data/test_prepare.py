@@ -20,7 +20,7 @@ import pytest
 
 from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.prepare import prepare
-from f2llm_ray.data.schema import text_key
+from f2llm_ray.data.schema import key_numbers, text_key
 from f2llm_ray.recipe import Recipe, parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
@@ -226,6 +226,25 @@ def test_labels_and_single_rows_are_no_duplicates(prepared: Path) -> None:
     assert len(labels) == 90
     assert {len(negatives) for negatives in labels["negative_keys"].to_pylist()} == {2}
     assert len(table_of(prepared, "one")) == 1
+
+
+def test_every_key_of_the_table_leads_to_the_tokens_of_its_text(prepared: Path) -> None:
+    from f2llm_ray.data.tokenizer import load_tokenizer
+    from f2llm_ray.data.tokens import TokenStore, tokenize
+
+    texts: dict[bytes, str] = {}
+    for file in (prepared / "out" / "rows").glob("*.parquet"):
+        for row in pq.read_table(file).to_pylist():
+            texts |= {row[f"{side}_key"]: row[side] for side in ("query", "passage")}
+            texts |= dict(zip(row["negative_keys"], row["negatives"], strict=True))
+    tables = [table_of(prepared, source).to_pylist() for source in planted()]
+    rows = [row for table in tables for row in table]
+    wanted = {key for row in rows for key in (row["query_key"], row["passage_key"], *row["negative_keys"])}
+    keys = sorted(wanted)
+    found = TokenStore(prepared / "out" / "tokens").lookup(key_numbers(pa.array(keys, pa.binary(16))))
+    tokenizer = load_tokenizer(str(prepared / "out" / "tokenizer"))
+    for key, tokens in zip(keys, found, strict=True):
+        assert tokens.tolist() == tokenize(tokenizer, [texts[key]], 64)[0].tolist()
 
 
 def test_every_row_is_accounted_for(prepared: Path) -> None:
