@@ -4,9 +4,9 @@ plan (number the texts of each source) -> encode (each text once, shards of vect
 of queries, against all candidates) -> join (one file per source, in the table's row order). Every step leaves
 files that are there whole or not at all, and a run that was cut off goes on with those that are missing.
 
-There is no approximate index. 20,000 rows of 384 dims took 3.1 s on one core; faiss's HNSW took 4.8 s to build and
-5.9 s to search, for 95 % of the same passages (`python -m benchmarks.mining --hnsw`). At 80,000 rows, the most that
-the paper's sources have, it was 48 s against 34 and 44 s for 90 % (both searches scaled from one shard of queries).
+There is no approximate index. 20,000 rows of 384 dims took 3.1 s on one core; faiss's HNSW took 4.8 s to build
+and 5.9 s to search, for 95 % of the same passages (`python -m benchmarks.mining --hnsw`). At 80,000 rows, the most
+that the paper's sources have, it was 48 s against 34 and 44 s for 90 % (searches scaled from one query shard).
 """
 
 from __future__ import annotations
