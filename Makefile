@@ -22,8 +22,11 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-dev  ## ours beside the bare engine and sentence-transformers; JSON on the last line
+bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON object as its last line
 	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.mining
+	$(BIN)/python -m benchmarks.dedup
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
@@ -37,4 +40,8 @@ clean:
 
 .venv/.installed-dev: pyproject.toml constraints.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+.venv/.installed-bench: pyproject.toml constraints.txt .venv/.installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,bench]'
 	touch $@

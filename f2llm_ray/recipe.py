@@ -243,7 +243,7 @@ class Recipe(Section):
         if self.mine is None:
             return []
         problems = []
-        known = [name for name, source in self.sources.items() if source.task == "retrieval"]
+        known = self.mined_sources(Mine(model=self.mine.model))
         wrong = [name for name in self.mine.sources or () if name not in known]
         if wrong or not known:
             problems.append(f"mine.sources: {wrong or 'none'} not among the retrieval sources {known}")
@@ -267,6 +267,11 @@ class Recipe(Section):
                 if getattr(self.prune, part) > getattr(shape, part)
             ]
         return problems
+
+    def mined_sources(self, settings: Mine) -> list[str]:
+        """Names of the retrieval sources that are mined, in the recipe's order."""
+        known = [name for name, source in self.sources.items() if source.task == "retrieval"]
+        return known if settings.sources is None else [name for name in known if name in settings.sources]
 
     def model_names(self) -> list[str]:
         """Names of the models that are there before pruning."""

@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from f2llm_ray.data.sources.base import Piece, SourceBase
-from f2llm_ray.errors import DataError
+from f2llm_ray.errors import DataError, F2LLMError, RunError
+from f2llm_ray.progress import Progress
 
 if TYPE_CHECKING:
     import ray.data
 
 Tables = Iterator[pa.Table]
+Item = dict[str, Any]
+"""A task's work or its outcome, as JSON values."""
 ERROR = "error"
 
 
@@ -97,3 +100,49 @@ def map_groups(
 ) -> ray.data.Dataset:
     """Brings rows with equal values of a column together and runs a function on each group."""
     return dataset.groupby(column).map_groups(function, batch_format="pyarrow")
+
+
+def each(
+    label: str, items: list[Item], work: Callable[[Item], Item], *, num_cpus: float = 1, num_gpus: float = 0
+) -> Iterator[Item]:
+    """Runs a function on every item, each in a task of its own, and gives what they return as it comes.
+
+    Raises:
+        RunError: what the tasks found wrong, all of it.
+    """
+    if items:
+        dataset = dataset_of(items).map(partial(guarded, work=work), num_cpus=num_cpus, num_gpus=num_gpus)
+        yield from outcomes(label, len(items), dataset)
+
+
+def dataset_of(items: list[Item]) -> ray.data.Dataset:
+    """Items as rows for `guarded`, a block of each up to 1,000 blocks: whoever is done early takes the next."""
+    import ray.data
+
+    return ray.data.from_items([{"item": json.dumps(i)} for i in items], override_num_blocks=min(len(items), 1000))
+
+
+def guarded(row: Item, *, work: Callable[[Item], Item]) -> Item:
+    """What the work returns, or what was wrong: of an exception Ray Data would pass on only the text."""
+    try:
+        return {"outcome": json.dumps(work(json.loads(row["item"])))}
+    except F2LLMError as error:
+        return {"outcome": json.dumps({ERROR: str(error)})}
+
+
+def outcomes(label: str, total: int, dataset: ray.data.Dataset) -> Iterator[Item]:
+    """The outcomes of `guarded` as they come, with progress.
+
+    Raises:
+        RunError: what the tasks found wrong, all of it.
+    """
+    progress, errors = Progress(label, total, "tasks"), []
+    for done, row in enumerate(dataset.iter_rows(), start=1):
+        outcome = json.loads(row["outcome"])
+        progress.update(done)
+        if ERROR in outcome:
+            errors.append(outcome[ERROR])
+        else:
+            yield outcome
+    if errors:
+        raise RunError("\n".join(sorted(errors)))

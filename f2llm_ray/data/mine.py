@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from f2llm_ray.data.candidates import Candidates, number_texts
+from f2llm_ray.data.flow import Item, dataset_of, each, guarded, outcomes
 from f2llm_ray.data.mined import join_source
 from f2llm_ray.data.search import FOUND, Layout, search
 from f2llm_ray.data.settings import Mine
 from f2llm_ray.data.vectors import Encoder, shard_name
-from f2llm_ray.errors import F2LLMError, RecipeError, RunError
-from f2llm_ray.progress import Progress
+from f2llm_ray.errors import RunError
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.serve.bulk import read_info
@@ -34,8 +34,6 @@ from f2llm_ray.session import connect
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]
 PLAN, JOINED = "plan.json", "joined.json"
 TOKENIZER = "tokenizer.json"
-
-Item = dict[str, Any]
 
 
 def mine(
@@ -65,10 +63,9 @@ def mine(
         timed or encoded is of this call, the rest of all the work.
 
     Raises:
-        RecipeError: a source that is not there or is not for retrieval.
         RunError: a model with another tokenizer, or one that gives vectors that are not finite.
     """
-    names = mined_sources(recipe, settings)
+    names = recipe.mined_sources(settings)
     check_tokenizer(prepared / "tokenizer", model)
     connect()
     query = "instructed_key" if read_info(model).instructions else "query_key"
@@ -79,7 +76,7 @@ def mine(
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
     plan = partial(_plan, prepared=prepared, out=out, query=query)
-    plans = {row["source"]: row for row in _each("plan", [{"source": name} for name in names], plan)}
+    plans = {row["source"]: row for row in each("mine: plan", [{"source": name} for name in names], plan)}
     lap("plan")
     vectors = [
         {"source": name, "shard": shard}
@@ -96,10 +93,10 @@ def mine(
     gpus = recipe.compute.gpus_per_worker
     look = partial(_search, out=out, settings=settings, layout=layout, threads=recipe.compute.threads_per_worker)
     look = partial(look, device="cuda" if gpus else "cpu")
-    searched = list(_each("search", queries, look, num_cpus=recipe.compute.cpus_per_worker, num_gpus=gpus))
+    searched = list(each("mine: search", queries, look, num_cpus=recipe.compute.cpus_per_worker, num_gpus=gpus))
     lap("search")
     join = partial(_join, prepared=prepared, out=out, count=settings.count)
-    joined = {row.pop("source"): row for row in _each("join", [{"source": name} for name in names], join)}
+    joined = {row.pop("source"): row for row in each("mine: join", [{"source": name} for name in names], join)}
     lap("join")
     texts = sum(row["texts"] for row in encoded)
     return {
@@ -118,19 +115,6 @@ def mine(
     }
 
 
-def mined_sources(recipe: Recipe, settings: Mine) -> list[str]:
-    """Names of the sources that are mined, in the recipe's order.
-
-    Raises:
-        RecipeError: one that is not there or not for retrieval, or none at all.
-    """
-    known = [name for name, source in recipe.sources.items() if source.task == "retrieval"]
-    wrong = [name for name in settings.sources or () if name not in known]
-    if wrong or not known:
-        raise RecipeError(f"mine.sources: {wrong or 'none'} not among the retrieval sources {known}")
-    return known if settings.sources is None else [name for name in known if name in settings.sources]
-
-
 def check_tokenizer(prepared: Folder, model: Folder) -> None:
     """Refuses a model whose tokens are not the prepared ones.
 
@@ -147,8 +131,8 @@ def check_tokenizer(prepared: Folder, model: Folder) -> None:
         )
 
 
-def _seconds(outcomes: list[Item], source: str) -> float:
-    return round(sum(row["seconds"] for row in outcomes if row["source"] == source), 2)
+def _seconds(results: list[Item], source: str) -> float:
+    return round(sum(row["seconds"] for row in results if row["source"] == source), 2)
 
 
 def found_name(shard: int) -> str:
@@ -164,15 +148,6 @@ def _missing(folder: Folder, items: int, per_shard: int, name: Callable[[int], s
 # Each step on Ray.
 
 
-def _each(
-    step: str, items: list[Item], work: Callable[[Item], Item], *, num_cpus: float = 1, num_gpus: float = 0
-) -> Iterator[Item]:
-    """Runs a function on every item, each in a task of its own, and gives what they return as it comes."""
-    if items:
-        dataset = _dataset(items).map(partial(_guarded, work=work), num_cpus=num_cpus, num_gpus=num_gpus)
-        yield from _outcomes(step, len(items), dataset)
-
-
 def _encode(
     items: list[Item], recipe: Recipe, prepared: Folder, model: Folder, out: Folder, layout: Layout
 ) -> Iterator[Item]:
@@ -180,42 +155,14 @@ def _encode(
 
     if items:
         compute = recipe.compute
-        dataset = _dataset(items).map(
+        dataset = dataset_of(items).map(
             _EncodeShard,
             fn_constructor_args=(model, prepared / "tokens", out, layout, compute.threads_per_worker),
             compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(items))),
             num_cpus=compute.cpus_per_worker,
             num_gpus=compute.gpus_per_worker,
         )
-        yield from _outcomes("encode", len(items), dataset)
-
-
-def _dataset(items: list[Item]) -> Any:
-    import ray.data
-
-    # A block per item up to 1,000 blocks: whoever is done early takes the next.
-    return ray.data.from_items([{"item": json.dumps(i)} for i in items], override_num_blocks=min(len(items), 1000))
-
-
-def _guarded(row: Item, *, work: Callable[[Item], Item]) -> Item:
-    """What the work returns, or what was wrong: of an exception Ray Data would pass on only the text."""
-    try:
-        return {"outcome": json.dumps(work(json.loads(row["item"])))}
-    except F2LLMError as error:
-        return {"outcome": json.dumps({"error": str(error)})}
-
-
-def _outcomes(step: str, total: int, dataset: Any) -> Iterator[Item]:
-    progress, errors = Progress(f"mine: {step}", total, "tasks"), []
-    for done, row in enumerate(dataset.iter_rows(), start=1):
-        outcome = json.loads(row["outcome"])
-        progress.update(done)
-        if "error" in outcome:
-            errors.append(outcome["error"])
-        else:
-            yield outcome
-    if errors:
-        raise RunError("\n".join(sorted(errors)))
+        yield from outcomes("mine: encode", len(items), dataset)
 
 
 # What each task does.
@@ -240,7 +187,7 @@ class _EncodeShard:
         self.out, self.layout = out, layout
 
     def __call__(self, row: Item) -> Item:
-        return _guarded(row, work=self._write)
+        return guarded(row, work=self._write)
 
     def _write(self, item: Item) -> Item:
         name, shard, size = item["source"], item["shard"], self.layout.texts

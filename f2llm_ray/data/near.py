@@ -1,9 +1,9 @@
 """Near dedup: groups of texts that say nearly the same, by MinHash-LSH on Ray Data.
 
-Each part's texts become band keys; texts that share one meet in a shuffle of (band key, text key), where the
-smallest key of a bucket is tied to the others. Ties may be checked by the exact Jaccard of their shingles. What is
-connected is a group, and its smallest key stands for it. Text never moves: a checked text's shingles are read
-where its row lies.
+bands (each part: its texts' shingles, signatures and band keys) -> pairs (each shard of band keys: the smallest
+text of a bucket tied to the others) -> edges (each shard of pairs: those whose shingles have the Jaccard asked
+for) -> groups (what is connected; its smallest key stands for it). Between steps only keys and places move, as
+shuffle files; text is read once, and every step goes on from the files that are there.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm_ray.data.components import EDGE, spread, stars
-from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts
-from f2llm_ray.data.groups import members_file, write_members
-from f2llm_ray.data.keys import find_keys, shard_of
+from f2llm_ray.data.flow import Item, Part, each, map_groups
+from f2llm_ray.data.groups import key_array, members_file, write_members
+from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.minhash import PRESETS, band_keys, signatures
-from f2llm_ray.data.ragged import list_array
-from f2llm_ray.data.schema import KEY, key_numbers
-from f2llm_ray.data.sets import Sets, jaccards, write_sets
+from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.settings import NearDedup
-from f2llm_ray.data.shingles import shingle
-from f2llm_ray.progress import Progress, say
+from f2llm_ray.data.shingle_store import ShingleStore, jaccards, write_shingles
+from f2llm_ray.data.shingles import Shingles, shingle
+from f2llm_ray.data.shuffle import Rows, read_shard, write_rows
+from f2llm_ray.progress import say
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
     import ray.data
 
-# Edges that one process connects; 5 million take about 1 GB while their ends are numbered.
-EDGES_IN_MEMORY = 5_000_000
+# Texts whose bands one file holds: 90 MB with 14 bands.
+TEXTS_PER_FILE = 200_000
 # Pairs checked at once: their shingles take some 10 MB.
 CHECKED_AT_ONCE = 10_000
+# Edges that one process connects; 5 million take about 1 GB while their ends are numbered.
+EDGES_IN_MEMORY = 5_000_000
 FACTS = "near.json"
 
 
@@ -58,33 +60,30 @@ def find_groups(recipe: Recipe, parts: list[Part], prepared: Folder) -> dict[str
     near, shards = prepared / "near", recipe.data.shards
     if near.exists(FACTS):
         return dict(near.read_json(FACTS))
-    near.clear()
     lsh = PRESETS[settings.preset]
     say(f"prepare: near-duplicates, {curve_line(settings)}")
-    documents = partial(_documents, recipe=recipe, rows=prepared / "rows")
-    bands = map_parts(parts, partial(_bands, documents=documents, settings=settings, shards=shards))
-    buckets = map_groups(bands, "shard", partial(_tie, out=near / "pairs"))
-    facts, progress = [], Progress("prepare: near-duplicates", shards, "shards")
-    for row in buckets.iter_rows():
-        facts.append(row)
-        progress.update(len(facts), f"{sum(fact['pairs'] for fact in facts):,} pairs")
-    pairs = _edges(near / "pairs")
-    if settings.min_jaccard is not None:
-        _write_sets(parts, documents, pairs, settings, shards, near)
-    settle = partial(_settle, near=near, shards=shards, threshold=settings.min_jaccard)
-    settled = map_groups(_keyed(pairs, "b", shards), "shard", settle).take_all()
-    candidates, accepted = (sum(row[name] for row in settled) for name in ("candidates", "accepted"))
+    numbers = [{"part": number} for number in range(len(parts))]
+    bands = partial(_bands, parts=parts, recipe=recipe, rows=prepared / "rows", near=near)
+    list(each("prepare: bands", numbers, bands))
+    tied = [{"shard": shard} for shard in range(shards)]
+    tie = partial(_pairs, near=near, shards=shards)
+    entries = sum(found["entries"] for found in each("prepare: pairs", tied, tie))
+    check = partial(_edges, near=near, shards=shards, threshold=settings.min_jaccard)
+    settled = list(each("prepare: edges", tied, check))
+    candidates, accepted = (sum(found[name] for found in settled) for name in ("candidates", "accepted"))
     found = {
         **settings.model_dump(mode="json"),
         "bands": lsh.bands,
         "rows": lsh.rows,
         "curve": [[j / 20, round(lsh.probability(j / 20), 4)] for j in range(21)],
-        "documents": sum(fact["entries"] for fact in facts) // lsh.bands,
+        "documents": entries // lsh.bands,
         "candidates": candidates,
         "accepted": accepted,
-        **_connect(accepted, shards, near),
+        **(_connect(near, shards) if accepted <= EDGES_IN_MEMORY else _connect_spread(near, shards)),
     }
     near.write_json(FACTS, found)
+    for done in ("bands", "pairs", "shingles"):
+        (near / done).clear()
     return found
 
 
@@ -95,8 +94,8 @@ def curve_line(settings: NearDedup) -> str:
     return f"{lsh.bands} bands of {lsh.rows}: pairs found by their Jaccard, {chances}"
 
 
-def _documents(part: Part, *, recipe: Recipe, rows: Folder) -> Iterator[tuple[pa.Array, list[str]]]:
-    """The distinct texts of a part's rows that are still in, with their keys, some thousands of rows at a time."""
+def _documents(part: Part, recipe: Recipe, rows: Folder) -> Iterator[tuple[Rows, list[str]]]:
+    """The distinct texts of a part's rows that are still in, and their keys [n, 2], some thousand rows a time."""
     sides = {"query": "query_key"}
     if recipe.sources[part.source].task != "classification":
         sides |= {"passage": "passage_key", "negatives": "negative_keys"}
@@ -113,43 +112,128 @@ def _documents(part: Part, *, recipe: Recipe, rows: Folder) -> Iterator[tuple[pa
             del texts[key]
         seen.update(texts)
         if texts:
-            yield pa.array(list(texts), KEY), list(texts.values())
+            yield np.frombuffer(b"".join(texts), ">u8").reshape(-1, 2).astype(np.uint64), list(texts.values())
 
 
-# From texts to pairs.
+def _bands(item: Item, *, parts: list[Part], recipe: Recipe, rows: Folder, near: Folder) -> Item:
+    """Writes the band keys of a part's texts as rows (band, key, place), and their shingles at those places."""
+    part, settings = parts[item["part"]], recipe.data.near_dedup
+    assert settings is not None  # noqa: S101 - called because the recipe has it
+    done = f"{part.number:06d}.done"
+    if near.exists(f"bands/{done}"):
+        return item
+    lsh, shards = PRESETS[settings.preset], recipe.data.shards
+    kept: list[Shingles] = []
+    waiting: list[Rows] = []
+    files = count = 0
+
+    def flush() -> None:
+        nonlocal files
+        if waiting:
+            found = np.concatenate(waiting)
+            shard = (found[:, 0] >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)
+            write_rows(near / "bands", f"{part.number:06d}-{files:04d}", found, shard.astype(np.int64), shards)
+            waiting.clear()
+            files += 1
+
+    for keys, texts in _documents(part, recipe, rows):
+        shingles = shingle(texts, settings.shingle)
+        bands = band_keys(signatures(shingles, lsh.bands * lsh.rows), lsh)
+        place = np.uint64(part.number << 32) + np.arange(count, count + len(texts), dtype=np.uint64)
+        documents = np.repeat(np.column_stack([keys, place]), lsh.bands, axis=0)
+        waiting.append(np.column_stack([bands.ravel(), documents]))
+        if settings.min_jaccard is not None:
+            kept.append(shingles)
+        count += len(texts)
+        if sum(map(len, waiting)) >= TEXTS_PER_FILE * lsh.bands:
+            flush()
+    flush()
+    if kept:
+        with (near / "shingles").writing() as folder:
+            write_shingles(folder, part.number, kept)
+    (near / "bands").write_bytes(done, b"")
+    return item
 
 
-def _bands(part: Part, *, documents: Any, settings: NearDedup, shards: int) -> Tables:
-    lsh = PRESETS[settings.preset]
-    for keys, texts in documents(part):
-        signature = signatures(shingle(texts, settings.shingle), lsh.bands * lsh.rows)
-        bands = band_keys(signature, lsh).ravel()
-        owner = np.repeat(np.arange(len(texts)), lsh.bands)
-        shard = ((bands >> np.uint64(32)) * np.uint64(shards) >> np.uint64(32)).astype(np.int64)
-        yield pa.table({"band": bands, "key": keys.take(pa.array(owner)), "shard": shard})
+def _pairs(item: Item, *, near: Folder, shards: int) -> Item:
+    """Ties the smallest key of each bucket of a shard to the others: rows (key, place, key, place)."""
+    shard = item["shard"]
+    rows = read_shard(near / "bands", shard, shards, 4)
+    total = len(rows)
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    same = rows[1:, 0] == rows[:-1, 0]
+    rows = rows[np.append(same, False) | np.append(False, same)]  # most buckets hold one text
+    rows = rows[np.lexsort(rows.T[::-1])]
+    new_band = np.append(True, rows[1:, 0] != rows[:-1, 0])[: len(rows)]
+    new_key = np.append(True, (rows[1:, 1:3] != rows[:-1, 1:3]).any(axis=1))[: len(rows)]
+    new_text = new_band | new_key
+    head = np.flatnonzero(new_band)[np.cumsum(new_band) - 1]
+    others = np.flatnonzero(new_text & ~new_band)
+    pairs = _distinct(np.column_stack([rows[head[others], 1:], rows[others, 1:]]))
+    write_rows(near / "pairs", f"{shard:04d}", pairs, shard_of(pairs[:, 3:5], shards), shards)
+    return {"entries": total - int((~new_text).sum())}
 
 
-def _tie(bands: pa.Table, *, out: Folder) -> pa.Table:
-    """Ties the smallest key of each bucket to the others, and writes the pairs of a shard of buckets."""
-    shard = bands["shard"][0].as_py()
-    bands = bands.select(["band", "key"]).group_by(["band", "key"]).aggregate([])
-    bands = bands.sort_by([("band", "ascending"), ("key", "ascending")]).combine_chunks()
-    band, key = bands["band"].to_numpy(), bands["key"].combine_chunks()
-    first = np.append(True, band[1:] != band[:-1])
-    head = np.flatnonzero(first)[np.cumsum(first) - 1]
-    others = np.flatnonzero(~first)
-    pairs = pa.table({"a": key.take(pa.array(head[others])), "b": key.take(pa.array(others))}, EDGE)
-    pairs = pairs.group_by(["a", "b"]).aggregate([])
-    out.write_table(f"{shard:04d}.parquet", [pairs], EDGE)
-    return pa.table({"entries": [len(bands)], "pairs": [len(pairs)]})
+def _distinct(pairs: Rows) -> Rows:
+    """Pairs sorted by their keys, each once, whatever the places."""
+    pairs = pairs[np.lexsort(pairs.T[[5, 2, 4, 3, 1, 0]])]
+    keys = pairs[:, [0, 1, 3, 4]]
+    return pairs[np.append(True, (keys[1:] != keys[:-1]).any(axis=1))[: len(pairs)]]
 
 
-def _edges(folder: Folder) -> ray.data.Dataset:
+def _edges(item: Item, *, near: Folder, shards: int, threshold: float | None) -> Item:
+    """Writes the distinct pairs of a shard, those whose texts have at least this Jaccard where one is given."""
+    shard = item["shard"]
+    pairs = edges = _distinct(read_shard(near / "pairs", shard, shards, 6))
+    if threshold is not None and len(pairs):
+        with (near / "shingles").as_local() as folder:
+            store = ShingleStore(folder)
+            kept = [
+                jaccards(store.at(some[:, 2]), store.at(some[:, 5])) >= threshold
+                for some in np.array_split(pairs, -(-len(pairs) // CHECKED_AT_ONCE))
+            ]
+        edges = pairs[np.concatenate(kept)]
+    ends = [key_array(edges[:, first : first + 2]) for first in (0, 3)]
+    (near / "edges").write_table(f"{shard:04d}.parquet", [pa.table(ends, schema=EDGE)], EDGE)
+    return {"candidates": len(pairs), "accepted": len(edges)}
+
+
+# From edges to groups.
+
+
+def _connect(near: Folder, shards: int) -> dict[str, int]:
+    """Writes the groups that the edges make, in one task, and counts them."""
+    import ray
+
+    return dict(ray.get(ray.remote(_connect_here).remote(near, shards)))
+
+
+def _connect_here(near: Folder, shards: int) -> dict[str, int]:
+    edges = near / "edges"
+    members = stars(pa.concat_tables([edges.read_table(name) for name in edges.files(".parquet")]))
+    shard = shard_of(key_numbers(members["b"]), shards)
+    with (near / "groups").writing() as folder:
+        for number in range(shards):
+            write_members(folder, number, members.filter(pa.array(shard == number)))
+    return _summed([_sizes(members).to_pylist()[0]])
+
+
+def _connect_spread(near: Folder, shards: int) -> dict[str, int]:
+    """The same for more edges than one process holds."""
     import ray.data
 
-    names = folder.files(".parquet")
-    files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=max(len(names), 1))
-    return files.map_batches(partial(_read_edges, folder=folder), batch_size=1, batch_format="pyarrow")
+    edges = near / "edges"
+    names = edges.files(".parquet")
+    files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
+    read = files.map_batches(partial(_read_edges, folder=edges), batch_size=1, batch_format="pyarrow")
+    members = spread(read, shards)
+    map_groups(_keyed(members, "b", shards), "shard", partial(_write_members, near=near)).materialize()
+    sizes = map_groups(_keyed(members, "a", shards), "shard", _sizes).take_all()
+    with (near / "groups").writing() as folder:
+        for shard in range(shards):  # a key range may be empty
+            if not members_file(folder, shard).exists():
+                write_members(folder, shard, EDGE.empty_table())
+    return _summed(sizes)
 
 
 def _read_edges(files: pa.Table, *, folder: Folder) -> pa.Table:
@@ -157,9 +241,9 @@ def _read_edges(files: pa.Table, *, folder: Folder) -> pa.Table:
     return folder.read_table(name)
 
 
-def _keyed(table: ray.data.Dataset, column: str, shards: int) -> ray.data.Dataset:
+def _keyed(edges: ray.data.Dataset, column: str, shards: int) -> ray.data.Dataset:
     """Adds the shard of a column's keys, by which equal ones meet."""
-    return table.map_batches(
+    return edges.map_batches(
         partial(_with_shard, column=column, shards=shards), batch_format="pyarrow", batch_size=None
     )
 
@@ -170,96 +254,6 @@ def _with_shard(table: pa.Table, *, column: str, shards: int) -> pa.Table:
     return table.append_column("shard", pa.array(shard_of(key_numbers(table[column]), shards)))
 
 
-# Checking pairs.
-
-
-def _write_sets(
-    parts: list[Part], documents: Any, pairs: ray.data.Dataset, settings: NearDedup, shards: int, near: Folder
-) -> None:
-    """Writes the shingles of every text that stands in a pair."""
-    ends = pairs.map_batches(partial(_ends, shards=shards), batch_format="pyarrow", batch_size=None)
-    map_groups(ends, "shard", partial(_write_wanted, out=near / "wanted")).materialize()
-    sets = map_parts(parts, partial(_sets, documents=documents, settings=settings, shards=shards, near=near))
-    map_groups(sets, "shard", partial(_write_shard_of_sets, out=near / "sets")).materialize()
-
-
-def _ends(pairs: pa.Table, *, shards: int) -> pa.Table:
-    ends = pa.concat_arrays([*pairs["a"].chunks, *pairs["b"].chunks]).unique()
-    return _with_shard(pa.table({"key": ends}), column="key", shards=shards)
-
-
-def _write_wanted(ends: pa.Table, *, out: Folder) -> pa.Table:
-    shard = ends["shard"][0].as_py()
-    keys = ends["key"].unique().sort()
-    with out.writing() as folder:
-        np.save(folder / f"{shard:04d}.npy", np.ascontiguousarray(key_numbers(keys).T))
-    return pa.table({"texts": [len(keys)]})
-
-
-def _sets(part: Part, *, documents: Any, settings: NearDedup, shards: int, near: Folder) -> Tables:
-    with (near / "wanted").as_local() as folder:
-        wanted = {int(path.stem): np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
-        for keys, texts in documents(part):
-            shard = shard_of(key_numbers(keys), shards)
-            chosen = np.zeros(len(texts), bool)
-            for number in np.intersect1d(shard, list(wanted)):
-                rows = np.flatnonzero(shard == number)
-                chosen[rows] = find_keys(wanted[number], key_numbers(keys)[rows]) >= 0
-            rows = np.flatnonzero(chosen)
-            if len(rows):
-                hashes, lengths = shingle([texts[row] for row in rows], settings.shingle).distinct()
-                sets = list_array(pa.array(hashes), lengths)
-                yield pa.table({"key": keys.take(pa.array(rows)), "hashes": sets, "shard": shard[rows]})
-
-
-def _write_shard_of_sets(sets: pa.Table, *, out: Folder) -> pa.Table:
-    shard = sets["shard"][0].as_py()
-    with out.writing() as folder:
-        write_sets(folder, shard, sets)
-    return pa.table({"texts": [len(sets)]})
-
-
-def _settle(pairs: pa.Table, *, near: Folder, shards: int, threshold: float | None) -> pa.Table:
-    """Writes the distinct pairs of a shard, those whose texts have at least this Jaccard where one is given."""
-    shard = pairs["shard"][0].as_py()
-    pairs = pairs.group_by(["a", "b"]).aggregate([]).sort_by([("a", "ascending"), ("b", "ascending")])
-    edges = pairs
-    if threshold is not None:
-        with (near / "sets").as_local() as folder:
-            sets = Sets(folder, shards)
-            kept = [
-                jaccards(*(sets.of(key_numbers(some[end])) for end in ("a", "b"))) >= threshold
-                for some in pairs.to_batches(max_chunksize=CHECKED_AT_ONCE)
-            ]
-        edges = pairs.filter(pa.array(np.concatenate(kept)))
-    (near / "edges").write_table(f"{shard:04d}.parquet", [edges], EDGE)
-    return pa.table({"candidates": [len(pairs)], "accepted": [len(edges)]})
-
-
-# From pairs to groups.
-
-
-def _connect(accepted: int, shards: int, near: Folder) -> dict[str, Any]:
-    """Writes the groups that the accepted pairs make, and counts them."""
-    if accepted <= EDGES_IN_MEMORY:
-        edges = _edges(near / "edges").repartition(1)
-        members = edges.map_batches(stars, batch_format="pyarrow", batch_size=None)
-    else:
-        members = spread(_edges(near / "edges"), shards)
-    members = members.materialize()
-    map_groups(_keyed(members, "b", shards), "shard", partial(_write_members, near=near)).materialize()
-    sizes = map_groups(_keyed(members, "a", shards), "shard", _sizes).take_all()
-    with (near / "groups").writing() as folder:
-        for shard in range(shards):  # a small corpus leaves key ranges empty
-            if not members_file(folder, shard).exists():
-                write_members(folder, shard, EDGE.empty_table())
-    return {
-        "clusters": sum(row["clusters"] for row in sizes),
-        "clustered_documents": sum(row["documents"] for row in sizes),
-        "largest_cluster": max((row["largest"] for row in sizes), default=0),
-    }
-
-
 def _write_members(members: pa.Table, *, near: Folder) -> pa.Table:
     shard = members["shard"][0].as_py()
     with (near / "groups").writing() as folder:
@@ -268,6 +262,16 @@ def _write_members(members: pa.Table, *, near: Folder) -> pa.Table:
 
 
 def _sizes(members: pa.Table) -> pa.Table:
-    """Numbers of the groups of a shard; the text that stands for a group is one of its documents."""
+    """Numbers of the groups whose smallest keys are `a`; that text is one of its group's documents."""
     sizes = members.group_by("a").aggregate([("b", "count")])["b_count"].to_numpy() + 1
-    return pa.table({"clusters": [len(sizes)], "documents": [int(sizes.sum())], "largest": [int(sizes.max())]})
+    return pa.table(
+        {"clusters": [len(sizes)], "documents": [int(sizes.sum())], "largest": [int(sizes.max(initial=0))]}
+    )
+
+
+def _summed(sizes: list[dict[str, int]]) -> dict[str, int]:
+    return {
+        "clusters": sum(row["clusters"] for row in sizes),
+        "clustered_documents": sum(row["documents"] for row in sizes),
+        "largest_cluster": max((row["largest"] for row in sizes), default=0),
+    }

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from f2llm_ray.data.groups import Groups
 from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
-from f2llm_ray.data.sets import jaccards
+from f2llm_ray.data.shingle_store import jaccards
 from f2llm_ray.data.shingles import Hashes, shingle
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from f2llm_ray.data import tokens
 from f2llm_ray.data.candidates import Candidates, number_texts, write_array
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.mine import _join, _plan, _search, check_tokenizer, mine, mined_sources
+from f2llm_ray.data.mine import _join, _plan, _search, check_tokenizer, mine
 from f2llm_ray.data.mined import join_negatives
 from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
 from f2llm_ray.data.search import Layout, search
@@ -27,7 +27,7 @@ from f2llm_ray.data.settings import Mine
 from f2llm_ray.data.tokenizer import load_tokenizer
 from f2llm_ray.data.vectors import Encoder, shard_name
 from f2llm_ray.errors import RecipeError, RunError
-from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe import Recipe, parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from tests.tiny import tiny_model
@@ -362,12 +362,13 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
 
 def test_sources_that_cannot_be_mined_are_refused() -> None:
     recipe = recipe_of(1)
-    assert mined_sources(recipe, Mine(model="m")) == ["ui", "docs"]
-    assert mined_sources(recipe, Mine(model="m", sources=("docs",))) == ["docs"]
+    assert recipe.mined_sources(Mine(model="m")) == ["ui", "docs"]
+    assert recipe.mined_sources(Mine(model="m", sources=("docs",))) == ["docs"]
+    settings = {**recipe.model_dump(mode="json"), "mine": {"model": "m", "sources": ["docs", "labels", "nothing"]}}
     with pytest.raises(
         RecipeError, match=r"\['labels', 'nothing'\] not among the retrieval sources \['ui', 'docs'\]"
     ):
-        mined_sources(recipe, Mine(model="m", sources=("docs", "labels", "nothing")))
+        parse(Recipe, settings, "r")
 
 
 def test_a_model_with_another_tokenizer_is_refused(tmp_path: Path, model: Path) -> None:

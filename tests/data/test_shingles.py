@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from f2llm_ray.data.minhash import PRESETS, band_keys, signatures
-from f2llm_ray.data.sets import jaccards
+from f2llm_ray.data.shingle_store import jaccards
 from f2llm_ray.data.shingles import Hashes, shingle
 
 
