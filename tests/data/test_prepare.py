@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm_ray.data.keys import add_keys
+from f2llm_ray.data.near import _connect_spread
 from f2llm_ray.data.prepare import prepare
 from f2llm_ray.data.schema import key_numbers, text_key
 from f2llm_ray.recipe import Recipe, parse
@@ -204,6 +206,16 @@ def test_a_chain_is_one_group_and_one_row(prepared: Path) -> None:
     assert all(sample["kept"] != sample["dropped"] for sample in found["samples"])
 
 
+def test_groups_are_the_same_when_no_process_holds_the_edges(prepared: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared / "out" / "near" / "edges", tmp_path / "edges")
+    counts = _connect_spread(Folder.at(str(tmp_path)), 4)
+    expected = prepared / "out" / "near" / "groups"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "groups").iterdir()} == {
+        path.name: path.read_bytes() for path in expected.iterdir()
+    }
+    assert counts.items() <= card(prepared)["near_dedup"].items()
+
+
 def test_no_false_negative_is_left(prepared: Path) -> None:
     rows = [row for row in kept(prepared, "pairs") if row["query"] == "two answers"]
     negatives = [set(row["negative_keys"]) for row in rows]
@@ -270,16 +282,18 @@ def test_shuffled_rows_give_the_same_ids(prepared: Path, tmp_path: Path) -> None
         )
 
 
-def test_a_killed_prepare_goes_on_to_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
+def test_a_killed_prepare_goes_on_with_one_worker_to_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
     script = (
-        "import json; from f2llm_ray.data.prepare import prepare; from f2llm_ray.recipe import Recipe, parse\n"
-        "from f2llm_ray.run import Folder; from f2llm_ray.session import connect\n"
+        "import json, sys, ray; from f2llm_ray.data.prepare import prepare\n"
+        "from f2llm_ray.recipe import Recipe, parse; from f2llm_ray.run import Folder\n"
+        "from f2llm_ray.session import connect\n"
+        "ray.init('local', num_cpus=int(sys.argv[1]), include_dashboard=False)\n"
         "connect(); prepare(parse(Recipe, json.load(open('recipe.json')), 'r'), Folder.at('out'))\n"
     )
     run = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
-    first = subprocess.Popen(run, cwd=tmp_path, env=environment, start_new_session=True)
+    first = subprocess.Popen([*run, "2"], cwd=tmp_path, env=environment, start_new_session=True)
     until = time.monotonic() + 120
     while len(list((tmp_path / "out" / "rows").glob("[0-9]*.parquet"))) < 4:
         assert first.poll() is None
@@ -289,7 +303,7 @@ def test_a_killed_prepare_goes_on_to_the_same_bytes(prepared: Path, tmp_path: Pa
     first.wait()
     time.sleep(1)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rows").glob("[0-9]*.parquet")}
-    subprocess.run(run, cwd=tmp_path, env=environment, check=True, timeout=200)
+    subprocess.run([*run, "1"], cwd=tmp_path, env=environment, check=True, timeout=200)
     assert digest(tmp_path / "out") == digest(prepared / "out")
     assert {path: path.stat().st_mtime_ns for path in written} == written, "finished parts were read again"
 
