@@ -151,21 +151,20 @@ def _missing(folder: Folder, items: int, per_shard: int, name: Callable[[int], s
 def _encode(
     items: list[Item], recipe: Recipe, prepared: Folder, model: Folder, out: Folder, layout: Layout
 ) -> Iterator[Item]:
-    import ray.data
+    import ray
+    from ray.util import ActorPool
 
-    if items:
-        compute = recipe.compute
-        rows = [{"item": json.dumps(item)} for item in items]
-        # A block per item up to 1,000 blocks: whoever is done early takes the next.
-        dataset = ray.data.from_items(rows, override_num_blocks=min(len(items), 1000)).map(
-            _EncodeShard,
-            fn_constructor_args=(model, prepared / "tokens", out, layout, compute.threads_per_worker),
-            compute=ray.data.ActorPoolStrategy(size=min(compute.workers, len(items))),
-            num_cpus=compute.cpus_per_worker,
-            num_gpus=compute.gpus_per_worker,
-        )
-        results = (json.loads(row["outcome"]) for row in dataset.iter_rows())
-        yield from outcomes("mine: encode", len(items), results)
+    if not items:
+        return
+    compute = recipe.compute
+    # Lost with its node, an actor comes back and takes its shard again.
+    worker = ray.remote(_EncodeShard).options(
+        num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker, max_restarts=3, max_task_retries=3
+    )
+    arguments = (model, prepared / "tokens", out, layout, compute.threads_per_worker)
+    pool = ActorPool([worker.remote(*arguments) for _ in range(min(compute.workers, len(items)))])
+    results = pool.map_unordered(lambda actor, item: actor.run.remote(item), items)
+    yield from outcomes("mine: encode", len(items), results)
 
 
 # What each task does.
@@ -183,14 +182,15 @@ def _plan(item: Item, *, prepared: Folder, out: Folder, query: str) -> Item:
 
 
 class _EncodeShard:
-    """The Ray Data actor around an `Encoder`."""
+    """The actor around an `Encoder`."""
 
     def __init__(self, model: Folder, tokens: Folder, out: Folder, layout: Layout, threads: int) -> None:
         self.encoder = Encoder(model, tokens, threads)
         self.out, self.layout = out, layout
 
-    def __call__(self, row: Item) -> Item:
-        return {"outcome": json.dumps(guarded(json.loads(row["item"]), self._write))}
+    def run(self, item: Item) -> Item:
+        """Writes the vectors of a shard."""
+        return guarded(item, self._write)
 
     def _write(self, item: Item) -> Item:
         name, shard, size = item["source"], item["shard"], self.layout.texts

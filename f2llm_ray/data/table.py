@@ -19,8 +19,10 @@ from f2llm_ray.data.groups import Groups
 from f2llm_ray.data.keys import KEYS, shard_of
 from f2llm_ray.data.negatives import label_negatives
 from f2llm_ray.data.pairs import drop_positives
+from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers
 from f2llm_ray.data.split import is_validation
+from f2llm_ray.errors import DataError
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
@@ -39,6 +41,9 @@ def write_table(recipe: Recipe, parts: list[Part], prepared: Folder, account: Ac
         parts: the parts of its sources.
         prepared: folder with `rows/`, and `near/` where near-duplicates were looked for.
         account: gets the rows and negatives that were taken out.
+
+    Raises:
+        DataError: a classification or clustering source without any negative.
     """
     near = prepared / "near" / "groups" if recipe.data.near_dedup is not None else None
     shards = recipe.data.shards
@@ -46,6 +51,12 @@ def write_table(recipe: Recipe, parts: list[Part], prepared: Folder, account: Ac
     unique = map_groups(ids, "shard", partial(_settle, near=near, shards=shards))
     written = map_groups(unique, "source", partial(_write_source, recipe=recipe, prepared=prepared))
     for row in written.iter_rows():
+        task = recipe.sources[row["source"]].task
+        if task != "retrieval" and row["kept"] and not row["with_negatives"]:
+            raise DataError(
+                f"source {row['source']!r}: none of its {row['kept']:,} rows has a negative, and {task} learns "
+                "from negatives alone; give it negatives, or labels of which there are at least two"
+            )
         for language, drop, n in json.loads(row["lost"]):
             account.drop(row["source"], language, drop, n)
         account.add_negatives(row["source"], **{"a positive of the query": row["dropped_negatives"]})
@@ -104,7 +115,16 @@ def _write_source(ids: pa.Table, *, recipe: Recipe, prepared: Folder) -> pa.Tabl
     kept = kept.append_column("validation", split)
     (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)
     lost = json.dumps(count_by(removed, "language", "drop"))
-    return pa.table({"source": [name], "lost": [lost], "dropped_negatives": [dropped]})
+    with_negatives = int(np.count_nonzero(lengths_of(kept["negative_keys"].combine_chunks())))
+    return pa.table(
+        {
+            "source": [name],
+            "lost": [lost],
+            "dropped_negatives": [dropped],
+            "kept": [len(kept)],
+            "with_negatives": [with_negatives],
+        }
+    )
 
 
 def samples(prepared: Folder, parts: list[Part], source: str, tag: str, most: int) -> list[dict[str, Any]]:

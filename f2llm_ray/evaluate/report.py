@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray import words
+from f2llm_ray.evaluate.retrieval import METRICS
 from f2llm_ray.page import render_page
 from f2llm_ray.plots import bar_plot, line_plot
 from f2llm_ray.run import Folder
@@ -17,7 +18,6 @@ Report = Mapping[str, Any]
 Model = Mapping[str, Any]
 Cells = list[list[str]]
 
-METRICS = ("ndcg@10", "acc@1", "recall@10")
 TERMINAL_COLUMNS = 120
 LANGUAGES_PLOTTED = 40
 LANGUAGES_OPEN = 20

@@ -14,6 +14,7 @@ import numpy as np
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.errors import RunError
+from f2llm_ray.model.dims import cut_dims
 
 if TYPE_CHECKING:
     import torch
@@ -85,21 +86,13 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
     }
     hidden = vectors_ud.shape[1]
     for dim in sorted({max(1, hidden // divisor) for divisor in divisors}, reverse=True):
-        cut_ud = truncate(vectors_ud, dim)
+        cut_ud = cut_dims(vectors_ud, dim)
         top_qk = top_positions(cut_ud, query_q, corpus_c, device=engine.device)
         values = metrics(top_qk, retrieval_set.relevant, len(corpus_c))
         scores["scores"][str(dim)] = {name: _mean(value_q) for name, value_q in values.items()}
         scores["languages"][str(dim)] = by_language(values, retrieval_set.query_languages)
     scores["seconds"] = round(time.perf_counter() - started, 2)
     return scores
-
-
-def truncate(vectors_nd: Vectors, dim: int) -> Vectors:
-    """The first dims of unit vectors, made unit vectors again [n, dim]; a zero vector stays zero."""
-    cut_nd = vectors_nd[:, :dim]
-    norm_n1 = np.linalg.norm(cut_nd, axis=1, keepdims=True)
-    cut: Vectors = cut_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny)
-    return cut
 
 
 def top_positions(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.linalg import norm
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.tokens import cut
@@ -13,7 +12,6 @@ from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.recipe import Serving
 from f2llm_ray.serve.api import ApiError
-from f2llm_ray.serve.engine import Vectors
 
 RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""
@@ -103,11 +101,3 @@ def check_lengths(tokens: list[Tokens], *, max_tokens: int, truncate: bool, para
             message = f"{param}[{i}]: {len(ids)} tokens, at most {max_tokens} are allowed; truncate: true cuts it"
             raise ApiError(422, "too_many_tokens", message, param=param)
     return tokens
-
-
-def shorten(vectors: Vectors, dim: int) -> Vectors:
-    """Unit vectors of the first `dim` dims: cutting a unit vector and normalising is cutting the raw one."""
-    if dim == vectors.shape[1]:
-        return vectors
-    short = vectors[:, :dim]
-    return short / np.maximum(norm(short, axis=1, keepdims=True), 1e-12)

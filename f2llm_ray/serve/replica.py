@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.recipe import Serving
 from f2llm_ray.run import Folder
@@ -60,7 +61,7 @@ class Replica:
         # In a thread: a megabyte of text takes the tokenizer long enough to hold up everyone on the event loop.
         tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
         vectors = await self.batcher.embed(tokens)
-        return limits.shorten(vectors, dim), sum(map(len, tokens))
+        return cut_dims(vectors, dim), sum(map(len, tokens))
 
     async def check(self) -> None:
         """Encodes a short text, before all that wait.

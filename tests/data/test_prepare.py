@@ -23,6 +23,7 @@ from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.near import _connect_spread
 from f2llm_ray.data.prepare import prepare
 from f2llm_ray.data.schema import key_numbers, text_key
+from f2llm_ray.errors import DataError
 from f2llm_ray.recipe import Recipe, parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
@@ -270,6 +271,16 @@ def test_every_row_is_accounted_for(prepared: Path) -> None:
     assert len(reasons) == sum(
         row["rows"] for row in found["rows"] if (row["drop"] or "").startswith(("dedup", "near"))
     )
+
+
+def test_a_clustering_source_without_negatives_is_refused(ray_here: None, tmp_path: Path) -> None:
+    del ray_here
+    rows = "".join(json.dumps({"query": f"text {n}", "passage": f"its like {n}"}) + "\n" for n in range(5))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = write_sources(tmp_path).model_dump(mode="json", exclude={"evaluation"})
+    recipe["sources"] = {"c": {"format": "jsonl", "paths": [str(tmp_path / "rows.jsonl")], "task": "clustering"}}
+    with pytest.raises(DataError, match="source 'c': none of its 5 rows has a negative, and clustering learns"):
+        prepare(parse(Recipe, recipe, "r"), Folder.at(str(tmp_path / "out")))
 
 
 def test_shuffled_rows_give_the_same_ids(prepared: Path, tmp_path: Path) -> None:

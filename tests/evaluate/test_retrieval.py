@@ -19,9 +19,9 @@ from f2llm_ray.evaluate.retrieval import (
     evaluate,
     metrics,
     top_positions,
-    truncate,
 )
 from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs
+from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve.engine import Engine
 from tests.tiny import LINES, tiny_model
 
@@ -74,7 +74,8 @@ def test_search_and_metrics_equal_the_definitions_in_blocks_of_any_size(
 
 def test_blocked_search_equals_unblocked_on_real_numbers() -> None:
     rng = np.random.default_rng(0)
-    vectors_ud = truncate(rng.standard_normal((1500, 16), dtype=np.float32), 16)
+    vectors_ud = rng.standard_normal((1500, 16), dtype=np.float32)
+    vectors_ud /= np.linalg.norm(vectors_ud, axis=1, keepdims=True)
     query_q, corpus_c = rng.integers(0, 1500, 200), rng.integers(0, 1500, 1000)
     whole = top_positions(vectors_ud, query_q, corpus_c)
     assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, block_entries=3000))
@@ -107,10 +108,10 @@ def test_languages_weigh_to_the_overall_mean(rows: list[tuple[str, float]]) -> N
 
 def test_truncation_makes_unit_vectors_again() -> None:
     vectors_nd = np.random.default_rng(0).standard_normal((50, 16), dtype=np.float32)
-    cut_nd = truncate(vectors_nd, 4)
+    cut_nd = cut_dims(vectors_nd, 4)
     assert cut_nd.shape == (50, 4)
     assert np.linalg.norm(cut_nd, axis=1) == pytest.approx(np.ones(50), abs=1e-6)
-    assert truncate(np.zeros((1, 8), dtype=np.float32), 4).tolist() == [[0.0] * 4]
+    assert cut_dims(np.zeros((1, 8), dtype=np.float32), 4).tolist() == [[0.0] * 4]
 
 
 @pytest.fixture(scope="module")

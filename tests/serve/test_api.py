@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.model.checkpoint import ModelInfo
+from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.recipe import Serving
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
@@ -163,8 +164,8 @@ def test_cutting_a_unit_vector_is_cutting_the_raw_one() -> None:
     raw = np.random.default_rng(1).standard_normal((4, 32)).astype(np.float32)
     unit = raw / np.linalg.norm(raw, axis=1, keepdims=True)
     short = raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True)
-    np.testing.assert_allclose(limits.shorten(unit, 8), short, atol=1e-6)
-    assert limits.shorten(unit, 32) is unit
+    np.testing.assert_allclose(cut_dims(unit, 8), short, atol=1e-6)
+    assert cut_dims(unit, 32) is unit
 
 
 def test_a_huge_wrong_body_is_refused_at_once() -> None:
