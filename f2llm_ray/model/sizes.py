@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from f2llm_ray.errors import RecipeError
 from f2llm_ray.section import Section
 
 if TYPE_CHECKING:
@@ -44,6 +47,54 @@ FAMILY: dict[str, Shape] = {
     "8b": Shape(hidden=4096, layers=36, heads=32, kv_heads=8, ffn=12_288),
     "14b": Shape(hidden=5120, layers=40, heads=40, kv_heads=8, ffn=17_408),
 }
+
+BACKBONES = {f"Qwen/Qwen3-{name.upper()}": name for name in ("0.6b", "1.7b", "4b", "8b", "14b")}
+"""Hub names of the checkpoints that the family starts from; with -Base at the end they have the same shapes."""
+
+
+def checkpoint_shape(path: str) -> tuple[Shape, int]:
+    """Shape and vocabulary of a Qwen3 checkpoint, without downloading anything.
+
+    Args:
+        path: a hub name among `BACKBONES`, or a local folder.
+
+    Raises:
+        RecipeError: another hub name, or a folder of another architecture.
+    """
+    config = Path(path) / "config.json"
+    if config.is_file():
+        return _shape_of(config)
+    name = BACKBONES.get(path.removesuffix("-Base"))
+    if name is None:
+        raise RecipeError(
+            f"backbone.path {path!r}: its shape is not known here; expected a folder with a config.json, "
+            f"or one of {list(BACKBONES)}"
+        )
+    return FAMILY[name], VOCABULARY
+
+
+def _shape_of(path: Path) -> tuple[Shape, int]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if config["model_type"] != "qwen3" or config.get("attention_bias"):
+            raise RecipeError(
+                f"{path}: model_type {config['model_type']!r} with attention_bias "
+                f"{config.get('attention_bias', False)}; only the parameters of qwen3 without are counted"
+            )
+        names = {
+            "hidden": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+            "ffn": "intermediate_size",
+            "max_positions": "max_position_embeddings",
+        }
+        return Shape(**{ours: config[theirs] for ours, theirs in names.items()}), int(config["vocab_size"])
+    except KeyError as error:
+        raise RecipeError(f"{path}: it has no {error}") from None
+    except (ValueError, TypeError, ValidationError) as error:
+        raise RecipeError(f"{path}: not a model's config: {error}") from None
 
 
 def non_embedding_parameters(shape: Shape) -> int:
