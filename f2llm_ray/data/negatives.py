@@ -1,4 +1,4 @@
-"""Negatives for classification: the other labels of the source."""
+"""Negatives from labels: other labels for classification, texts of other classes for clustering."""
 
 from __future__ import annotations
 
@@ -44,6 +44,42 @@ def label_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
         mine = own[groups[row]]
         place = [pool[(int(start[row]) + i) % len(pool)] for i in range(min(count + len(mine), len(pool)))]
         negatives.append([other for other in place if other not in mine][:count])
+    return _with_negatives(ids, negatives)
+
+
+def class_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -> pa.Table:
+    """Gives rows that brought no negatives the passages of rows of other classes (paper's data: 24 per row).
+
+    They are drawn at random, in the row's passage language where the source has several. Rows without a label, and
+    classes without another one in their language, get none.
+
+    Args:
+        ids: rows of one clustering source, with label, passage_key, passage_group, passage_language
+            and negative_keys.
+        source: its name, part of the seed.
+        seed: the recipe's.
+        count: most negatives per row.
+    """
+    columns = ("label", "passage_key", "passage_group", "passage_language", "negative_keys")
+    label, key, group, language, negatives = (ids[name].to_pylist() for name in columns)
+    generator = rng(seed, source, "classes")
+    rows_of: dict[str | None, list[int]] = {}
+    for row, (name, given) in enumerate(zip(language, label, strict=True)):
+        if given is not None:
+            rows_of.setdefault(name, []).append(row)
+    for rows in rows_of.values():
+        # Twice as many draws as wanted, since some fall on the row's own class or on one text twice.
+        drawn = generator.integers(0, len(rows), size=(len(rows), 2 * count)).tolist()
+        for row, draws in zip(rows, drawn, strict=True):
+            if not negatives[row]:
+                others = [rows[draw] for draw in draws if label[rows[draw]] != label[row]]
+                # One text of each near-duplicate group, none of the row's own.
+                by_group = {group[other]: key[other] for other in others if group[other] != group[row]}
+                negatives[row] = list(by_group.values())[:count]
+    return _with_negatives(ids, negatives)
+
+
+def _with_negatives(ids: pa.Table, negatives: list[list[bytes]]) -> pa.Table:
     index = ids.schema.get_field_index("negative_keys")
     field = KEYS.field("negative_keys")
     return ids.set_column(index, field, pa.array(negatives, field.type))

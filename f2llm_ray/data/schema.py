@@ -25,6 +25,7 @@ ROW = pa.schema(
         ("passage", pa.string()),
         ("negatives", pa.list_(pa.string())),
         ("passage_language", pa.string()),  # None where it is the query's
+        ("label", pa.string()),  # class of the query's text, where a clustering source says it
         ("drop", pa.string()),
     ]
 )

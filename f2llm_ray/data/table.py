@@ -17,7 +17,7 @@ from f2llm_ray.data.dedup import dedup
 from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts
 from f2llm_ray.data.groups import Groups
 from f2llm_ray.data.keys import KEYS, shard_of
-from f2llm_ray.data.negatives import label_negatives
+from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers
@@ -26,7 +26,7 @@ from f2llm_ray.errors import DataError
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
-READ_COLUMNS = ["source", "language", "passage_language", *KEYS.names]
+READ_COLUMNS = ["source", "language", "passage_language", "label", *KEYS.names]
 GROUPS = pa.schema([("query_group", KEY), ("passage_group", KEY)])
 PLACE_COLUMNS = ["piece", "position"]
 ID_COLUMNS = [*READ_COLUMNS, *GROUPS.names, *PLACE_COLUMNS]
@@ -55,7 +55,7 @@ def write_table(recipe: Recipe, parts: list[Part], prepared: Folder, account: Ac
         if task != "retrieval" and row["kept"] and not row["with_negatives"]:
             raise DataError(
                 f"source {row['source']!r}: none of its {row['kept']:,} rows has a negative, and {task} learns "
-                "from negatives alone; give it negatives, or labels of which there are at least two"
+                "from negatives alone; give it negatives, or labels"
             )
         for language, drop, n in json.loads(row["lost"]):
             account.drop(row["source"], language, drop, n)
@@ -111,6 +111,8 @@ def _write_source(ids: pa.Table, *, recipe: Recipe, prepared: Folder) -> pa.Tabl
     kept = kept.select(ID_COLUMNS)
     if source.task == "classification":
         kept = label_negatives(kept, source=name, seed=recipe.seed)
+    elif source.task == "clustering":
+        kept = class_negatives(kept, source=name, seed=recipe.seed)
     split = is_validation(kept["row_key"].combine_chunks(), recipe.data.validation)
     kept = kept.append_column("validation", split)
     (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)

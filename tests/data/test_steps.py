@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.keys import add_keys, shard_of
-from f2llm_ray.data.negatives import label_negatives
+from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.schema import key_numbers, query_text, seeded_key, text_key
 from f2llm_ray.data.sources.base import rows_table
 from f2llm_ray.data.split import is_validation
@@ -59,6 +59,32 @@ def test_label_negatives_are_other_labels_of_the_language() -> None:
     assert found[4] == [text_key("ö")]
     assert found[5] == [keys[0]], "what a row brought itself stays"
     assert label_negatives(table, source="s", seed=1).equals(label_negatives(table, source="s", seed=1))
+
+
+def test_class_negatives_are_texts_of_other_classes_in_the_language() -> None:
+    count = 60
+    passages = [text_key(str(n)) for n in range(count)]
+    classes = [None if n % 10 == 9 else f"class {n % 3}" for n in range(count)]
+    table = pa.table(
+        {
+            "label": pa.array(classes, pa.string()),
+            "passage_key": pa.array(passages, pa.binary(16)),
+            "passage_group": pa.array([passages[n // 2 * 2] for n in range(count)], pa.binary(16)),
+            "passage_language": ["eng" if n < 40 else "deu" for n in range(count)],
+            "negative_keys": pa.array([[text_key("own")]] + [[]] * (count - 1), pa.list_(pa.binary(16))),
+        }
+    )
+    found = class_negatives(table, source="s", seed=1, count=5)["negative_keys"].to_pylist()
+    place = {key: n for n, key in enumerate(passages)}
+    assert found[0] == [text_key("own")], "what a row brought itself stays"
+    for row, negatives in enumerate(found[1:], start=1):
+        others = [place[key] for key in negatives]
+        assert len(others) == len({n // 2 for n in others}), "one text of each near-duplicate group"
+        assert all(classes[n] not in (None, classes[row]) for n in others)
+        assert all((n < 40) == (row < 40) and n // 2 != row // 2 for n in others)
+        assert len(others) in ([0] if classes[row] is None else [1, 2, 3, 4, 5])
+    again = class_negatives(table, source="s", seed=1, count=5)
+    assert again["negative_keys"].to_pylist() == found
 
 
 def test_a_text_with_two_labels_gets_neither_as_its_negative() -> None:

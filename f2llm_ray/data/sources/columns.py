@@ -33,6 +33,7 @@ TEXTS = pa.schema(
         ("negatives", TEXT_LIST),
         ("language", pa.string()),
         ("passage_language", pa.string()),
+        ("label", pa.string()),
     ]
 )
 
@@ -62,6 +63,9 @@ class Columns(Section):
         if value is not None:
             template(value)
         return value
+
+    label: str | None = None
+    """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
 
     def named(self) -> dict[str, str]:
         """Field of the row to column, for the fields that are one column."""
@@ -202,6 +206,7 @@ def finish(
             "passage": pc.if_else(kept, columns["passage"], ""),
             "negatives": _negatives(columns["negatives"], kept),
             "passage_language": pc.if_else(same, pa.scalar(None, pa.string()), passage_language),
+            "label": _filled(columns["label"], None),
             "drop": pa.array(drop, pa.string()),
         },
         schema=ROW,
