@@ -4,125 +4,280 @@ from __future__ import annotations
 
 import math
 import socket
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch.nn.functional import mse_loss, normalize
 
-from f2llm_ray.train.losses import Places, contrastive_loss, distillation_loss, matryoshka_weights
+from f2llm_ray.train.losses import Objective, Parts, Places, contrastive, distillation_loss, matryoshka_weights
 
-DIMS = (8, 16, 24)
-TEMPERATURE = 0.05
+D = 24
+ROWS = 6
+PAPER = Objective(dims=(8, 16, D), temperature=0.05, in_batch=True)
+OBJECTIVES = {
+    "paper": PAPER,
+    "hard only": replace(PAPER, in_batch=False),
+    "absolute margin": replace(PAPER, absolute_margin=0.1),
+    "absolute margin, Qwen3": replace(PAPER, absolute_margin=-0.1),
+    "relative margin": replace(PAPER, relative_margin=0.5),
+    "both, weighted": replace(
+        PAPER, absolute_margin=0.05, relative_margin=0.3, hard_negative_weight=0.3, in_batch_weight=0.7
+    ),
+}
+Side = tuple[torch.Tensor, Places]
 
 
-def batch(rows: int, seed: int) -> tuple[torch.Tensor, Places]:
-    """Random vectors; rows 0 and 1 have the same passage, row 2 no negatives, row 3 two."""
+def side(seed: int) -> Side:
+    """One rank's batch: random vectors, with every kind of false and missing negative planted."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(4 * rows, 24, dtype=torch.float64, generator=generator)
-    passage = torch.arange(rows, 2 * rows)
+    v_nd = torch.randn(4 * ROWS, D, dtype=torch.float64, generator=generator)
+    query, passage = torch.arange(ROWS), torch.arange(ROWS, 2 * ROWS)
+    negative = torch.arange(2 * ROWS, 4 * ROWS).reshape(ROWS, 2)
     passage[1] = passage[0]
-    negative = torch.arange(2 * rows, 4 * rows).reshape(rows, 2)
-    negative[2] = -1
+    query[4] = passage[3]  # a query that reads like another row's passage
     negative[0, 1] = -1
-    ids = passage + 1000 * seed
-    return vectors, Places(torch.arange(rows), passage, negative, ids)
+    negative[2] = -1
+    negative[: seed - 1] = -1  # ranks with more and fewer rows that have negatives
+    negative[3, 0] = passage[3]
+    negative[4, 1] = query[4]
+    v_nd[negative[5, 0]] = v_nd[passage[5]] + 0.1 * v_nd[negative[5, 0]]
+    query_id = query + 1000 * seed
+    query_id[5] = 1000 + passage[2]  # reads like a passage of rank 0
+    return v_nd, Places(query, passage, negative, passage + 1000 * seed, query_id)
 
 
-def reference(vectors: list[torch.Tensor], places: list[Places], *, in_batch: bool) -> torch.Tensor:
-    """Mean over ranks of the objective, one similarity at a time."""
-    total = torch.zeros((), dtype=torch.float64)
-    every = [
-        (v[p], i)
-        for v, place in zip(vectors, places, strict=True)
-        for p, i in zip(place.passage_b, place.passage_id_b, strict=True)
+def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The objective of the global batch, one similarity at a time."""
+    rows = []
+    for v_nd, place in sides:
+        for row, (q, p) in enumerate(zip(place.query_b, place.passage_b, strict=True)):
+            assert place.query_id_b is not None
+            ids = int(place.query_id_b[row]), int(place.passage_id_b[row])
+            there = [int(n) for n in place.negative_bk[row] if n >= 0]
+            own = [v_nd[n] for n in there if n not in (int(q), int(p))]
+            rows.append((v_nd[q], v_nd[p], own, len(there), ids))
+
+    def cosine(a: torch.Tensor, b: torch.Tensor, dim: int = D) -> torch.Tensor:
+        return (a[:dim] @ b[:dim]) / (a[:dim].norm() * b[:dim].norm())
+
+    def kept(q: torch.Tensor, p: torch.Tensor, n: torch.Tensor) -> bool:
+        of_passage, of_negative = cosine(q, p).item(), cosine(q, n).item()
+        absolute, relative = objective.absolute_margin, objective.relative_margin
+        return not (
+            (absolute is not None and of_negative > of_passage - absolute)
+            or (relative is not None and of_negative > of_passage - abs(of_passage) * relative)
+        )
+
+    hard = [[n for n in own if kept(q, p, n)] for q, p, own, _, _ in rows]
+    across = [
+        [p2 for at2, (_, p2, _, _, ids2) in enumerate(rows) if at2 != at and ids2[1] not in ids and kept(q, p, p2)]
+        for at, (q, p, _, _, ids) in enumerate(rows)
     ]
-    for number, (v, place) in enumerate(zip(vectors, places, strict=True)):
-        for order, dim in enumerate(sorted(DIMS, reverse=True), start=1):
-            weight = 1 / (order * math.sqrt(24 / dim))
 
-            def sim(a: torch.Tensor, b: torch.Tensor, dim: int = dim) -> torch.Tensor:
-                a, b = a[:dim], b[:dim]
-                return (a @ b) / (a.norm() * b.norm()) / TEMPERATURE
+    def term(row: int, negatives: list[torch.Tensor], dim: int) -> torch.Tensor:
+        q, p = rows[row][:2]
+        logits = torch.stack([cosine(q, x, dim) / objective.temperature for x in (p, *negatives)])
+        return torch.logsumexp(logits, 0) - logits[0]
 
-            hard, across = [], []
-            for row in range(len(place.query_b)):
-                query, own = v[place.query_b[row]], v[place.passage_b[row]]
-                positive = sim(query, own)
-                negatives = [sim(query, v[n]) for n in place.negative_bk[row] if n >= 0]
-                if negatives:
-                    hard.append(torch.logsumexp(torch.stack([positive, *negatives]), 0) - positive)
-                others = [
-                    sim(query, p)
-                    for at, (p, i) in enumerate(every)
-                    if at != number * len(place.query_b) + row and i != place.passage_id_b[row]
-                ]
-                across.append(torch.logsumexp(torch.stack([positive, *others]), 0) - positive)
-            total = total + weight * torch.stack(hard).mean()
-            if in_batch:
-                total = total + weight * torch.stack(across).mean()
-    return total / len(vectors)
+    total = torch.zeros((), dtype=torch.float64)
+    found: dict[str, list[torch.Tensor]] = {"hard": [], "in_batch": []}
+    for order, dim in enumerate(sorted(objective.dims, reverse=True), start=1):
+        weight = 1 / (order * math.sqrt(D / dim))
+        with_any = [row for row in range(len(rows)) if rows[row][3]]
+        found["hard"].append(torch.stack([term(row, hard[row], dim) for row in with_any]).mean())
+        found["in_batch"].append(torch.stack([term(row, across[row], dim) for row in range(len(rows))]).mean())
+        total = total + weight * objective.hard_negative_weight * found["hard"][-1]
+        if objective.in_batch:
+            total = total + weight * objective.in_batch_weight * found["in_batch"][-1]
+    parts = {name: torch.stack(values).detach() for name, values in found.items()}
+    left_out = 1 - sum(map(len, hard)) / sum(row[3] for row in rows)
+    left_out_across = 1 - sum(map(len, across)) / (len(rows) * (len(rows) - 1))
+    return total, parts | {
+        "hard_masked": torch.tensor(left_out, dtype=torch.float64),
+        "in_batch_masked": torch.tensor(left_out_across, dtype=torch.float64),
+    }
 
 
-@pytest.mark.parametrize("in_batch", [True, False])
-def test_one_rank_equals_the_reference(in_batch: bool) -> None:
-    vectors, places = batch(5, seed=1)
-    ours, theirs = vectors.clone().requires_grad_(), vectors.clone().requires_grad_()
-    loss = contrastive_loss(ours, places, dims=DIMS, temperature=TEMPERATURE, in_batch=in_batch)
-    expected = reference([theirs], [places], in_batch=in_batch)
+def ours(v_nd: torch.Tensor, places: Places, objective: Objective) -> dict[str, torch.Tensor]:
+    v_nd = v_nd.clone().requires_grad_()
+    loss, parts = contrastive(v_nd, places, objective)
     loss.backward()
+    assert v_nd.grad is not None
+    return {"loss": loss.detach(), "gradient": v_nd.grad} | named(parts)
+
+
+def named(parts: Parts) -> dict[str, torch.Tensor]:
+    hard = {"hard": parts.hard_negative_m, "hard_masked": parts.hard_negatives_masked}
+    if parts.in_batch_m is None or parts.in_batch_masked is None:
+        return hard
+    return hard | {"in_batch": parts.in_batch_m, "in_batch_masked": parts.in_batch_masked}
+
+
+def paper(v_nd: torch.Tensor, places: Places, dims: tuple[int, ...]) -> torch.Tensor:
+    """The paper's arithmetic: every row has all its negatives, passages are gathered without gradient."""
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    ranks, me = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    q, p, n = v_nd[places.query_b], v_nd[places.passage_b], v_nd[places.negative_bk]
+    every = [torch.empty_like(p) for _ in range(ranks)]
+    torch.distributed.all_gather(every, p.detach())
+    total = torch.zeros((), dtype=v_nd.dtype)
+    for order, dim in enumerate(sorted(dims, reverse=True), start=1):
+        query = normalize(q[:, :dim], p=2, dim=-1)
+        candidates = normalize(torch.cat([p[:, None], n], dim=1)[..., :dim], p=2, dim=-1)
+        logits = (query[:, None] * candidates).sum(-1) / 0.05
+        hard = criterion(logits, torch.zeros(len(q), dtype=torch.long)).mean()
+        logits = query @ normalize(torch.cat(every)[:, :dim], p=2, dim=-1).T / 0.05
+        in_batch = criterion(logits, torch.arange(len(q)) + len(q) * me).mean()
+        total = total + (hard + in_batch) / (order * math.sqrt(max(dims) / dim))
+    return total
+
+
+def plain_side(seed: int) -> Side:
+    """A batch as the paper's code expects it: nothing missing, no text twice."""
+    v_nd = torch.randn(9 * ROWS, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(9 * ROWS, generator=torch.Generator().manual_seed(seed))
+    query, passage, negative = order[:ROWS], order[ROWS : 2 * ROWS], order[2 * ROWS :].reshape(ROWS, 7)
+    return v_nd, Places(query, passage, negative, passage + 1000 * seed, query + 1000 * seed)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_one_rank_equals_the_reference(name: str) -> None:
+    vectors, places = side(seed=1)
+    found = ours(vectors, places, OBJECTIVES[name])
+    slow = vectors.clone().requires_grad_()
+    expected, parts = reference([(slow, places)], OBJECTIVES[name])
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-9)
+    close(found["loss"], expected.detach())
+    close(found["gradient"], slow.grad)
+    for part in found.keys() & parts.keys():
+        close(found[part], parts[part])
 
 
-def test_two_ranks_equal_the_reference(tmp_path: Path) -> None:
-    """Gradients reach passages on the rank they came from; without the gather's gradient they do not."""
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What each of two ranks found."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_two_ranks, args=(port, str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    sides = [batch(5, seed=rank + 1) for rank in (0, 1)]
-    vectors = [v.clone().requires_grad_() for v, _ in sides]
-    expected = reference(vectors, [places for _, places in sides], in_batch=True)
-    expected.backward()
-    mean = (results[0]["loss"] + results[1]["loss"]) / 2
-    torch.testing.assert_close(mean, expected.detach(), rtol=0, atol=1e-9)
-    for result, side in zip(results, vectors, strict=True):
-        # The engine averages gradients over ranks, which the reference's mean has done already.
-        torch.testing.assert_close(result["gradient"] / 2, side.grad, rtol=0, atol=1e-9)
-        assert not torch.allclose(result["paper"] / 2, side.grad, atol=1e-3)
-        torch.testing.assert_close(result["paper_loss"], result["loss"])
+    mp.spawn(_rank, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def _two_ranks(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    vectors, places = batch(5, seed=rank + 1)
-    result = {}
-    for gather_gradient, names in ((True, ("loss", "gradient")), (False, ("paper_loss", "paper"))):
-        v = vectors.clone().requires_grad_()
-        loss = contrastive_loss(
-            v, places, dims=DIMS, temperature=TEMPERATURE, in_batch=True, gather_gradient=gather_gradient
-        )
-        loss.backward()
-        result |= {names[0]: loss.detach(), names[1]: v.grad}
-    torch.save(result, f"{folder}/{rank}.pt")
+    vectors, places = side(seed=rank + 1)
+    found = {name: ours(vectors, places, objective) for name, objective in OBJECTIVES.items()}
+    found["no gradient"] = ours(vectors, places, replace(PAPER, gather_gradient=False))
+    vectors, places = plain_side(seed=rank + 1)
+    found["as the paper"] = ours(vectors, places, replace(PAPER, gather_gradient=False))
+    vectors.requires_grad_()
+    loss = paper(vectors, places, PAPER.dims)
+    loss.backward()
+    assert vectors.grad is not None
+    found["by the paper"] = {"loss": loss.detach(), "gradient": vectors.grad}
+    torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_ranks_equal_the_reference(name: str, two_ranks: list[dict[str, Any]]) -> None:
+    """The mean over ranks is the global batch's, and gradients reach passages on the rank they came from."""
+    sides = [side(seed=rank + 1) for rank in (0, 1)]
+    slow = [v.clone().requires_grad_() for v, _ in sides]
+    expected, parts = reference(
+        [(v, places) for v, (_, places) in zip(slow, sides, strict=True)], OBJECTIVES[name]
+    )
+    expected.backward()
+    found = [rank[name] for rank in two_ranks]
+    close((found[0]["loss"] + found[1]["loss"]) / 2, expected.detach())
+    for part in found[0].keys() & parts.keys():
+        close((found[0][part] + found[1][part]) / 2, parts[part])
+    for rank, v in zip(found, slow, strict=True):
+        # The engine averages gradients over ranks, which the reference's mean has done already.
+        close(rank["gradient"] / 2, v.grad)
+
+
+def test_without_gradient_through_the_gather_only_the_gradient_differs(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        close(rank["no gradient"]["loss"], rank["paper"]["loss"])
+        assert not torch.allclose(rank["no gradient"]["gradient"], rank["paper"]["gradient"], atol=1e-3)
+
+
+def test_equals_the_papers_arithmetic_on_two_ranks(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        close(rank["as the paper"]["loss"], rank["by the paper"]["loss"])
+        close(rank["as the paper"]["gradient"], rank["by the paper"]["gradient"])
+
+
+def test_parts_and_weights_make_the_loss() -> None:
+    vectors, places = side(seed=1)
+    objective = OBJECTIVES["both, weighted"]
+    loss, parts = contrastive(vectors, places, objective)
+    weights = matryoshka_weights(objective.dims)
+    assert parts.in_batch_m is not None
+    terms = zip(weights.values(), parts.hard_negative_m, parts.in_batch_m, strict=True)
+    close(loss, sum((w * (0.3 * hard + 0.7 * across) for w, hard, across in terms), torch.tensor(0.0)))
+
+
+def test_a_false_negative_moves_nothing() -> None:
+    """Left out by the margin, it may be any text at all: loss and gradient of the others stay."""
+    vectors, places = side(seed=1)
+    near = int(places.negative_bk[5, 0])
+    objective = replace(PAPER, absolute_margin=0.0, in_batch=False)
+    before = ours(vectors, places, objective)
+    vectors[near] = vectors[places.query_b[5]]
+    after = ours(vectors, places, objective)
+    close(after["loss"], before["loss"])
+    close(after["gradient"], before["gradient"])
+    assert not after["gradient"][near].any()
+    assert ours(vectors, places, replace(objective, absolute_margin=None))["loss"] > before["loss"] + 0.1
+
+
 def test_rows_without_negatives_do_not_count() -> None:
-    vectors, places = batch(5, seed=3)
-    none = Places(places.query_b, places.passage_b, torch.full((5, 2), -1), places.passage_id_b)
-    loss = contrastive_loss(vectors, none, dims=DIMS, temperature=TEMPERATURE, in_batch=False)
-    assert float(loss) == 0
+    vectors, places = side(seed=1)
+    for k in (2, 0):
+        none = replace(places, negative_bk=torch.full((ROWS, k), -1))
+        found = ours(vectors, none, replace(PAPER, in_batch=False))
+        assert float(found["loss"]) == 0
+        assert not found["gradient"].any()
+        assert float(found["hard_masked"]) == 0
+
+
+def test_a_zero_vector_gives_no_nan() -> None:
+    vectors, places = side(seed=1)
+    vectors[places.query_b[0]] = 0
+    found = ours(vectors.float(), places, PAPER)
+    assert found["loss"].isfinite()
+    assert found["gradient"].isfinite().all()
+
+
+def test_float32_is_close_to_float64() -> None:
+    """Also with the long common part that untrained models' vectors have."""
+    vectors, places = side(seed=1)
+    vectors = vectors + 10 * torch.ones(D)
+    exact, found = ours(vectors, places, PAPER), ours(vectors.float(), places, PAPER)
+    torch.testing.assert_close(found["loss"].double(), exact["loss"], rtol=1e-5, atol=0)
 
 
 def test_matryoshka_weights_are_those_of_the_paper() -> None:
     assert matryoshka_weights([8, 16, 32]) == {32: 1.0, 16: 1 / (2 * math.sqrt(2)), 8: 1 / (3 * 2)}
 
 
-def test_distillation_compares_with_the_first_dims_before_normalisation() -> None:
-    student, teacher = torch.randn(3, 4), torch.randn(3, 6)
-    expected = ((student - teacher[:, :4]) ** 2).mean()
-    torch.testing.assert_close(distillation_loss(student, teacher), expected)
+def test_distillation_is_the_papers_mse_before_normalisation() -> None:
+    """The mean over distinct texts is that over queries, passages and negatives, where no text stands twice."""
+    student, places = plain_side(seed=1)
+    teacher = torch.randn(len(student), D + 8, dtype=torch.float64)
+    places_n = torch.cat([places.query_b, places.passage_b, places.negative_bk.flatten()])
+    close(distillation_loss(student, teacher), mse_loss(student[places_n], teacher[places_n, :D]))
+    close(distillation_loss(student, teacher), ((student - teacher[:, :D]) ** 2).mean())
+
+
+def close(found: torch.Tensor, expected: torch.Tensor | None) -> None:
+    """Equal to 1e-9; shares, which are float32, to its last bits."""
+    atol = 1e-9 if found.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol, check_dtype=False)
