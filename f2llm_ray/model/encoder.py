@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from f2llm_ray.model.varlen import packs
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -50,11 +52,25 @@ def plan_passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]
     return passes
 
 
+def plan_packs(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
+    """Groups texts, in their order, into passes of at most `tokens_per_pass` tokens; a longer text has its own."""
+    passes: list[list[int]] = []
+    held = 0
+    for index, length in enumerate(lengths):
+        if not passes or held + length > tokens_per_pass:
+            passes.append([])
+            held = 0
+        passes[-1].append(index)
+        held += length
+    return passes
+
+
 def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
-    Last-token pooling over a causal decoder (paper, use). Texts of a pass are padded on the right, where a
-    causal model never looks from a real token, so no mask is needed and a vector depends on its text alone.
+    Last-token pooling over a causal decoder (paper, use). On CUDA the texts of a pass lie end to end
+    (`model/varlen.py`). On CPU they are of similar lengths and padded on the right, where a causal model never
+    looks from a real token, so no mask is needed: a vector depends on its text alone.
 
     Args:
         backbone: a Hugging Face decoder without its language-model head.
@@ -64,13 +80,33 @@ def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pa
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
     lengths = [len(text) for text in tokens]
-    passes = plan_passes(lengths, tokens_per_pass)
-    vectors = [_one_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
+    packed = packs(backbone)
+    passes = (plan_packs if packed else plan_passes)(lengths, tokens_per_pass)
+    one_pass = _packed_pass if packed else _padded_pass
+    vectors = [one_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]
 
 
-def _one_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
+def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
+    lengths = np.array([len(text) for text in tokens])
+    starts = np.append(0, np.cumsum(lengths))
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+
+    def tensor(values: np.ndarray[Any, Any], dtype: type = np.int64) -> torch.Tensor:
+        return torch.from_numpy(values.astype(dtype)).to(backbone.device)
+
+    hidden_1Td = backbone(
+        input_ids=tensor(np.concatenate(tokens))[None],
+        position_ids=tensor(positions)[None],
+        use_cache=False,
+        starts_n1=tensor(starts, np.int32),
+        longest=int(lengths.max()),
+    ).last_hidden_state
+    return hidden_1Td[0, tensor(starts[1:] - 1)]
+
+
+def _padded_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
     lengths = np.array([len(text) for text in tokens])
     padded = np.zeros((len(tokens), lengths.max()), dtype=np.int64)
     for row, text in zip(padded, tokens, strict=True):

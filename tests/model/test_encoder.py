@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.model.encoder import FULL_PASS, SHORTEST, encode, plan_passes
+from f2llm_ray.model.encoder import FULL_PASS, SHORTEST, encode, plan_packs, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
+from f2llm_ray.model.varlen import packs, use_varlen, varlen_attention
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)
 
@@ -33,20 +34,46 @@ def test_passes_hold_each_text_once_within_the_budget(lengths: list[int], budget
             assert all(lengths[index] >= SHORTEST * longest for index in indices[last_full:])
 
 
-def test_bucketed_padded_and_single_give_the_same_vectors_and_gradients(texts: list[np.ndarray]) -> None:
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(64, 500))
+def test_packs_keep_the_order_within_the_budget(lengths: list[int], budget: int) -> None:
+    packs = plan_packs(lengths, budget)
+    assert [index for pack in packs for index in pack] == list(range(len(lengths)))
+    assert all(len(pack) == 1 or sum(lengths[index] for index in pack) <= budget for pack in packs)
+
+
+def test_packed_bucketed_padded_and_single_give_the_same_vectors_and_gradients(texts: list[np.ndarray]) -> None:
     backbone = random_backbone(SHAPE, 100, seed=0).double()
     target = torch.randn(len(texts), 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []
-    for budget in (64, 1000, 10**9):
+    for budget, packed in ((64, False), (1000, False), (10**9, False), (1000, True), (10**9, True)):
+        if packed:
+            use_varlen(backbone)
+        assert packs(backbone) is packed
         backbone.zero_grad()
         vectors = encode(backbone, texts, tokens_per_pass=budget)
         (vectors * target).sum().backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()])
         results.append((vectors.detach(), gradients.clone()))
-    single = torch.stack([_last_hidden(backbone, text) for text in texts])
+    alone = random_backbone(SHAPE, 100, seed=0).double()
+    single = torch.stack([_last_hidden(alone, text) for text in texts])
     for vectors, gradients in results:
         torch.testing.assert_close(vectors, single, rtol=0, atol=1e-10)
         torch.testing.assert_close(gradients, results[0][1], rtol=0, atol=1e-9)
+
+
+def test_a_sliding_window_is_the_same_packed_and_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 30, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
+    starts = torch.tensor([0, 7, 8, 30], dtype=torch.int32)
+    module = torch.nn.Identity()
+    found, _ = varlen_attention(module, q, k, v, None, scaling=0.3, starts_n1=starts, longest=22, sliding_window=4)
+    for first, last in ((0, 7), (7, 8), (8, 30)):
+        for place in range(first, last):
+            seen = slice(max(first, place - 3), place + 1)
+            for head in range(4):
+                scores = (k[0, head // 2, seen] @ q[0, head, place]) * 0.3
+                expected = torch.softmax(scores, 0) @ v[0, head // 2, seen]
+                torch.testing.assert_close(found[0, place, head], expected)
 
 
 def test_order_and_neighbours_do_not_matter(texts: list[np.ndarray]) -> None:
