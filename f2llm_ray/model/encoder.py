@@ -65,6 +65,12 @@ def plan_packs(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
     return passes
 
 
+def plan(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pass: int) -> list[list[int]]:
+    """The passes in which a model encodes texts: indices of the texts of each, every text once."""
+    lengths = [len(text) for text in tokens]
+    return (plan_packs if packs(backbone) else plan_passes)(lengths, tokens_per_pass)
+
+
 def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
@@ -79,10 +85,8 @@ def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pa
     """
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
-    lengths = [len(text) for text in tokens]
-    packed = packs(backbone)
-    passes = (plan_packs if packed else plan_passes)(lengths, tokens_per_pass)
-    one_pass = _packed_pass if packed else _padded_pass
+    passes = plan(backbone, tokens, tokens_per_pass)
+    one_pass = _packed_pass if packs(backbone) else _padded_pass
     vectors = [one_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]
