@@ -24,6 +24,7 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON object as its last line
 	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.mining
 	$(BIN)/python -m benchmarks.dedup

@@ -50,7 +50,8 @@ def plan(recipe: Recipe) -> Plan:
         settings={
             **{key: dump[key] for key in used},
             "evaluation": dump["evaluation"]["sets"],
-            "backbone_tokenizer": recipe.backbone.path,
+            # Models of one tokenizer share the prepared corpus.
+            "backbone_tokenizer": None if recipe.tokenizer.given else recipe.backbone.path,
         },
     )
     models = {"untrained": Stage(name="untrained", settings=dump["backbone"], parents=(prepare,))}

@@ -120,6 +120,11 @@ class TokenizerSection(Section):
     train_vocab: int | None = Field(default=None, ge=300)
     """Train a byte-level BPE of this many entries on the corpus instead."""
 
+    @property
+    def given(self) -> bool:
+        """Whether the recipe says it, so that the backbone's is not asked for."""
+        return self.path is not None or self.train_vocab is not None
+
     @model_validator(mode="after")
     def _one_of(self) -> TokenizerSection:
         if self.path is not None and self.train_vocab is not None:
