@@ -98,6 +98,9 @@ class TrainStage(Section):
 class Prune(Section):
     """Structured pruning of a trained stage into a smaller stock model."""
 
+    """The last ones are kept; with `keep_best` those with the lowest validation loss, and the last."""
+    keep_best: bool = False
+    """Export the checkpoint with the lowest validation loss instead of the last step (paper: the last)."""
     model: str
     """The stage to prune."""
     layers: int = Field(ge=1)
@@ -173,6 +176,9 @@ class Recipe(Section):
     """All that a run is."""
 
     name: str
+    workers_min: int | None = Field(default=None, ge=1)
+    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
+    starts again from the last checkpoint."""
     seed: int = 0
     sources: dict[str, Source]
     data: Data = Data()
@@ -180,6 +186,12 @@ class Recipe(Section):
     backbone: Backbone
     mine: Mine | None = None
     stages: dict[str, TrainStage]
+    @model_validator(mode="after")
+    def _elastic(self) -> Compute:
+        if self.workers_min is not None and self.workers_min > self.workers:
+            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
+        return self
+
     """Contrastive stages in the order they run, each going on from the one before."""
     prune: Prune | None = None
     distill: Distill | None = None
@@ -230,13 +242,31 @@ class Recipe(Section):
                 for task in [self.sources[name].task]
                 if task != "retrieval" and not stage.negatives.get(task)
             ]
-            if stage.global_batch % self.compute.workers:
-                problems.append(
-                    f"{place}.global_batch: {stage.global_batch} is not a multiple of "
-                    f"compute.workers ({self.compute.workers})"
-                )
-            if stage.engine.precision == "bf16" and self.compute.gpus_per_worker == 0:
-                problems.append(f"{place}.engine.precision: bf16 needs GPUs; use fp32 on CPU")
+            problems += self._engine_problems(place, stage)
+        return problems
+
+    def _engine_problems(self, place: str, stage: TrainStage) -> list[str]:
+        problems = []
+        most, fewest = self.compute.workers, self.compute.workers_min
+        if any(stage.global_batch % count for count in range(fewest or most, most + 1)):
+            wanted = f"compute.workers ({most})"
+            if fewest is not None:
+                wanted = f"every number of workers from compute.workers_min ({fewest}) to {wanted}, any of them"
+            problems.append(f"{place}.global_batch: {stage.global_batch} is not a multiple of {wanted}")
+        if stage.keep_best and not self.data.validation:
+            problems.append(f"{place}.keep_best: needs held-out rows; set data.validation above 0")
+        engine, on_cpu = stage.engine, self.compute.gpus_per_worker == 0
+        if engine.precision == "bf16" and on_cpu:
+            problems.append(f"{place}.engine.precision: bf16 needs GPUs; use fp32 on CPU")
+        if engine.precision == "bf16" and engine.zero_stage == 0:
+            problems.append(
+                f"{place}.engine.zero_stage: 0 would sum bf16 gradients in bf16 and keeps no float32 weights by "
+                "parameter; use 1, which takes no more memory"
+            )
+        if engine.offload and on_cpu:
+            problems.append(f"{place}.engine.offload: optimizer state is in host memory anyway without GPUs")
+        if engine.offload and engine.zero_stage == 0:
+            problems.append(f"{place}.engine.offload: needs zero_stage 1 or more")
         return problems
 
     def _mine_problems(self) -> list[str]:

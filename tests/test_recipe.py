@@ -17,7 +17,7 @@ tokenizer: {train_vocab: 400}
 backbone:
   shape: {hidden: 16, layers: 2, heads: 2, kv_heads: 1, head_dim: 8, ffn: 32}
 stages:
-  stage1: {engine: {precision: fp32}, global_batch: 8, negatives: {retrieval: 2}}
+  stage1: {engine: {precision: fp32}, global_batch: 8, negatives: {retrieval: 2}, keep_best: true}
 """
 
 
@@ -71,6 +71,12 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         ("stages.stage1.sources=[other]", ["stages.stage1.sources", "other", "pairs"]),
         ("stages.stage1.engine.precision=bf16", ["stages.stage1.engine.precision", "GPU"]),
         ("compute.workers=3", ["stages.stage1.global_batch", "8", "multiple"]),
+        ("compute={workers: 8, workers_min: 2}", ["stages.stage1.global_batch", "8", "workers_min (2)"]),
+        ("compute.workers_min=2", ["compute", "workers_min (2)", "workers (1)"]),
+        ("stages.stage1.engine.offload=true", ["stages.stage1.engine.offload", "GPU"]),
+        ("stages.stage1.engine={offload: true, zero_stage: 0}", ["stages.stage1.engine.offload", "zero_stage 1"]),
+        ("stages.stage1.engine={precision: bf16, zero_stage: 0}", ["stages.stage1.engine.zero_stage", "use 1"]),
+        ("data.validation=0", ["keep_best", "data.validation"]),
         ("backbone.shape.kv_heads=3", ["heads (2)", "kv_heads (3)"]),
         ("backbone.path=somewhere", ["exactly one of path and shape"]),
         ("tokenizer.train_vocab=null", ["tokenizer"]),

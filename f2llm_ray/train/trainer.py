@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from f2llm_ray.recipe import Distill, Recipe, TrainStage
+from f2llm_ray.errors import F2LLMError, plain_error
+from f2llm_ray.recipe import Compute, Distill, Recipe, TrainStage
 from f2llm_ray.run import Folder
 from f2llm_ray.train.board import watched
+from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.loader import build_batches
-from f2llm_ray.train.loop import Job, work
+from f2llm_ray.train.loop import FAILURE, RAY_TRAIN, Job, work
+from f2llm_ray.train.zero import deepspeed_config
 
 
 def train(
@@ -32,13 +35,14 @@ def train(
         mined: folder of the mining stage, where the recipe has one before this stage.
         student: model folder that it starts from.
         teacher: model folder of the teacher, when distilling.
-        out: the stage's folder; it gets `batches/`, `ray_train/` (checkpoints) and `model/`.
+        out: the stage's folder; it gets `batches/`, `deepspeed.json`, `ray_train/` (checkpoints) and `model/`.
 
     Returns:
         What the manifest says of the training.
 
     Raises:
-        RunError: the loss is no number.
+        F2LLMError: what would fail again, such as a loss that is no number.
+        ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
     import ray.train
     import ray.train.torch
@@ -60,25 +64,64 @@ def train(
         out=out,
         run_id=run_id,
     )
-    gpus = compute.gpus_per_worker
+    if out.exists(FAILURE):  # of an earlier try
+        out.filesystem.delete_file(f"{out.path}/{FAILURE}")
+    out.write_json("deepspeed.json", deepspeed_config(stage, compute.workers))
+    settle(out / RAY_TRAIN, stage.keep_checkpoints)
+    best = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"}
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-        ),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=_scaling(compute),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
         run_config=ray.train.RunConfig(
-            name="ray_train",
+            name=RAY_TRAIN,
             storage_path=out.path,
             storage_filesystem=out.filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=stage.keep_checkpoints),
+            # With a score, Ray Train keeps the best ones and the last.
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=stage.keep_checkpoints, **(best if stage.keep_best else {})
+            ),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            callbacks=[_stopper()],
         ),
     )
     with watched(run_id, name):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            found = plain_error(getattr(error, "controller_failure", error))
+            raise (found or error) from None
     training: dict[str, Any] = out.read_json("training.json")
     return {"training": training}
+
+
+def _scaling(compute: Compute) -> Any:
+    import ray.train
+
+    gpus = compute.gpus_per_worker
+    fewest = compute.workers_min
+    return ray.train.ScalingConfig(
+        num_workers=compute.workers if fewest is None else (fewest, compute.workers),
+        use_gpu=gpus > 0,
+        resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+    )
+
+
+def _stopper() -> Any:
+    """A callback that ends a run on an error of ours, which trying again would only repeat.
+
+    Ray Train retries whatever a worker raises, and gives up when a callback does (ray 2.60).
+    """
+    from ray.train import UserCallback
+
+    class Stopper(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            del run_context
+            for error in worker_exceptions.values():
+                # The error stands inside a wrapper that carries its traceback.
+                cause = getattr(error, "_base_exc", error)
+                if isinstance(cause, F2LLMError):
+                    raise cause
+
+    return Stopper()

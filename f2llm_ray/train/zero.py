@@ -1,4 +1,4 @@
-"""DeepSpeed: the config that a recipe's stage stands for, and the learning-rate schedule."""
+"""DeepSpeed: the config that a recipe's stage stands for, the learning rate, and reading and setting its state."""
 
 from __future__ import annotations
 
@@ -70,3 +70,66 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
     """Sets the rate of the coming step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+
+
+def step(engine: DeepSpeedEngine) -> float:
+    """Does the optimizer's step and returns the gradient's norm over all ranks, before clipping.
+
+    It is infinite or no number where the gradient is.
+    """
+    import torch
+
+    norm: Any = None
+    if engine.zero_optimization_stage() == 0:  # without ZeRO the engine clips by a norm that it does not keep
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return math.nan if norm is None else float(norm)
+
+
+def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The torch optimizer that does the work, inside ZeRO's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def link_moments(engine: DeepSpeedEngine) -> None:
+    """Makes the moments of all parameters readable, once the optimizer has done a step.
+
+    ZeRO 1 and 2 do that after the step of their first group of parameters, before the second one's moments are
+    there (deepspeed 0.19.8).
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    zero = engine.optimizer
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        for parameters, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(parameters, flat, zero.optimizer.state)
+
+
+def read_state(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
+    """The whole float32 "weight" of a parameter, or a moment by its name in torch; every rank must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        return parameter.data if kind == "weight" else engine.optimizer.state[parameter][kind]
+    if kind == "weight":
+        return safe_get_full_fp32_param(parameter)
+    return safe_get_full_optimizer_state(parameter, kind)
+
+
+def write_state(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
+    """Sets what `read_state` reads, and with a weight also the copy that the model computes with."""
+    import deepspeed
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    value = value.to(engine.device)
+    zero_stage = engine.zero_optimization_stage()
+    if kind == "weight":
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=zero_stage == 3):
+            parameter.data.copy_(value)
+        if zero_stage > 0:
+            safe_set_full_fp32_param(parameter, value)
+    elif zero_stage > 0:
+        safe_set_full_optimizer_state(parameter, value, kind)
+    else:
+        engine.optimizer.state[parameter][kind].copy_(value)

@@ -1,0 +1,286 @@
+"""Checkpoints: weights, optimizer, random state and history of a step, each rank its part, each part sealed.
+
+DeepSpeed's own checkpoints are pickles of its flat partitions: they tie a run to its world size and to code that a
+file may name. Ours hold, by parameter, what AdamW needs: the float32 weight and two moments, in safetensors. Whole
+parameters are dealt out over the ranks, so that each writes about as much and any number of workers can read it.
+12 bytes per parameter in all, as DeepSpeed's; gathering costs one all-reduce per tensor.
+
+A checkpoint is a folder of `part-<rank>-of-<world>.safetensors`, and for each a `.json` with its size and SHA-256,
+written after it: a part that was cut off or changed is found when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyarrow import fs
+
+from f2llm_ray.run import Folder
+from f2llm_ray.train.zero import inner_optimizer, link_moments, read_state, set_learning_rate, write_state
+
+if TYPE_CHECKING:
+    import torch
+    from deepspeed import DeepSpeedEngine
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is kept of a parameter: itself, and the moments of AdamW by their names in torch."""
+RAY_LIST = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of checkpoints (ray 2.60), beside the checkpoints."""
+PART = re.compile(r"part-(\d+)-of-(\d+)\.json")
+BLOCK = 1 << 24
+"""Bytes read at once for a checksum; SHA-256 does 1.25 GB/s on one core of a small cloud machine."""
+
+History = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has all its parts by name; whether they are sound is seen when it is opened."""
+
+    folder: Folder
+    step: int
+    """Steps done when it was written."""
+    world: int
+    history: History
+    """What `save` was given."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.folder.path.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose parts are sound, on a local disk."""
+
+    checkpoint: Checkpoint
+    path: Path
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return self.checkpoint.step
+
+
+def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: int, history: History) -> None:
+    """Writes this rank's part; every rank must call it.
+
+    Args:
+        engine: the engine after `step` optimizer steps.
+        folder: a local folder, there already.
+        rank: this worker.
+        world: number of workers.
+        step: steps done.
+        history: JSON values that belong to the step, the same on all ranks; kept by the first.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    link_moments(engine)
+    parameters = list(engine.module.named_parameters())
+    owners = deal([_size(parameter) for _, parameter in parameters], world)
+    tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    for (name, parameter), owner in zip(parameters, owners, strict=True):
+        for kind in KINDS:
+            value = read_state(engine, parameter, kind)
+            if owner == rank:
+                tensors[f"{kind}/{name}"] = value.detach().cpu().contiguous()
+    part = folder / f"{_part(rank, world)}.safetensors"
+    save_file(tensors, part)
+    seal: dict[str, Any] = {"step": step, "bytes": part.stat().st_size, "sha256": _digest(part)}
+    if rank == 0:
+        seal["history"] = history
+    (folder / f"{_part(rank, world)}.json").write_text(json.dumps(seal))
+
+
+def restore(engine: DeepSpeedEngine, opened: Opened, *, rank: int, world: int) -> None:
+    """Puts weights, moments, the count of steps and the random state back; every rank must call it.
+
+    The number of workers may be another one than when it was written. The random state goes on where it is the
+    same; otherwise it starts from the seed that the worker has set.
+    """
+    import torch
+    from safetensors import safe_open
+
+    _make_state(engine)
+    parts = [_part(number, opened.checkpoint.world) for number in range(opened.checkpoint.world)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(opened.path / f"{part}.safetensors", "pt")) for part in parts]
+        holder = {name: file for file in files for name in file.keys() if not name.startswith("random/")}  # noqa: SIM118
+        for name, parameter in engine.module.named_parameters():
+            for kind in KINDS:
+                write_state(engine, parameter, kind, holder[f"{kind}/{name}"].get_tensor(f"{kind}/{name}"))
+        for state in inner_optimizer(engine).state.values():
+            state["step"].fill_(opened.step)
+        if opened.checkpoint.world == world:
+            torch.set_rng_state(files[rank].get_tensor("random/cpu"))
+            if torch.cuda.is_available() and "random/cuda" in files[rank].keys():  # noqa: SIM118
+                torch.cuda.set_rng_state(files[rank].get_tensor("random/cuda"))
+
+
+def _make_state(engine: DeepSpeedEngine) -> None:
+    """Makes AdamW create its moments without moving a weight: a step of rate 0 along a gradient of 0."""
+    import numpy as np
+
+    set_learning_rate(engine, 0.0)
+    engine.backward(engine([np.zeros(1, np.uint32)]).float().sum() * 0)
+    engine.step()
+    link_moments(engine)
+
+
+def deal(sizes: Sequence[int], world: int) -> list[int]:
+    """The rank that writes each parameter: the largest first, to whom has least so far."""
+    owners, load = [0] * len(sizes), [0] * world
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += sizes[index]
+    return owners
+
+
+def listed(folder: Folder) -> list[Checkpoint]:
+    """The checkpoints in a folder that have all their parts, the latest step first."""
+    found = []
+    for checkpoint in map(folder.__truediv__, _folders(folder)):
+        seals = [PART.fullmatch(name) for name in checkpoint.files(".json")]
+        ranks = {int(seal[1]): int(seal[2]) for seal in seals if seal}
+        world = len(ranks)
+        if not world or ranks != dict.fromkeys(range(world), world):
+            continue
+        try:
+            first = json.loads(checkpoint.read_bytes(f"{_part(0, world)}.json"))
+            found.append(Checkpoint(checkpoint, int(first["step"]), world, first["history"]))
+        except (OSError, ValueError, KeyError):
+            continue
+    return sorted(found, key=lambda c: (c.step, c.name), reverse=True)
+
+
+@contextmanager
+def opened(
+    candidates: Sequence[Checkpoint], *, rank: int, world: int, tell: Callable[[str], None]
+) -> Iterator[Opened | None]:
+    """The first of the candidates whose parts are all sound, for as long as the context lasts; None without any.
+
+    Every rank must call it: each reads a share of the parts, and all take the same checkpoint.
+
+    Args:
+        candidates: checkpoints, the wanted one first; those of the first rank count.
+        rank: this worker.
+        world: number of workers.
+        tell: gets a sentence for each checkpoint that is passed over, on the first rank.
+    """
+    with ExitStack() as stack:
+        for checkpoint in _of_first(list(candidates), world):
+            attempt = stack.enter_context(ExitStack())
+            path = attempt.enter_context(_local(checkpoint.folder))
+            numbers = range(rank, checkpoint.world, world)
+            flaws = [flaw for number in numbers if (flaw := flaw_of(path, number, checkpoint.world))]
+            flaws = _of_all(flaws, world)
+            if not flaws:
+                yield Opened(checkpoint, path)
+                return
+            attempt.close()
+            if rank == 0:
+                where = f"checkpoint {checkpoint.name} of step {checkpoint.step:,}"
+                tell(f"{where} is damaged ({flaws[0]}), passed over")
+        yield None
+
+
+def flaw_of(folder: Path, number: int, world: int) -> str | None:
+    """What is wrong with a part of a checkpoint, None when it is as it was written."""
+    part = folder / f"{_part(number, world)}.safetensors"
+    try:
+        seal = json.loads((folder / f"{_part(number, world)}.json").read_text())
+        wanted, digest = int(seal["bytes"]), str(seal["sha256"])
+        size = part.stat().st_size
+        if size != wanted:
+            return f"{part.name} has {size:,} bytes, not {wanted:,}"
+        return None if _digest(part) == digest else f"{part.name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{part.name}: {type(error).__name__}"
+
+
+def settle(folder: Folder, keep: int) -> None:
+    """Makes a folder of checkpoints fit to go on with, before any worker starts.
+
+    Ray Train refuses to start over a list of checkpoints that is damaged or names a folder that is gone, as a kill
+    at the wrong moment leaves it. Such a list is dropped: `listed` finds checkpoints without it. Then folders that
+    no list names are removed, but for the last `keep` whole ones.
+    """
+    names = _folders(folder)
+    try:
+        state = json.loads(folder.read_bytes(RAY_LIST)) if folder.exists(RAY_LIST) else {"checkpoint_results": []}
+        known = {result["checkpoint_dir_name"] for result in state["checkpoint_results"]}
+        sound = known <= set(names)
+    except (ValueError, KeyError, TypeError):
+        known, sound = set(), False
+    if not sound:
+        folder.filesystem.delete_file(f"{folder.path}/{RAY_LIST}")
+        known = set()
+    spared = {checkpoint.name for checkpoint in listed(folder)[:keep]}
+    for name in set(names) - known - spared:
+        folder.filesystem.delete_dir(f"{folder.path}/{name}")
+
+
+def _folders(folder: Folder) -> list[str]:
+    entries = folder.filesystem.get_file_info(fs.FileSelector(folder.path, allow_not_found=True))
+    return sorted(
+        e.base_name for e in entries if e.type == fs.FileType.Directory and e.base_name.startswith("checkpoint_")
+    )
+
+
+@contextmanager
+def _local(folder: Folder) -> Iterator[Path]:
+    if folder.local is not None:
+        yield folder.local
+        return
+    import ray.train
+
+    # Ray downloads once per node, however many workers it has.
+    with ray.train.Checkpoint(folder.path, filesystem=folder.filesystem).as_directory() as path:
+        yield Path(path)
+
+
+def _of_first(value: list[Checkpoint], world: int) -> list[Checkpoint]:
+    import torch
+
+    values: list[Any] = [value]
+    if world > 1:
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _of_all(value: list[str], world: int) -> list[str]:
+    import torch
+
+    values: list[Any] = [value]
+    if world > 1:
+        values = [None] * world
+        torch.distributed.all_gather_object(values, value)
+    return [text for texts in values for text in texts]
+
+
+def _part(rank: int, world: int) -> str:
+    return f"part-{rank:05d}-of-{world:05d}"
+
+
+def _size(parameter: torch.nn.Parameter) -> int:
+    """Elements of a parameter, also of one that ZeRO-3 has taken apart."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""Curves stay short and keep their means, and a run that goes on shows what one in a single go shows."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from f2llm_ray.train.meters import DECAY, POINTS, Meters
+
+
+def filled(meters: Meters, steps: range) -> Meters:
+    for step in steps:
+        source, task = [("pairs", "retrieval"), ("labels", "classification")][step % 3 == 0]
+        values = {"loss": 1 / (step + 1), "gradient_norm": 2.0, "learning_rate": 8e-6 / (step + 1)}
+        meters.record(step + 1, source=source, task=task, tokens=10, values=values)
+    return meters
+
+
+@pytest.mark.parametrize("steps", [3, POINTS - 1, 2 * POINTS, 5 * POINTS + 3])
+def test_a_curve_stays_short_and_keeps_its_mean(steps: int) -> None:
+    curve = filled(Meters(), range(steps)).curves["loss"]
+    assert len(curve) < 2 * POINTS
+    stride = curve[0][0]
+    assert [step for step, _ in curve] == list(range(stride, steps + 1, stride))
+    losses = np.array([1 / (step + 1) for step in range(len(curve) * stride)])
+    np.testing.assert_allclose([loss for _, loss in curve], losses.reshape(-1, stride).mean(1), rtol=1e-5)
+
+
+def test_a_small_learning_rate_keeps_its_digits() -> None:
+    assert filled(Meters(), range(3)).curves["learning_rate"][2][1] == pytest.approx(8e-6 / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("first", [1, 100, 2 * POINTS + 1])
+def test_what_goes_on_from_a_state_is_what_never_stopped(first: int) -> None:
+    steps = 2 * POINTS + 50
+    whole, resumed = filled(Meters(), range(steps)), Meters()
+    resumed.load(json.loads(json.dumps(filled(Meters(), range(first)).state())))
+    assert filled(resumed, range(first, steps)).summary() == whole.summary()
+
+
+def test_running_losses_are_of_their_own_source_and_task() -> None:
+    meters = filled(Meters(), range(5))
+    wanted = 1 / 2
+    for step in (2, 4):
+        wanted = DECAY * wanted + (1 - DECAY) / (step + 1)
+    summary = meters.summary()
+    assert summary["source_loss"]["pairs"] == pytest.approx(wanted)
+    assert summary["task_loss"]["retrieval"] == pytest.approx(wanted)
+    assert summary["tokens"] == 50
+    assert "classification" in meters.line()[0]
