@@ -50,7 +50,7 @@ from f2llm_ray.recipe import Recipe, TrainStage, parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from f2llm_ray.train.loader import Batch, build_batches, read, stream
-from f2llm_ray.train.losses import Places, contrastive_loss
+from f2llm_ray.train.losses import Objective, Places, contrastive
 from f2llm_ray.train.zero import start_engine
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=768, max_positions=512)
@@ -146,15 +146,14 @@ def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, h
 
 def loss_of(v_nd: torch.Tensor, batch: Batch, stage: TrainStage, *, gather_gradient: bool = True) -> torch.Tensor:
     """The paper's objective on the vectors of a batch."""
-    arrays = (batch.query, batch.passage, batch.negative, batch.passage_id)
-    return contrastive_loss(
-        v_nd,
-        Places(*(torch.from_numpy(array.copy()) for array in arrays)),
-        dims=matryoshka_dims(SHAPE.hidden),
+    arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
+    objective = Objective(
+        dims=tuple(matryoshka_dims(SHAPE.hidden)),
         temperature=stage.temperature,
         in_batch=True,
         gather_gradient=gather_gradient,
     )
+    return contrastive(v_nd, Places(*(torch.from_numpy(array.copy()) for array in arrays)), objective)[0]
 
 
 class Encoder(torch.nn.Module):

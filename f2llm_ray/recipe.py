@@ -45,6 +45,9 @@ class Engine(Section):
     """Optimizer state in host memory."""
     tokens_per_pass: int = Field(default=16_384, ge=64)
     """Token budget of one forward pass of the encoder; a micro-batch is cut into passes of similar lengths."""
+    tokens_per_chunk: int | None = Field(default=None, ge=64)
+    """GradCache: the activations of at most this many tokens are held at a time, at the cost of a second forward
+    pass; unset holds those of the whole batch."""
     gradient_checkpointing: bool = False
     loader_prefetch: int = Field(default=4, ge=1)
     """Micro-batches that Ray Data keeps ready ahead of the step."""
@@ -72,6 +75,15 @@ class TrainStage(Section):
     negatives: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
     """Hard negatives drawn per row and epoch."""
     temperature: float = Field(default=0.05, gt=0)
+    temperatures: dict[Task, float] = {}
+    """Another temperature for some tasks."""
+    hard_negative_weight: float = Field(default=1.0, ge=0)
+    in_batch_weight: float = Field(default=1.0, ge=0)
+    absolute_margin: float | None = None
+    """Negatives whose cosine is above the passage's minus this are taken for false ones and left out; -0.1 leaves
+    out what is better than the passage by 0.1 (Qwen3-Embedding). Unset in the paper."""
+    relative_margin: float | None = Field(default=None, ge=0, le=1)
+    """The same with this share of the passage's cosine: 0.05 leaves out what is above 95 % of it."""
     matryoshka_min_dim: int = Field(default=8, ge=1)
     """Smallest matryoshka dim; the dims are its doublings below the hidden size, and the hidden size."""
     gather_gradient: bool = True
@@ -86,6 +98,9 @@ class TrainStage(Section):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """The last ones are kept; with `keep_best` those with the lowest validation loss, and the last."""
+    keep_best: bool = False
+    """Export the checkpoint with the lowest validation loss instead of the last step (paper: the last)."""
     engine: Engine = Engine()
 
     @model_validator(mode="after")
@@ -98,9 +113,6 @@ class TrainStage(Section):
 class Prune(Section):
     """Structured pruning of a trained stage into a smaller stock model."""
 
-    """The last ones are kept; with `keep_best` those with the lowest validation loss, and the last."""
-    keep_best: bool = False
-    """Export the checkpoint with the lowest validation loss instead of the last step (paper: the last)."""
     model: str
     """The stage to prune."""
     layers: int = Field(ge=1)
@@ -164,6 +176,9 @@ class Compute(Section):
 
     workers: int = Field(default=1, ge=1)
     """World size of training."""
+    workers_min: int | None = Field(default=None, ge=1)
+    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
+    starts again from the last checkpoint."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
@@ -171,14 +186,17 @@ class Compute(Section):
     max_failures: int = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 
+    @model_validator(mode="after")
+    def _elastic(self) -> Compute:
+        if self.workers_min is not None and self.workers_min > self.workers:
+            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
+        return self
+
 
 class Recipe(Section):
     """All that a run is."""
 
     name: str
-    workers_min: int | None = Field(default=None, ge=1)
-    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
-    starts again from the last checkpoint."""
     seed: int = 0
     sources: dict[str, Source]
     data: Data = Data()
@@ -186,12 +204,6 @@ class Recipe(Section):
     backbone: Backbone
     mine: Mine | None = None
     stages: dict[str, TrainStage]
-    @model_validator(mode="after")
-    def _elastic(self) -> Compute:
-        if self.workers_min is not None and self.workers_min > self.workers:
-            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
-        return self
-
     """Contrastive stages in the order they run, each going on from the one before."""
     prune: Prune | None = None
     distill: Distill | None = None

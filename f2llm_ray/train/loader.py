@@ -51,6 +51,8 @@ class Batch:
     """Places of each row's negatives [b, k], -1 where it has fewer."""
     passage_id: Ints
     """An id of each passage's content [b]: equal passages are no negatives of each other."""
+    query_id: Ints
+    """The same of each query [b]: a passage that reads like a query is no negative of it."""
 
 
 def build_batches(
@@ -258,13 +260,13 @@ def _collate(table: BatchTable, store: TokenStore, step: int, rank: int, world: 
     )
     _, first, place = np.unique(keys.view("V16"), return_index=True, return_inverse=True)
     tokens = store.lookup(keys[first])
-    passage_id = key_numbers(batch["passage"])[:, 1].astype(np.int64)
     columns: dict[str, Any] = {
         "tokens": np.concatenate(tokens),
         "lengths": np.array([len(text) for text in tokens], dtype=np.int32),
         "places": place.reshape(-1).astype(np.int32),
         "negatives": pc.list_value_length(negatives).to_numpy().astype(np.int32),
-        "passage_id": passage_id,
+        "passage_id": key_numbers(batch["passage"])[:, 1].astype(np.int64),
+        "query_id": key_numbers(batch["query"])[:, 1].astype(np.int64),
     }
     lists = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
@@ -288,4 +290,5 @@ def _unpack(row: pa.Table, sources: tuple[str, ...]) -> Batch:
         passage=places[rows : 2 * rows],
         negative=negative,
         passage_id=values["passage_id"].astype(np.int64),
+        query_id=values["query_id"].astype(np.int64),
     )

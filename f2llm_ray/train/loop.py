@@ -138,15 +138,21 @@ class Worker:
     def _step(self, step: int, batch: Batch) -> None:
         import torch
 
-        from f2llm_ray.train.objective import mean_over_ranks
+        from f2llm_ray.train.cache import cached_backward, engine_backward
+        from f2llm_ray.train.objective import chunks_of, encoder_of, mean_over_ranks
 
         rate = learning_rate(self.job.stage, step, self.steps)
         set_learning_rate(self.engine, rate)
-        loss = self.loss(self.engine(batch.tokens).float(), batch)
-        self.engine.backward(loss)
+        loss, parts = cached_backward(
+            encoder_of(self.engine, batch),
+            chunks_of(self.engine, self.job.stage, batch),
+            lambda v_nd: self.loss(v_nd, batch),
+            engine_backward(self.engine),
+        )
         norm = optimizer_step(self.engine)
         own = sum(len(text) for text in batch.tokens)
-        mean, tokens = mean_over_ranks(torch.stack([loss.double(), loss.new_tensor(own).double()]), self.world)
+        seen = torch.stack([loss, loss.new_tensor(own), *parts.total_m]).double()
+        mean, tokens, *by_dim = mean_over_ranks(seen, self.world)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             self._stop(step, batch, loss=mean, gradient_norm=norm, rate=rate)
         self.meters.record(
@@ -154,8 +160,20 @@ class Worker:
             source=batch.source,
             task=self.job.recipe.sources[batch.source].task,
             tokens=round(tokens * self.world),
-            values={"loss": mean, "gradient_norm": norm, "learning_rate": rate},
+            values={
+                "loss": mean,
+                "gradient_norm": norm,
+                "learning_rate": rate,
+                **{f"loss_at_{dim}": value for dim, value in zip(self._dims(), by_dim, strict=True)},
+            },
         )
+
+    def _dims(self) -> list[int]:
+        """The matryoshka dims, largest first, as the parts of a loss have them."""
+        from f2llm_ray.model.checkpoint import matryoshka_dims
+
+        hidden = self.engine.module.backbone.config.hidden_size
+        return sorted(matryoshka_dims(hidden, self.job.stage.matryoshka_min_dim), reverse=True)
 
     def _stop(self, step: int, batch: Batch, *, loss: float, gradient_norm: float, rate: float) -> None:
         """Writes down what was seen and ends the stage; all ranks see the same numbers and come here together."""

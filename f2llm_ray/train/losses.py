@@ -46,9 +46,8 @@ class Places:
     negative_bk: torch.Tensor
     """-1 where a row has fewer negatives."""
     passage_id_b: torch.Tensor
-    query_id_b: torch.Tensor | None = None
-    """Ids like those of passages, so that a passage that reads like a row's query is no negative of that row;
-    without them only hard negatives are compared with the query."""
+    query_id_b: torch.Tensor
+    """Ids like those of passages: a passage that reads like a row's query is no negative of that row."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Parts:
     """Share of the hard negatives that were left out as false."""
     in_batch_masked: torch.Tensor | None
     """Share of the in-batch negatives that were left out as false."""
+
+    @property
+    def total_m(self) -> torch.Tensor:
+        """Both terms of each dim."""
+        return self.hard_negative_m if self.in_batch_m is None else self.hard_negative_m + self.in_batch_m
 
 
 def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:
@@ -124,22 +128,6 @@ def contrastive(v_nd: torch.Tensor, places: Places, objective: Objective) -> tup
     loss = loss + objective.in_batch_weight * (weight_m @ in_batch_m)
     masked = false_bB.sum() / max(false_bB.numel() - len(q_bd), 1)
     return loss, Parts(hard_m.detach(), in_batch_m.detach(), hard_masked, masked)
-
-
-def contrastive_loss(
-    v_nd: torch.Tensor,
-    places: Places,
-    *,
-    dims: Sequence[int],
-    temperature: float,
-    in_batch: bool,
-    gather_gradient: bool = True,
-) -> torch.Tensor:
-    """`contrastive` with the paper's settings, without the parts."""
-    objective = Objective(
-        dims=tuple(dims), temperature=temperature, in_batch=in_batch, gather_gradient=gather_gradient
-    )
-    return contrastive(v_nd, places, objective)[0]
 
 
 def hard_negative_loss(
@@ -236,8 +224,7 @@ def _hard_negatives(places: Places) -> tuple[torch.Tensor, torch.Tensor]:
 def _same_text(places: Places) -> torch.Tensor:
     """Which passages of all ranks [b, B] read like a row's own passage or like its query."""
     id_B = gather(places.passage_id_b)
-    same_bB = places.passage_id_b[:, None] == id_B
-    return same_bB if places.query_id_b is None else same_bB | (places.query_id_b[:, None] == id_B)
+    return (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)
 
 
 def _per_rank(*flags: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
