@@ -268,8 +268,9 @@ def test_hostile_text_is_shown_as_text() -> None:
     card["lengths"] = {HOSTILE: card["lengths"]["web"]}
     card["rows"] = [{"source": HOSTILE, "language": HOSTILE, "drop": f"clean: {HOSTILE}", "rows": 1}]
     card["steps"] = [{"step": HOSTILE, "in": 1, "out": 0, "dropped": {HOSTILE: 1}}]
-    card["language_check"] = [{"source": HOSTILE, "claimed": HOSTILE,
-         "detected": "eng", "verdict": "differs", "rows": 1}]
+    card["language_check"] = [
+        {"source": HOSTILE, "claimed": HOSTILE, "detected": "eng", "verdict": "differs", "rows": 1}
+    ]
     card["negatives"] = {HOSTILE: {"given": 1, "dropped": {HOSTILE: 1}}}
     card["contamination"] = {HOSTILE: {HOSTILE: 1}}
     card["seconds"] = {HOSTILE: {"seconds": 0.0, "rows": 1}}
