@@ -176,12 +176,21 @@ class Compute(Section):
 
     workers: int = Field(default=1, ge=1)
     """World size of training."""
+    workers_min: int | None = Field(default=None, ge=1)
+    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
+    starts again from the last checkpoint."""
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     max_failures: int = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
+
+    @model_validator(mode="after")
+    def _elastic(self) -> Compute:
+        if self.workers_min is not None and self.workers_min > self.workers:
+            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
+        return self
 
 
 class Recipe(Section):
@@ -250,11 +259,12 @@ class Recipe(Section):
 
     def _engine_problems(self, place: str, stage: TrainStage) -> list[str]:
         problems = []
-        if stage.global_batch % self.compute.workers:
-            problems.append(
-                f"{place}.global_batch: {stage.global_batch} is not a multiple of "
-                f"compute.workers ({self.compute.workers})"
-            )
+        most, fewest = self.compute.workers, self.compute.workers_min
+        if any(stage.global_batch % count for count in range(fewest or most, most + 1)):
+            wanted = f"compute.workers ({most})"
+            if fewest is not None:
+                wanted = f"every number of workers from compute.workers_min ({fewest}) to {wanted}, any of them"
+            problems.append(f"{place}.global_batch: {stage.global_batch} is not a multiple of {wanted}")
         if stage.keep_best and not self.data.validation:
             problems.append(f"{place}.keep_best: needs held-out rows; set data.validation above 0")
         engine, on_cpu = stage.engine, self.compute.gpus_per_worker == 0

@@ -71,6 +71,8 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         ("stages.stage1.sources=[other]", ["stages.stage1.sources", "other", "pairs"]),
         ("stages.stage1.engine.precision=bf16", ["stages.stage1.engine.precision", "GPU"]),
         ("compute.workers=3", ["stages.stage1.global_batch", "8", "multiple"]),
+        ("compute={workers: 8, workers_min: 2}", ["stages.stage1.global_batch", "8", "workers_min (2)"]),
+        ("compute.workers_min=2", ["compute", "workers_min (2)", "workers (1)"]),
         ("stages.stage1.engine.offload=true", ["stages.stage1.engine.offload", "GPU"]),
         ("stages.stage1.engine={offload: true, zero_stage: 0}", ["stages.stage1.engine.offload", "zero_stage 1"]),
         ("stages.stage1.engine={precision: bf16, zero_stage: 0}", ["stages.stage1.engine.zero_stage", "use 1"]),

@@ -100,8 +100,9 @@ def _scaling(compute: Compute) -> Any:
     import ray.train
 
     gpus = compute.gpus_per_worker
+    fewest = compute.workers_min
     return ray.train.ScalingConfig(
-        num_workers=compute.workers,
+        num_workers=compute.workers if fewest is None else (fewest, compute.workers),
         use_gpu=gpus > 0,
         resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
     )
