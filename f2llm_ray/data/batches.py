@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.data.ragged import list_array, numbered
+from f2llm_ray.data.ragged import Ints, list_array, numbered
 from f2llm_ray.data.schema import KEY, Task, rng
 from f2llm_ray.errors import RunError
 
@@ -30,7 +30,6 @@ LOOK_BACK = 4
 # A language of a few rows is not repeated more often than this in an epoch, however high the temperature.
 MOST_REPEATS = 10
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 

@@ -8,7 +8,7 @@ shuffle by node.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from f2llm_ray.data.flow import map_groups
 from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import KEY, key_numbers
 from f2llm_ray.data.shingles import mixed
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import ray.data
 
 EDGE = pa.schema([("a", KEY), ("b", KEY)])
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def smallest(nodes: int, a: Ints, b: Ints) -> Ints:

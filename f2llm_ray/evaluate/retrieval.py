@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from f2llm_ray.evaluate.sets import Pairs, RetrievalSet
-    from f2llm_ray.serve.engine import Engine, Vectors
+    from f2llm_ray.model.dims import Vectors
+    from f2llm_ray.serve.engine import Engine
 
 K = 10
 METRICS = ("ndcg@10", "acc@1", "recall@10")

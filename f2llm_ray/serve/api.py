@@ -14,8 +14,8 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
 
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.recipe import Serving
-from f2llm_ray.serve.engine import Vectors
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 

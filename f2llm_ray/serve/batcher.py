@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens
-from f2llm_ray.serve.engine import Vectors
 
 Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]"]
 

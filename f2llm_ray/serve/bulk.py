@@ -24,8 +24,9 @@ from f2llm_ray import __version__
 from f2llm_ray.data.tokens import cut
 from f2llm_ray.errors import DataError, RunError
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine, Vectors
+from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.inputs import Unit, find_files, plan, read_unit
 from f2llm_ray.session import connect
 

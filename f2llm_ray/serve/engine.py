@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import normalize
 
 from f2llm_ray.data.tokens import tokenize
 from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens, encode
-
-Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Engine:

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.recipe import Serving
 from f2llm_ray.run import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
-from f2llm_ray.serve.engine import Engine, Vectors
+from f2llm_ray.serve.engine import Engine
 
 
 class Replica:

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from f2llm_ray.data.batches import BatchTable, by_length, epoch_rows, mix, rank_slice, row_rates, write_source
 from f2llm_ray.data.language import UNKNOWN
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens import TokenStore
 from f2llm_ray.recipe import Recipe, TrainStage
@@ -27,7 +28,6 @@ from f2llm_ray.run import Folder
 if TYPE_CHECKING:
     from f2llm_ray.model.encoder import Tokens
 
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 # Steps that one loading task prepares, each handed on as it is ready. Ray Data's rounds set the rate: tasks of 4
 # steps gave two consumers on 2 cores 15 to 17 batches/s, tasks of 16 gave 43 to 50 (benchmarks/loader.py).
 STEPS_PER_TASK = 16
