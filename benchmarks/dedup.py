@@ -73,7 +73,8 @@ def ours(folder: Path, out: Path) -> tuple[float, dict[int, Any]]:
     from f2llm_ray.data.near import find_groups
     from f2llm_ray.data.read import write_rows
     from f2llm_ray.data.schema import key_numbers
-    from f2llm_ray.recipe import Recipe, parse
+    from f2llm_ray.recipe import Recipe
+    from f2llm_ray.recipe_file import parse
     from f2llm_ray.run import Folder
 
     recipe = parse(

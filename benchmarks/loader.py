@@ -24,7 +24,8 @@ from f2llm_ray.data.batches import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import KEY, KEY_BYTES, key_numbers
-from f2llm_ray.recipe import Recipe, parse
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from f2llm_ray.train.loader import build_batches, stream

@@ -46,11 +46,13 @@ from f2llm_ray.data.tokenizer import train_tokenizer
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe import Recipe, TrainStage, parse
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from f2llm_ray.train.loader import Batch, build_batches, read, stream
 from f2llm_ray.train.losses import Objective, Places, contrastive
+from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.zero import start_engine
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=768, max_positions=512)

@@ -43,7 +43,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     Raises:
         RecipeError: it does not fit.
     """
-    from f2llm_ray.recipe import load_recipe
+    from f2llm_ray.recipe_file import load_recipe
 
     return load_recipe(arguments.recipe, arguments.set)
 

@@ -1,4 +1,4 @@
-"""The pipeline: the stages of a recipe, what each is made of, and how each is run.
+"""The pipeline: how each stage of a recipe is run.
 
 prepare -> untrained -> (contrastive stages) -> pruned -> distilled, and an evaluation of every model. Where the
 recipe mines hard negatives, that stage comes after the model that mines, and all later training uses it.
@@ -8,88 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.progress import say
-from f2llm_ray.recipe import Recipe, TrainStage
-from f2llm_ray.run import Folder, Run, Stage, device_name
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.run import Folder, Run, Stage
+from f2llm_ray.stages import MINED, plan
+from f2llm_ray.train.settings import TrainStage
 
-MINED = "mined"
 Work = Callable[[Folder], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The stages of a recipe, by what they make."""
-
-    prepare: Stage
-    mined: Stage | None
-    """Hard-negative mining, where the recipe has it."""
-    models: dict[str, Stage]
-    """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled."""
-    evaluations: dict[str, Stage]
-    """The evaluation of each model; empty when the recipe names no sets."""
-
-    def stages(self) -> list[Stage]:
-        """All stages in the order they run."""
-        mined = [] if self.mined is None else [self.mined]
-        return [self.prepare, *mined, *self.models.values(), *self.evaluations.values()]
-
-
-def plan(recipe: Recipe) -> Plan:
-    """Works out every stage and its hash; nothing is read or run."""
-    dump = recipe.model_dump(mode="json")
-    used = ("seed", "sources", "data", "tokenizer", "evaluation")
-    prepare = Stage(
-        name="prepare",
-        settings={
-            **{key: dump[key] for key in used},
-            "evaluation": dump["evaluation"]["sets"],
-            # Models of one tokenizer share the prepared corpus.
-            "backbone_tokenizer": None if recipe.tokenizer.given else recipe.backbone.path,
-        },
-    )
-    models = {"untrained": Stage(name="untrained", settings=dump["backbone"], parents=(prepare,))}
-    last = models["untrained"]
-    mined: Stage | None = None
-    if recipe.mine is not None and recipe.mine.model not in recipe.model_names():
-        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare,))
-    for name in recipe.stages:
-        if recipe.mine is not None and recipe.mine.model == last.name:
-            mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
-        parents = (prepare, last) if mined is None else (prepare, last, mined)
-        last = models[name] = Stage(name=name, settings=_training(dump, dump["stages"][name]), parents=parents)
-    if recipe.mine is not None and recipe.mine.model == last.name:
-        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
-    if recipe.prune is not None:
-        models["pruned"] = Stage(
-            name="pruned", settings=dump["prune"], parents=(prepare, models[recipe.prune.model])
-        )
-    if recipe.distill is not None:
-        made_from = (prepare, models["pruned"], models[recipe.distill.teacher])
-        models["distilled"] = Stage(
-            name="distilled",
-            settings=_training(dump, dump["distill"]),
-            parents=made_from if mined is None else (*made_from, mined),
-        )
-    evaluations = {}
-    if recipe.evaluation.sets:
-        settings = {"divisors": dump["evaluation"]["divisors"]}
-        evaluations = {
-            name: Stage(name=f"evaluate-{name}", settings=settings, parents=(prepare, model))
-            for name, model in models.items()
-        }
-    return Plan(prepare, mined, models, evaluations)
-
-
-def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
-    # The world size is not among them: any number of workers sees the same global batches.
-    return {**stage, "seed": dump["seed"]}
 
 
 class Pipeline:
@@ -194,6 +123,7 @@ class Pipeline:
         Raises:
             RunError: the data steps are not finished.
         """
+        from f2llm_ray.evaluate.collect import collect
         from f2llm_ray.evaluate.report import write_report
 
         self.run.require(self.plan.prepare, "jobs/prepare.py")
@@ -345,55 +275,3 @@ def model_facts(folder: Folder) -> dict[str, Any]:
         total, layers = count_parameters(load_backbone(path))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"parameters": total, "non_embedding_parameters": layers, "bytes": size}
-
-
-def _serve_command(root: Folder) -> str:
-    quickstart = Path("runs/quickstart").absolute()
-    if root.local == quickstart:
-        return "serve run serve_configs/quickstart.yaml"
-    return f"serve run f2llm_ray.serve.app:build root={root.uri}"
-
-
-def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
-    """The report of a run from the manifests of its finished stages (design of the keys: docs of the report)."""
-    prepared = run.manifest(stages.prepare) or {}
-    manifests = {name: run.manifest(stage) for name, stage in stages.models.items()}
-    evaluations = {name: run.manifest(stage) for name, stage in stages.evaluations.items()}
-    models, training, seconds = [], {}, {"prepare": prepared.get("seconds")}
-    for name, manifest in manifests.items():
-        if manifest is None:
-            continue
-        results = (evaluations.get(name) or {}).get("results", {})
-        seconds[name] = manifest["seconds"]
-        if "training" in manifest:
-            training[name] = manifest["training"]
-        models.append(
-            {
-                "name": name,
-                "folder": f"{stages.models[name].folder_name}/model",
-                **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
-                "scores": {found: result["scores"] for found, result in results.items()},
-                "languages": {found: result["languages"] for found, result in results.items()},
-            }
-        )
-    mined = None if stages.mined is None else run.manifest(stages.mined)
-    if mined is not None:
-        seconds[MINED] = mined["seconds"]
-    seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
-    served = recipe.serving.model or (models[-1]["name"] if models else None)
-    return {
-        "name": recipe.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "root": run.root.uri,
-        "device": device_name(),
-        "libraries": prepared.get("libraries", {}),
-        "rows": prepared.get("rows", []),
-        "languages": prepared.get("languages", {}),
-        "sources": prepared.get("sources", {}),
-        "seconds": seconds,
-        "training": training,
-        "mining": None if mined is None else mined["mining"],
-        "models": models,
-        "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
-        "commands": {"serve": _serve_command(run.root)},
-    }

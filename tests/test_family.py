@@ -9,7 +9,7 @@ import torch
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY, Shape, count_parameters, parameters, random_backbone
-from f2llm_ray.recipe import load_recipe
+from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.train.plan import Work, backbone_shape, fits, stage_work, training_stages
 
 PRUNED = ("80m", "160m", "330m")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from f2llm_ray.data.tokens import TokenStore
 from f2llm_ray.errors import RunError
 from f2llm_ray.pipeline import Pipeline
-from f2llm_ray.recipe import load_recipe
+from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from f2llm_ray.train import checkpoints

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from f2llm_ray.errors import RunError
-from f2llm_ray.pipeline import plan
-from f2llm_ray.recipe import load_recipe
+from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.run import Folder, Run, Stage
+from f2llm_ray.stages import plan
 
 
 def hashes(*overrides: str) -> dict[str, str]:

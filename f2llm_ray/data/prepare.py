@@ -25,8 +25,9 @@ from f2llm_ray.data.table import samples, write_table
 from f2llm_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, write_set
+from f2llm_ray.evaluate.settings import FolderSet
 from f2llm_ray.model.checkpoint import save_tokenizer
-from f2llm_ray.recipe import FolderSet, Recipe
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:

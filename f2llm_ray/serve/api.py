@@ -15,7 +15,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
 
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.recipe import Serving
+from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 

@@ -15,11 +15,11 @@ from ray.serve.exceptions import RayServeException
 
 from f2llm_ray.errors import F2LLMError, RunError
 from f2llm_ray.model.checkpoint import INFO_FILE
-from f2llm_ray.recipe import Serving
 from f2llm_ray.run import Folder
 from f2llm_ray.section import Section
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web
+from f2llm_ray.serve.settings import Serving
 
 SLACK = 256
 """Requests that Serve hands to a replica beyond those that may wait there, so that it is the replica that refuses

@@ -10,8 +10,8 @@ from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.tokens import cut
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.encoder import Tokens
-from f2llm_ray.recipe import Serving
 from f2llm_ray.serve.api import ApiError
+from f2llm_ray.serve.settings import Serving
 
 RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.model.encoder import Tokens
-from f2llm_ray.recipe import Serving
 from f2llm_ray.run import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
 from f2llm_ray.serve.engine import Engine
+from f2llm_ray.serve.settings import Serving
 
 
 class Replica:

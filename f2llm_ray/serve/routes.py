@@ -10,9 +10,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
-from f2llm_ray.recipe import Serving
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.replica import Replica
+from f2llm_ray.serve.settings import Serving
 
 
 def web(replica: Callable[[], Replica]) -> FastAPI:

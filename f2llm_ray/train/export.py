@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
-from f2llm_ray.recipe import Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
+from f2llm_ray.train.settings import TrainStage
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,9 @@ from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens import TokenStore
-from f2llm_ray.recipe import Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
+from f2llm_ray.train.settings import TrainStage
 
 if TYPE_CHECKING:
     from f2llm_ray.model.encoder import Tokens

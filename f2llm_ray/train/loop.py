@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.data.batches import BatchTable
 from f2llm_ray.errors import F2LLMError, RunError
-from f2llm_ray.recipe import Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train import checkpoints
 from f2llm_ray.train.board import post, tell
 from f2llm_ray.train.loader import Batch, read, stream
 from f2llm_ray.train.meters import Displays, Meters
+from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.zero import learning_rate, set_learning_rate, start_engine
 from f2llm_ray.train.zero import step as optimizer_step
 

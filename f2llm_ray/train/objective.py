@@ -11,11 +11,12 @@ import torch
 
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
 from f2llm_ray.model.encoder import encode, plan
-from f2llm_ray.recipe import Distill, Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train.cache import encode_chunks
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.losses import Objective, Parts, Places, contrastive, distillation_loss
+from f2llm_ray.train.settings import Distill, TrainStage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -15,7 +15,8 @@ from typing import Any
 
 from f2llm_ray.errors import RecipeError
 from f2llm_ray.model.sizes import Shape, checkpoint_shape, non_embedding_parameters, parameters
-from f2llm_ray.recipe import Distill, Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.train.settings import Distill, TrainStage
 
 FLOAT32_BYTES = 4
 ADAM_BYTES = 8

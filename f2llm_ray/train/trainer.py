@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from f2llm_ray.errors import F2LLMError, plain_error
-from f2llm_ray.recipe import Compute, Distill, Recipe, TrainStage
+from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train.board import watched
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.loader import build_batches
 from f2llm_ray.train.loop import FAILURE, RAY_TRAIN, Job, work
+from f2llm_ray.train.settings import Compute, Distill, TrainStage
 from f2llm_ray.train.zero import deepspeed_config
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from f2llm_ray.recipe import TrainStage
+from f2llm_ray.train.settings import TrainStage
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,8 @@ from f2llm_ray.data.settings import Mine
 from f2llm_ray.data.tokenizer import load_tokenizer
 from f2llm_ray.data.vectors import Encoder, shard_name
 from f2llm_ray.errors import RecipeError, RunError
-from f2llm_ray.recipe import Recipe, parse
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from tests.tiny import tiny_model

@@ -24,7 +24,8 @@ from f2llm_ray.data.near import _connect_spread
 from f2llm_ray.data.prepare import prepare
 from f2llm_ray.data.schema import key_numbers, text_key
 from f2llm_ray.errors import DataError
-from f2llm_ray.recipe import Recipe, parse
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 
@@ -297,7 +298,8 @@ def test_a_killed_prepare_goes_on_with_one_worker_to_the_same_bytes(prepared: Pa
     write_sources(tmp_path)
     script = (
         "import json, sys, ray; from f2llm_ray.data.prepare import prepare\n"
-        "from f2llm_ray.recipe import Recipe, parse; from f2llm_ray.run import Folder\n"
+        "from f2llm_ray.recipe import Recipe; from f2llm_ray.recipe_file import parse\n"
+        "from f2llm_ray.run import Folder\n"
         "from f2llm_ray.session import connect\n"
         "ray.init('local', num_cpus=int(sys.argv[1]), include_dashboard=False)\n"
         "connect(); prepare(parse(Recipe, json.load(open('recipe.json')), 'r'), Folder.at('out'))\n"

@@ -21,7 +21,7 @@ from f2llm_ray.data.sources.columns import TABLE_ROWS, Columns
 from f2llm_ray.data.sources.datasets import DatasetsSource
 from f2llm_ray.data.sources.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
 from f2llm_ray.errors import DataError
-from f2llm_ray.recipe import load_recipe
+from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.run import Folder
 
 FULL = Columns(negatives="negatives", language="language", passage_language="passage_language")

@@ -13,9 +13,9 @@ import pytest
 
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims
-from f2llm_ray.recipe import Serving
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
+from f2llm_ray.serve.settings import Serving
 from tests.tiny import tiny_model
 
 INFO = ModelInfo(

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from f2llm_ray.model.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe import Engine, TrainStage
 from f2llm_ray.train.cache import cached_backward, encode_chunks, engine_backward
 from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
+from f2llm_ray.train.settings import Engine, TrainStage
 from f2llm_ray.train.zero import deepspeed_config
 from tests.train.test_losses import PAPER, ROWS, D, side
 

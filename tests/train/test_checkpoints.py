@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe import TrainStage
 from f2llm_ray.run import Folder
 from f2llm_ray.train import checkpoints
+from f2llm_ray.train.settings import TrainStage
 
 SHAPE = Shape(hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=32)
 STEPS, SAVED, BATCH = 6, 3, 4

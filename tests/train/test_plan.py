@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.sizes import FAMILY, Shape, non_embedding_parameters, parameters, random_backbone
-from f2llm_ray.recipe import TrainStage, load_recipe
+from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.train import plan
+from f2llm_ray.train.settings import TrainStage
 
 REPO = Path(__file__).parent.parent.parent
 VOCABULARY, TEXTS, LENGTH = 500, 8, 40

@@ -1,0 +1,63 @@
+"""The report of a run, collected from the manifests of its finished stages."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.run import Folder, Run, device_name
+from f2llm_ray.stages import MINED, Plan
+
+
+def _serve_command(root: Folder) -> str:
+    quickstart = Path("runs/quickstart").absolute()
+    if root.local == quickstart:
+        return "serve run serve_configs/quickstart.yaml"
+    return f"serve run f2llm_ray.serve.app:build root={root.uri}"
+
+
+def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
+    """The report of a run from the manifests of its finished stages (design of the keys: docs of the report)."""
+    prepared = run.manifest(stages.prepare) or {}
+    manifests = {name: run.manifest(stage) for name, stage in stages.models.items()}
+    evaluations = {name: run.manifest(stage) for name, stage in stages.evaluations.items()}
+    models, training, seconds = [], {}, {"prepare": prepared.get("seconds")}
+    for name, manifest in manifests.items():
+        if manifest is None:
+            continue
+        results = (evaluations.get(name) or {}).get("results", {})
+        seconds[name] = manifest["seconds"]
+        if "training" in manifest:
+            training[name] = manifest["training"]
+        models.append(
+            {
+                "name": name,
+                "folder": f"{stages.models[name].folder_name}/model",
+                **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
+                "scores": {found: result["scores"] for found, result in results.items()},
+                "languages": {found: result["languages"] for found, result in results.items()},
+            }
+        )
+    mined = None if stages.mined is None else run.manifest(stages.mined)
+    if mined is not None:
+        seconds[MINED] = mined["seconds"]
+    seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
+    served = recipe.serving.model or (models[-1]["name"] if models else None)
+    return {
+        "name": recipe.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "root": run.root.uri,
+        "device": device_name(),
+        "libraries": prepared.get("libraries", {}),
+        "rows": prepared.get("rows", []),
+        "languages": prepared.get("languages", {}),
+        "sources": prepared.get("sources", {}),
+        "seconds": seconds,
+        "training": training,
+        "mining": None if mined is None else mined["mining"],
+        "models": models,
+        "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
+        "commands": {"serve": _serve_command(run.root)},
+    }
