@@ -16,25 +16,23 @@ from typing import Any
 import yaml
 
 KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-KUBERNETES = set(
-    [
-        "affinity",
-        "env",
-        "envFrom",
-        "headService",
-        "metadata",
-        "networkPolicy",
-        "redisPassword",
-        "redisUsername",
-        "resources",
-        "securityContext",
-        "serveService",
-        "submitterPodTemplate",
-        "template",
-        "tolerations",
-        "volumeMounts",
-    ]
-)
+KUBERNETES = {
+    "affinity",
+    "env",
+    "envFrom",
+    "headService",
+    "metadata",
+    "networkPolicy",
+    "redisPassword",
+    "redisUsername",
+    "resources",
+    "securityContext",
+    "serveService",
+    "submitterPodTemplate",
+    "template",
+    "tolerations",
+    "volumeMounts",
+}
 
 
 def fields(schema: dict[str, Any]) -> Any:
