@@ -85,12 +85,44 @@ class TrainStage(Section):
 
 
 class Distill(TrainStage):
-    """Training of the pruned model towards a teacher, beside the contrastive loss."""
+    """Training of the pruned model towards a teacher, beside the contrastive loss; docs/distillation.md."""
 
     teacher: str
-    """The stage whose model is the teacher."""
+    """The model that teaches: "untrained" or one of `stages`, or the path of a model folder of any run and width.
+    One with another tokenizer than the prepared data's needs cached vectors."""
+    teacher_vectors: Literal["cached", "online"] = "cached"
+    """Encode each distinct text of the stage's batches once, before it; or in every batch beside the student."""
     mse_weight: float = Field(default=1.0, ge=0)
     """Weight of the MSE between un-normalised vectors and the teacher's first dims (paper: 1)."""
+    cosine_weight: float = Field(default=0.0, ge=0)
+    """Weight of one minus the cosine of the two (Jasper and Stella, arXiv 2412.19048)."""
+    similarity_weight: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence between the teacher's and the student's softmax over the cosines of a query with
+    the passages of all ranks."""
+    similarity_temperature: float = Field(default=0.05, gt=0)
+    projection: bool = False
+    """MSE and cosine compare the teacher's whole vectors with a linear map of the student's, which is trained with
+    it and left out of the exported model. Always so where the student has more dims than the teacher."""
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term needs the teacher's vectors."""
+        return self.mse_weight + self.cosine_weight + self.similarity_weight > 0
+
+    @property
+    def matches_vectors(self) -> bool:
+        """Whether a term compares single vectors, and not only similarities."""
+        return self.mse_weight + self.cosine_weight > 0
+
+    def teacher_dims(self, hidden: int | None) -> int | None:
+        """How many of the teacher's first dims a student of this hidden size learns from; None for all of them."""
+        return hidden if self.matches_vectors and not self.projection else None
+
+    @model_validator(mode="after")
+    def _projects_something(self) -> Distill:
+        if self.projection and not self.matches_vectors:
+            raise ValueError("projection: nothing is projected where mse_weight and cosine_weight are 0")
+        return self
 
 
 class Compute(Section):
