@@ -1,0 +1,42 @@
+"""Smaller forms of unit vectors: int8 and packed signs, the same bytes as sentence-transformers' `quantize_embeddings`.
+
+Shapes: n texts, d dims of the vector, b = ceil(d / 8) bytes of signs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from f2llm_ray.model.dims import Vectors
+
+EmbeddingType = Literal["float", "int8", "binary", "ubinary"]
+EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
+
+Quantised = np.ndarray[Any, np.dtype[Any]]
+
+
+def quantise(vectors_nd: Vectors, kind: EmbeddingType, ranges_2d: Vectors | None = None) -> Quantised:
+    """The vectors in one form, little-endian.
+
+    Args:
+        vectors_nd: unit vectors.
+        kind: "float" [n, d] float32; "int8" [n, d], 255 equal steps between the least and the greatest value of each
+            dim, values outside clipped; "ubinary" [n, b] uint8, the sign bits packed; "binary" the same less 128, int8.
+        ranges_2d: least and greatest value of each dim, for "int8" alone.
+
+    Raises:
+        ValueError: int8 without ranges of this many dims.
+    """
+    if kind == "float":
+        return np.ascontiguousarray(vectors_nd, dtype="<f4")
+    if kind == "int8":
+        if ranges_2d is None or ranges_2d.shape[1] != vectors_nd.shape[1]:
+            raise ValueError(f"int8 needs ranges of {vectors_nd.shape[1]} dims")
+        low_d, high_d = ranges_2d.astype(np.float32)
+        step_d = (high_d - low_d) / 255
+        step_d = np.where(step_d == 0, np.float32(1), step_d)  # a dim that never moves
+        return (np.clip(np.floor((vectors_nd - low_d) / step_d), 0, 255) - 128).astype(np.int8)
+    signs_nb = np.packbits(vectors_nd > 0, axis=-1)
+    return signs_nb if kind == "ubinary" else (signs_nb - np.uint8(128)).view(np.int8)
