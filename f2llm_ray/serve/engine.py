@@ -33,11 +33,14 @@ class Engine:
         """Token ids of each text, the prompt before it and EOS last; cut to max_tokens where given."""
         return tokenize(self.tokenizer, [prompt + text for text in texts], max_tokens)
 
+    def encode(self, tokens: Sequence[Tokens]) -> torch.Tensor:
+        """Vectors [n, d] of token lists before normalisation, on the device of the model, in the given order."""
+        return encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass).float()
+
     @torch.inference_mode()
     def embed_tokens(self, tokens: Sequence[Tokens], *, dim: int | None = None) -> Vectors:
         """Unit vectors [n, dim] (the whole d when unset) of token lists, in the given order."""
-        vectors_nd = encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass).float()
-        return normalize(vectors_nd[:, :dim], dim=-1).cpu().numpy()
+        return normalize(self.encode(tokens)[:, :dim], dim=-1).cpu().numpy()
 
     def embed(self, texts: Sequence[str], *, prompt: str = "", dim: int | None = None) -> Vectors:
         """Unit vectors [n, dim] of texts, cut to the model's own max_tokens, in the given order."""
