@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INFO_FILE = "f2llm.json"
+CALIBRATION_FILE = "calibration.safetensors"
+"""Ranges for int8 vectors and the vectors of the self-check (`serve.calibrate`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +132,22 @@ def load_info(folder: Path) -> ModelInfo:
     """
     path = folder / INFO_FILE
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return ModelInfo(**{**facts, "dims": tuple(facts["dims"])})
+        return read_info(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise RunError(f"{folder}: not a model folder: it has no {INFO_FILE}") from None
+
+
+def read_info(content: bytes, place: str) -> ModelInfo:
+    """The facts in the content of an `INFO_FILE`, wherever it lies.
+
+    Raises:
+        RunError: they are not the facts of a model.
+    """
+    try:
+        facts = json.loads(content)
+        return ModelInfo(**{**facts, "dims": tuple(facts["dims"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path}: not the facts of a model: {error}") from None
+        raise RunError(f"{place}: not the facts of a model: {error}") from None
 
 
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

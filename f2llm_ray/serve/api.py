@@ -1,40 +1,43 @@
 """The HTTP contract: what may be asked, what is answered, and the one form of an error.
 
-`POST /v1/embeddings` keeps OpenAI's shape; `prompt_name`, `instruction` and `truncate` are ours. Answers are
-written straight from the array of vectors, never through Python lists of floats.
+`POST /v1/embeddings` keeps OpenAI's shape; `prompt_name`, `instruction`, `truncate` and `embedding_types` are
+ours. Answers are written straight from the array of vectors, never through Python lists of floats.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.serve.quantise import EMBEDDING_TYPES, EmbeddingType, Quantised
 from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
-TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 """`type` of an error by its status; "invalid_request_error" for all others."""
 
 
 class ApiError(Exception):
-    """An answer other than 200."""
+    """An answer other than 200; all its parts are arguments, so that it travels between processes."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, param: str | None = None, retry_after: int | None = None
+        self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, code, message, param, retry_after)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> bytes:
         """The error body, the same for every route and status."""
@@ -66,6 +69,7 @@ def _all(value: Any, kind: type) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
+Encoding = Literal["float", "base64"]
 Inputs = str | list[str] | list[int] | list[list[int]]
 
 # Checked by hand, one message for the whole field: pydantic would collect an error per item and union member,
@@ -87,6 +91,10 @@ class Ask(BaseModel):
     """Embeds each text as a query with this instruction."""
     truncate: bool = False
     """Cut texts that are too long instead of refusing them."""
+    encoding_format: Encoding = "float"
+    """"base64" packs each vector's little-endian bytes: float32, int8 or uint8."""
+    embedding_types: Annotated[list[EmbeddingType], Field(max_length=len(EMBEDDING_TYPES))] | None = None
+    """Forms of the vectors, "float" when unset; int8 needs ranges stored with the model (see /info)."""
 
 
 class EmbeddingsRequest(Ask):
@@ -95,7 +103,6 @@ class EmbeddingsRequest(Ask):
     input: TextsOrTokens
     """Texts, or token ids of this model's own tokenizer."""
     model: str
-    encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None
     """Taken for OpenAI's sake; not used."""
 
@@ -104,14 +111,24 @@ class EmbedRequest(Ask):
     """Body of POST /embed."""
 
     inputs: Texts
+    model: str | None = None
+    """The default model when unset."""
+
+
+Numbers = list[float] | list[int] | str
 
 
 class Embedding(BaseModel):
-    """One vector: a list of floats, or base64 of little-endian float32."""
+    """One vector, as a list of numbers or as base64."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str
+    embedding: Numbers
+    """In the first of the `embedding_types`."""
+    embeddings: dict[EmbeddingType, Numbers] | None = None
+    """In each of the `embedding_types`, where several were asked for."""
 
 
 class Usage(BaseModel):
@@ -133,11 +150,24 @@ class EmbeddingsAnswer(BaseModel):
 class ModelCard(BaseModel):
     """A model that can be asked for."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
     object: Literal["model"] = "model"
     created: int
-    """Unix time when this replica loaded it."""
+    """Unix time when it was made."""
     owned_by: str = "f2llm_ray"
+    aliases: tuple[str, ...] = ()
+    """Other names that `model` may give."""
+    dims: tuple[int, ...]
+    """The values `dimensions` may take."""
+    max_tokens: int
+    """Longest text taken whole, EOS included."""
+    embedding_types: tuple[EmbeddingType, ...]
+    """The values `embedding_types` may hold."""
+    parameters: int | None = None
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    """What the run's report measured: scores by evaluation set and dim."""
 
 
 class ModelList(BaseModel):
@@ -150,14 +180,20 @@ class ModelList(BaseModel):
 class Info(BaseModel):
     """Answer of GET /info."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     model: str
     dims: tuple[int, ...]
     """The values `dimensions` may take."""
+    embedding_types: tuple[EmbeddingType, ...]
+    """The values `embedding_types` may hold."""
     prompts: dict[str, str]
     instructions: bool
     """Whether `instruction` may be given."""
     max_tokens: int
     """Longest text taken whole, EOS included."""
+    self_checked: bool
+    """Whether the vectors were compared with those stored when the model was made."""
     limits: Serving
     device: str
     version: str
@@ -185,16 +221,31 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a request got: the body of a 200, and what the access log says of it."""
+
+    content: bytes
+    model: str
+    inputs: int
+    tokens: int
+
+
+def read_json(body: bytes) -> Any:
+    """The JSON of a body; 400 when it is not JSON."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
+
+
 def read_request(kind: type[RequestT], body: bytes) -> RequestT:
     """The request in a body.
 
     Raises:
         ApiError: 400 for anything that is not JSON of this shape, 422 for a value not among those allowed.
     """
-    try:
-        content = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
+    content = read_json(body)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -219,19 +270,39 @@ def split(given: Inputs) -> tuple[list[str], list[list[int]]]:
     return texts, [ids for ids in given if isinstance(ids, list)]
 
 
-def embeddings_answer(vectors: Vectors, *, model: str, tokens: int, encoding: Literal["float", "base64"]) -> bytes:
-    """The body of an `EmbeddingsAnswer`, each vector in the form asked for."""
-    rows = np.ascontiguousarray(vectors, dtype="<f4")
-    values = [base64.b64encode(row).decode("ascii") for row in rows] if encoding == "base64" else list(rows)
-    answer = {
-        "object": "list",
-        "data": [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(values)],
-        "model": model,
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-    }
+def embeddings_answer(
+    forms: Mapping[EmbeddingType, Quantised], *, model: str, tokens: int, encoding: Encoding = "float"
+) -> bytes:
+    """The body of an `EmbeddingsAnswer`.
+
+    Args:
+        forms: the vectors [n, ...] in each type asked for, the first one first.
+        model: name of the model.
+        tokens: what they took.
+        encoding: numbers, or base64 of their bytes.
+    """
+    coded = {kind: _coded(rows, encoding) for kind, rows in forms.items()}
+    first = next(iter(coded.values()))
+    data = [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(first)]
+    if len(coded) > 1:
+        for i, entry in enumerate(data):
+            entry["embeddings"] = {kind: values[i] for kind, values in coded.items()}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    answer = {"object": "list", "data": data, "model": model, "usage": usage}
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def embed_answer(vectors: Vectors) -> bytes:
-    """The body of POST /embed's answer: a list of lists."""
-    return orjson.dumps(np.ascontiguousarray(vectors), option=orjson.OPT_SERIALIZE_NUMPY)
+def embed_answer(
+    forms: Mapping[EmbeddingType, Quantised], *, named: bool = False, encoding: Encoding = "float"
+) -> bytes:
+    """The body of POST /embed's answer: a list of vectors, or such a list by type where types were named."""
+    answer: Any = {kind: rows if encoding == "float" else _coded(rows, encoding) for kind, rows in forms.items()}
+    if not named:
+        (answer,) = answer.values()
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _coded(rows: Quantised, encoding: Encoding) -> list[Any]:
+    if encoding == "float":
+        return list(rows)
+    return [base64.b64encode(row).decode("ascii") for row in rows]

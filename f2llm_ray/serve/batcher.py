@@ -8,6 +8,7 @@ busy one finds its next batch ready.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens
 
-Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]"]
+Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]", float]
+"""Token lists, where their vectors go, and when they came."""
+Observer = Callable[[int, int, float, float], None]
+"""Told of each batch: texts, tokens, seconds that its oldest request waited, seconds in the engine."""
 
 
 class Batcher:
@@ -24,8 +28,11 @@ class Batcher:
     A request above the budget is a batch of its own; the engine cuts it into passes.
     """
 
-    def __init__(self, embed: Callable[[Sequence[Tokens]], Vectors], batch_tokens: int) -> None:
+    def __init__(
+        self, embed: Callable[[Sequence[Tokens]], Vectors], batch_tokens: int, observe: Observer | None = None
+    ) -> None:
         self._embed = embed
+        self._observe = observe
         self._batch_tokens = batch_tokens
         self._waiting: deque[Request] = deque()
         # One thread: two passes at a time would share the same cores or GPU and only take turns.
@@ -40,23 +47,27 @@ class Batcher:
             first: go before all that wait, so that a health check does not time out under load.
         """
         future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
-        (self._waiting.appendleft if first else self._waiting.append)((tokens, future))
+        (self._waiting.appendleft if first else self._waiting.append)((tokens, future, time.perf_counter()))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
 
     async def _work(self) -> None:
         while batch := self._take():
-            tokens = [ids for request, _ in batch for ids in request]
+            tokens = [ids for request, _, _ in batch for ids in request]
+            started = time.perf_counter()
             try:
                 vectors = await asyncio.get_running_loop().run_in_executor(self._thread, self._embed, tokens)
             except Exception as error:  # noqa: BLE001 (it belongs to those who wait)
-                for _, future in batch:
+                for _, future, _ in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
+            if self._observe is not None:
+                waited = started - min(came for _, _, came in batch)
+                self._observe(len(tokens), sum(map(len, tokens)), waited, time.perf_counter() - started)
             start = 0
-            for request, future in batch:
+            for request, future, _ in batch:
                 if not future.done():
                     future.set_result(vectors[start : start + len(request)])
                 start += len(request)
@@ -65,12 +76,12 @@ class Batcher:
         batch: list[Request] = []
         size = 0
         while self._waiting:
-            request, future = self._waiting[0]
+            request, future, came = self._waiting[0]
             length = sum(map(len, request))
             if batch and size + length > self._batch_tokens:
                 break
             self._waiting.popleft()
             if not future.done():
-                batch.append((request, future))
+                batch.append((request, future, came))
                 size += length
         return batch

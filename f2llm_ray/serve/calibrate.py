@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.serve.engine import Engine
 
-CALIBRATION_FILE = "calibration.safetensors"
 WORST = 1e-3
-"""Most that 1 - cosine of a check text may be: float32 on another machine gives about 1e-6, another model 0.1 and more."""
+"""Most that 1 - cosine of a check text may be: another machine gives about 1e-6 in float32, another model 0.1."""
 CHECK_TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "Кошка сидит на окне и смотрит на дождь.",
@@ -37,7 +37,7 @@ class Calibration:
     """What `calibration.safetensors` holds."""
 
     ranges: Mapping[int, Vectors]
-    """[2, k] by trained dim k: the least and the greatest value of each dim of vectors cut to k and re-normalised."""
+    """[2, k] by trained dim k: least and greatest value of each dim of vectors cut to k and re-normalised."""
     check_nd: Vectors
     """Unit vectors of `CHECK_TEXTS`."""
 
@@ -99,6 +99,6 @@ def self_check(engine: Engine, calibration: Calibration, place: str) -> None:
     worst = int(np.argmax(off_n))
     if not off_n[worst] <= WORST:  # so that NaN fails too
         raise RunError(
-            f"{place}: self-check failed: the vector of {CHECK_TEXTS[worst]!r} is {off_n[worst]:.2g} away (1 - cosine) "
-            f"from the one stored when the model was made, at most {WORST:g} is allowed"
+            f"{place}: self-check failed: the vector of {CHECK_TEXTS[worst]!r} is {off_n[worst]:.2g} away "
+            f"(1 - cosine) from the one stored when the model was made, at most {WORST:g} is allowed"
         )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.tokens import cut
-from f2llm_ray.model.checkpoint import ModelInfo
-from f2llm_ray.model.encoder import Tokens
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo
 from f2llm_ray.serve.api import ApiError
+from f2llm_ray.serve.quantise import EmbeddingType
 from f2llm_ray.serve.settings import Serving
+
+if TYPE_CHECKING:
+    from f2llm_ray.model.encoder import Tokens
 
 RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""
@@ -30,10 +34,10 @@ def check_body(size: int, limits: Serving) -> None:
         raise ApiError(413, "body_too_large", f"the body is larger than {limits.max_body_bytes} bytes")
 
 
-def check_model(name: str, info: ModelInfo) -> None:
+def check_model(name: str, served: Sequence[str]) -> None:
     """404 for a model that is not served here."""
-    if name != info.name:
-        message = f"model {name!r} is not served here; served: {info.name}"
+    if name not in served:
+        message = f"model {name!r} is not served here; served: {', '.join(served)}"
         raise ApiError(404, "model_not_found", message, param="model")
 
 
@@ -46,6 +50,23 @@ def check_dimensions(dimensions: int | None, info: ModelInfo) -> int:
         message = f"dimensions: {info.name} was not trained for {dimensions}; allowed: {allowed}"
         raise ApiError(422, "invalid_dimensions", message, param="dimensions")
     return dimensions
+
+
+def check_types(types: Sequence[EmbeddingType] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:
+    """The forms to answer with, each once; 422 for none, or for one that the model has no ranges for."""
+    if types is None:
+        return ["float"]
+    if not types:
+        message = f"embedding_types: it is empty; allowed: {', '.join(known)}"
+        raise ApiError(422, "invalid_value", message, param="embedding_types")
+    unknown = next((kind for kind in types if kind not in known), None)
+    if unknown is not None:
+        message = (
+            f"embedding_types: this model has no stored ranges for {unknown} ({CALIBRATION_FILE} in its folder, "
+            f"which the pipeline writes); allowed: {', '.join(known)}"
+        )
+        raise ApiError(422, "not_calibrated", message, param="embedding_types")
+    return list(dict.fromkeys(types))
 
 
 def check_prompt(prompt_name: str | None, instruction: str | None, info: ModelInfo) -> str:

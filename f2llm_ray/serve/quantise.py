@@ -1,4 +1,4 @@
-"""Smaller forms of unit vectors: int8 and packed signs, the same bytes as sentence-transformers' `quantize_embeddings`.
+"""Smaller forms of unit vectors: int8 and packed signs, as sentence-transformers' `quantize_embeddings` has them.
 
 Shapes: n texts, d dims of the vector, b = ceil(d / 8) bytes of signs.
 """
@@ -22,8 +22,9 @@ def quantise(vectors_nd: Vectors, kind: EmbeddingType, ranges_2d: Vectors | None
 
     Args:
         vectors_nd: unit vectors.
-        kind: "float" [n, d] float32; "int8" [n, d], 255 equal steps between the least and the greatest value of each
-            dim, values outside clipped; "ubinary" [n, b] uint8, the sign bits packed; "binary" the same less 128, int8.
+        kind: "float" [n, d] float32; "int8" [n, d], 255 equal steps between the least and the greatest value of
+            each dim, values outside clipped; "ubinary" [n, b] uint8, the sign bits packed; "binary" [n, b] int8,
+            the same less 128.
         ranges_2d: least and greatest value of each dim, for "int8" alone.
 
     Raises:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from f2llm_ray.model.dims import Vectors, cut_dims
+from pydantic import BaseModel
+
+from f2llm_ray import __version__
+from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.run import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
+from f2llm_ray.serve.calibrate import load_calibration, self_check
+from f2llm_ray.serve.catalog import Served
 from f2llm_ray.serve.engine import Engine
-from f2llm_ray.serve.settings import Serving
+from f2llm_ray.serve.gate import Rules
+from f2llm_ray.serve.quantise import EmbeddingType, Quantised, quantise
 
 
 class Replica:
-    """One model in memory; made means ready, for it has encoded a text by then."""
+    """One model in memory; made means ready, for it has encoded texts by then.
 
-    def __init__(self, model: str, settings: Serving) -> None:
-        with Folder.at(model).as_local() as folder:
-            self.engine = Engine(folder, tokens_per_pass=settings.batch_tokens)
-        self.settings = settings
-        self.info = self.engine.info
-        self.created = int(time.time())
+    Raises:
+        RunError: the model or the keys cannot be read, or its vectors are not those stored when it was made.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self.rules = Rules.of(served.access)
+        self.settings, self.card, self.names = served.settings, served.card, served.names
+        with Folder.at(served.uri).as_local() as folder:
+            self.engine = Engine(folder, tokens_per_pass=self.settings.batch_tokens)
+            self.calibration = load_calibration(folder)
+        if self.calibration is not None:
+            self_check(self.engine, self.calibration, served.uri)
+        self.model_info = self.engine.info
         self.in_flight = 0
-        self.batcher = Batcher(self.engine.embed_tokens, settings.batch_tokens)
+        self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.rules.meters.batch)
         self.vocabulary = int(self.engine.backbone.config.vocab_size)
         self.probe = self.engine.tokenize(["ready"])
         self.eos = int(self.probe[0][-1])
@@ -46,22 +58,56 @@ class Replica:
         finally:
             self.in_flight -= 1
 
-    async def embed(self, ask: api.Ask, given: api.Inputs, param: str) -> tuple[Vectors, int]:
-        """Vectors of a request's inputs, cut to the dims it asked for, and the tokens they took.
+    async def answer(self, route: str, body: bytes) -> api.Answer:
+        """Answers POST /v1/embeddings or POST /embed.
 
         Args:
-            ask: the request.
-            given: its inputs.
-            param: the field that they came in, for errors.
+            route: which of the two.
+            body: the request's body.
 
         Raises:
-            ApiError: 413 or 422 for what the limits or the model do not allow.
+            ApiError: anything wrong with the request.
         """
-        dim = limits.check_dimensions(ask.dimensions, self.info)
-        # In a thread: a megabyte of text takes the tokenizer long enough to hold up everyone on the event loop.
-        tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
-        vectors = await self.batcher.embed(tokens)
-        return cut_dims(vectors, dim), sum(map(len, tokens))
+        if route == "/embed":
+            plain = api.read_request(api.EmbedRequest, body)
+            if plain.model is not None:
+                limits.check_model(plain.model, self.names)
+            forms, inputs, tokens = await self._embed(plain, plain.inputs, "inputs")
+            named = plain.embedding_types is not None
+            content = api.embed_answer(forms, named=named, encoding=plain.encoding_format)
+        else:
+            ask = api.read_request(api.EmbeddingsRequest, body)
+            limits.check_model(ask.model, self.names)
+            forms, inputs, tokens = await self._embed(ask, ask.input, "input")
+            content = api.embeddings_answer(forms, model=self.card.id, tokens=tokens, encoding=ask.encoding_format)
+        return api.Answer(content, self.card.id, inputs, tokens)
+
+    async def forward(self, route: str, body: bytes) -> api.Answer | api.ApiError:
+        """`answer` for a router: a refusal is returned, since Ray wraps what is raised in its stack trace."""
+        try:
+            with self.admitted():
+                return await self.answer(route, body)
+        except api.ApiError as refusal:
+            return refusal
+
+    def models(self) -> list[api.ModelCard]:
+        """The model served here."""
+        return [self.card]
+
+    def info(self) -> BaseModel:
+        """Facts and limits, as an `api.Info`."""
+        return api.Info(
+            model=self.card.id,
+            dims=self.model_info.dims,
+            embedding_types=self.card.embedding_types,
+            prompts=self.model_info.prompts,
+            instructions=self.model_info.instructions,
+            max_tokens=self.card.max_tokens,
+            self_checked=self.calibration is not None,
+            limits=self.settings,
+            device=self.engine.device,
+            version=__version__,
+        )
 
     async def check(self) -> None:
         """Encodes a short text, before all that wait.
@@ -74,8 +120,21 @@ class Replica:
         except Exception as error:
             raise api.ApiError(503, "not_ready", f"the model cannot encode: {error}", retry_after=1) from error
 
+    async def _embed(
+        self, ask: api.Ask, given: api.Inputs, param: str
+    ) -> tuple[dict[EmbeddingType, Quantised], int, int]:
+        """Vectors in the forms asked for, the number of inputs, and the tokens they took."""
+        dim = limits.check_dimensions(ask.dimensions, self.model_info)
+        types = limits.check_types(ask.embedding_types, self.card.embedding_types)
+        # In a thread: a megabyte of text takes the tokenizer long enough to hold up everyone on the event loop.
+        tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
+        vectors_nd = cut_dims(await self.batcher.embed(tokens), dim)
+        ranges_2d = None if self.calibration is None else self.calibration.ranges[dim]
+        forms = {kind: quantise(vectors_nd, kind, ranges_2d) for kind in types}
+        return forms, len(tokens), sum(map(len, tokens))
+
     def _tokenize(self, ask: api.Ask, given: api.Inputs, param: str) -> list[Tokens]:
-        prompt = limits.check_prompt(ask.prompt_name, ask.instruction, self.info)
+        prompt = limits.check_prompt(ask.prompt_name, ask.instruction, self.model_info)
         texts, ids = api.split(given)
         limits.check_inputs(texts or ids, self.settings, param)
         if ids:
@@ -85,5 +144,4 @@ class Replica:
             tokens = limits.check_ids(ids, vocabulary=self.vocabulary, eos=self.eos, param=param)
         else:
             tokens = self.engine.tokenize(texts, prompt=prompt)
-        longest = limits.longest_text(self.info, self.settings)
-        return limits.check_lengths(tokens, max_tokens=longest, truncate=ask.truncate, param=param)
+        return limits.check_lengths(tokens, max_tokens=self.card.max_tokens, truncate=ask.truncate, param=param)

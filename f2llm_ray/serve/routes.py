@@ -1,79 +1,110 @@
-"""The HTTP routes over a replica."""
+"""The HTTP routes over whatever answers them: a model's replica, or the router of a family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
-from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.replica import Replica
+from f2llm_ray.serve import api, limits, metrics
+from f2llm_ray.serve.gate import Gate, Rules
 from f2llm_ray.serve.settings import Serving
 
 
-def web(replica: Callable[[], Replica]) -> FastAPI:
+class Face(Protocol):
+    """What stands behind the routes."""
+
+    settings: Serving
+    rules: Rules
+
+    def admitted(self) -> AbstractContextManager[None]:
+        """Holds a place for one request; ApiError 429 when all are taken."""
+
+    async def answer(self, route: str, body: bytes) -> api.Answer:
+        """Answers POST /v1/embeddings or /embed; ApiError for anything wrong."""
+
+    def models(self) -> list[api.ModelCard]:
+        """The models that can be asked for."""
+
+    def info(self) -> BaseModel:
+        """Facts and limits."""
+
+    async def check(self) -> None:
+        """ApiError 503 when it cannot answer."""
+
+
+def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
     """The routes.
 
     Args:
-        replica: gives the replica, which may be made after its routes.
+        face: gives what answers them, which may be made after the routes.
+        info: what `Face.info` returns.
     """
-    app = FastAPI(title="f2llm_ray", version=__version__, redirect_slashes=False)
+    app = FastAPI(
+        title="f2llm_ray", version=__version__, redirect_slashes=False, description=DESCRIPTION, redoc_url=None
+    )
+    app.add_middleware(Gate, rules=lambda: face().rules)
     app.add_exception_handler(api.ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
 
+    async def answered(request: Request, route: str) -> Response:
+        here = face()
+        with here.admitted():
+            answer = await here.answer(route, await _body(request, here.settings))
+        request.state.answer = answer
+        return _json(answer.content)
+
     @app.post("/v1/embeddings", **_docs(api.EmbeddingsAnswer, api.EmbeddingsRequest))
     async def embeddings(request: Request) -> Response:
         """Embeds texts or token lists (OpenAI's shape)."""
-        here = replica()
-        with here.admitted():
-            ask = api.read_request(api.EmbeddingsRequest, await _body(request, here.settings))
-            limits.check_model(ask.model, here.info)
-            vectors, tokens = await here.embed(ask, ask.input, "input")
-            name = here.info.name
-            return _json(api.embeddings_answer(vectors, model=name, tokens=tokens, encoding=ask.encoding_format))
+        return await answered(request, "/v1/embeddings")
 
-    @app.post("/embed", **_docs(list[list[float]], api.EmbedRequest))
+    @app.post("/embed", **_docs(list[list[float]] | dict[str, Any], api.EmbedRequest))
     async def embed(request: Request) -> Response:
-        """Embeds texts; answers a plain list of lists."""
-        here = replica()
-        with here.admitted():
-            ask = api.read_request(api.EmbedRequest, await _body(request, here.settings))
-            vectors, _ = await here.embed(ask, ask.inputs, "inputs")
-            return _json(api.embed_answer(vectors))
+        """Embeds texts; answers a list of vectors, or such a list by type where `embedding_types` is given."""
+        return await answered(request, "/embed")
 
-    @app.get("/v1/models")
-    async def models() -> api.ModelList:
-        """The model served here."""
-        here = replica()
-        return api.ModelList(data=[api.ModelCard(id=here.info.name, created=here.created)])
+    @app.get("/v1/models", **_docs(api.ModelList))
+    async def models() -> Response:
+        """The models that can be asked for, with their dims, lengths and measured scores."""
+        return _json(api.ModelList(data=face().models()).model_dump_json().encode())
 
-    @app.get("/info")
-    async def info() -> api.Info:
-        """The model's facts and the limits of requests."""
-        here = replica()
-        return api.Info(
-            model=here.info.name,
-            dims=here.info.dims,
-            prompts=here.info.prompts,
-            instructions=here.info.instructions,
-            max_tokens=limits.longest_text(here.info, here.settings),
-            limits=here.settings,
-            device=here.engine.device,
-            version=__version__,
-        )
+    @app.get("/info", **_docs(info))
+    async def facts() -> Response:
+        """Facts of what is served, and the limits of requests."""
+        return _json(face().info().model_dump_json().encode())
 
     @app.get("/health", **_docs(api.Health))
     async def health() -> Response:
-        """Encodes a short text."""
-        await replica().check()
+        """Encodes a short text; a router asks after its models."""
+        await face().check()
         return _json(b'{"status":"ok"}')
 
+    @app.get("/metrics", responses={503: {"model": api.ErrorBody}}, response_class=PrometheusText)
+    async def counters() -> Response:
+        """Counters of all replicas on this node, in Prometheus text; Ray's exporter of each node has them too."""
+        text = await metrics.exported()
+        if text is None:
+            raise api.ApiError(503, "no_metrics", "Ray's metrics exporter on this node does not answer", None, 10)
+        return PrometheusText(text)
+
     return app
+
+
+DESCRIPTION = """Text embeddings. Every answer other than 200 has the body `{"error": {"message", "type", "param",
+"code"}}`. Where keys are required, send `Authorization: Bearer <key>`."""
+
+
+class PrometheusText(Response):
+    """Prometheus' text format."""
+
+    media_type = "text/plain; version=0.0.4"
 
 
 def _json(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -110,7 +141,7 @@ async def _body(request: Request, settings: Serving) -> bytes:
 
 def _docs(answer: Any, ask: type[BaseModel] | None = None) -> dict[str, Any]:
     """What /docs shows of a route that reads and writes its bodies itself."""
-    statuses = (400, 404, 413, 422, 429, 503) if ask else (503,)
+    statuses = (400, 401, 404, 413, 422, 429, 503) if ask else (401, 429, 503)
     docs: dict[str, Any] = {
         "responses": {200: {"model": answer}, **{s: {"model": api.ErrorBody} for s in statuses}}
     }

@@ -21,3 +21,12 @@ class Serving(Section):
     """Requests waiting or running per replica; beyond it the answer is 429."""
     batch_tokens: int = Field(default=16_384, ge=64)
     """Token budget of one forward pass."""
+
+
+class Access(Section):
+    """Who may ask, and what is written down about it; not part of a recipe, and not shown by /info."""
+
+    keys: str | None = None
+    """File of hashed API keys (`python -m f2llm_ray.serve.keys`); anyone may ask when unset."""
+    access_log: bool = False
+    """One JSON line per request on the replica's stdout, without texts or keys."""

@@ -15,6 +15,7 @@ from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
+from f2llm_ray.serve.quantise import quantise
 from f2llm_ray.serve.settings import Serving
 from tests.tiny import tiny_model
 
@@ -57,7 +58,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
         "invalid_value",
         "encoding_format",
     ),
-    "model": (lambda: limits.check_model("gpt", INFO), 404, "model_not_found", "model"),
+    "model": (lambda: limits.check_model("gpt", ["tiny"]), 404, "model_not_found", "model"),
     "body": (lambda: limits.check_body(1025, LIMITS), 413, "body_too_large", None),
     "too many": (lambda: limits.check_inputs(["a"] * 4, LIMITS, "input"), 413, "too_many_inputs", "input"),
     "none": (lambda: limits.check_inputs([], LIMITS, "input"), 422, "empty_input", "input"),
@@ -102,7 +103,7 @@ def test_messages_name_what_is_allowed() -> None:
     with pytest.raises(ApiError, match="it has: query, topic"):
         limits.check_prompt("nope", None, INFO)
     with pytest.raises(ApiError, match="served: tiny"):
-        limits.check_model("gpt", INFO)
+        limits.check_model("gpt", ["tiny"])
     with pytest.raises(ApiError, match=r"allowed: .*dimensions"):
         read({"input": "a", "model": "m", "dimension": 8})
     with pytest.raises(ApiError, match=r"input\[1\]: token id -1 is not in 0\.\.9"):
@@ -148,14 +149,15 @@ def test_split() -> None:
 def test_base64_and_float_say_the_same() -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
     for given in (vectors, vectors[:, :5], vectors[::2]):
-        floats = json.loads(api.embeddings_answer(given, model="m", tokens=7, encoding="float"))
-        coded = json.loads(api.embeddings_answer(given, model="m", tokens=7, encoding="base64"))
+        forms = {"float": quantise(given, "float")}
+        floats = json.loads(api.embeddings_answer(forms, model="m", tokens=7, encoding="float"))
+        coded = json.loads(api.embeddings_answer(forms, model="m", tokens=7, encoding="base64"))
         assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
         assert [entry["index"] for entry in floats["data"]] == list(range(len(given)))
         for row, plain, packed in zip(given, floats["data"], coded["data"], strict=True):
             np.testing.assert_array_equal(np.array(plain["embedding"], dtype=np.float32), row)
             np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed["embedding"]), "<f4"), row)
-        assert json.loads(api.embed_answer(given)) == [entry["embedding"] for entry in floats["data"]]
+        assert json.loads(api.embed_answer(forms)) == [entry["embedding"] for entry in floats["data"]]
         api.EmbeddingsAnswer.model_validate(floats)
         api.EmbeddingsAnswer.model_validate(coded)
 

@@ -1,0 +1,137 @@
+"""Which model is served, found before any replica starts: its folder, its limits and its card."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, read_info
+from f2llm_ray.run import Folder
+from f2llm_ray.section import Section
+from f2llm_ray.serve.api import ModelCard
+from f2llm_ray.serve.limits import longest_text
+from f2llm_ray.serve.quantise import EMBEDDING_TYPES
+from f2llm_ray.serve.settings import Access, Serving
+
+
+class Limits(Section):
+    """Limits that differ from the run's."""
+
+    max_inputs: int | None = None
+    max_tokens: int | None = None
+    max_body_bytes: int | None = None
+    max_queued: int | None = None
+    batch_tokens: int | None = None
+
+
+class Arguments(Access, Limits):
+    """What `app.build` takes: a run or a model folder, the names it is asked by, keys, and limits."""
+
+    root: str | None = None
+    """Root of a finished run; its report says which model is served, and with what limits."""
+    model: str | None = None
+    """A model folder."""
+    name: str | None = None
+    """What clients put in `model`; the name in the model folder when unset."""
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use, such as one that they have always asked for."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Arguments:
+        if (self.root is None) == (self.model is None):
+            raise ValueError("set exactly one of root and model")
+        return self
+
+
+class ReportModel(BaseModel):
+    """A model of a run, as its report names it."""
+
+    name: str
+    folder: str
+    parameters: int | None = None
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+
+
+class Report(BaseModel):
+    """What serving reads of a run's report."""
+
+    models: list[ReportModel] = Field(min_length=1)
+    serving: Serving = Serving()
+    created: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model to serve."""
+
+    uri: str
+    """Its folder."""
+    settings: Serving
+    access: Access
+    card: ModelCard
+    """What /v1/models says of it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may put in `model`."""
+        return (self.card.id, *self.card.aliases)
+
+
+def find_model(args: Arguments) -> Served:
+    """The model that the arguments name.
+
+    Raises:
+        RunError: no finished run, or no model folder, where the arguments say.
+        ValidationError: a limit out of its range.
+    """
+    settings, entry, created = Serving(), None, None
+    folder = Folder.at(args.model or args.root or "")
+    if args.root is not None:
+        report = _report(folder)
+        settings, created = report.serving, report.created
+        entries = {known.name: known for known in report.models}
+        wanted = settings.model or report.models[-1].name
+        if wanted not in entries:
+            raise RunError(f"{folder.uri}/report.json: model {wanted!r} is not one of {', '.join(entries)}")
+        entry = entries[wanted]
+        folder = folder / entry.folder
+    if not folder.exists(INFO_FILE):
+        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}")
+    info = read_info(folder.read_bytes(INFO_FILE), f"{folder.uri}/{INFO_FILE}")
+    settings = with_limits(settings, args)
+    calibrated = folder.exists(CALIBRATION_FILE)
+    card = ModelCard(
+        id=args.name or info.name,
+        created=int(time.time() if created is None else created.timestamp()),
+        aliases=args.aliases,
+        dims=info.dims,
+        max_tokens=longest_text(info, settings),
+        embedding_types=tuple(kind for kind in EMBEDDING_TYPES if calibrated or kind != "int8"),
+        parameters=entry and entry.parameters,
+        scores=entry.scores if entry else {},
+    )
+    return Served(folder.uri, settings, Access(keys=args.keys, access_log=args.access_log), card)
+
+
+def with_limits(settings: Serving, given: Limits) -> Serving:
+    """The settings with the limits that are given in place of theirs.
+
+    Raises:
+        ValidationError: a limit out of its range.
+    """
+    changed: dict[str, Any] = given.model_dump(include=set(Limits.model_fields), exclude_none=True)
+    return Serving.model_validate({**settings.model_dump(), **changed})
+
+
+def _report(root: Folder) -> Report:
+    if not root.exists("report.json"):
+        raise RunError(f"{root.uri}: no finished run: it has no report.json; run jobs/pipeline.py first")
+    try:
+        return Report.model_validate(root.read_json("report.json"))
+    except ValidationError as error:
+        raise RunError(f"{root.uri}/report.json: not the report of a run: {error}") from None
