@@ -9,8 +9,9 @@ import torch
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY, Shape, count_parameters, parameters, random_backbone
+from f2llm_ray.plan.advice import fits
+from f2llm_ray.plan.work import Work, backbone_shape, stage_work, training_stages
 from f2llm_ray.recipe_file import load_recipe
-from f2llm_ray.train.plan import Work, backbone_shape, fits, stage_work, training_stages
 
 PRUNED = ("80m", "160m", "330m")
 WHOLE = ("0.6b", "1.7b", "4b", "8b", "14b")
@@ -80,7 +81,9 @@ def test_small_models_are_cut_from_the_06b_and_keep_its_attention(name: str) -> 
     recipe = load_recipe(f"f2llm-v2-{name}")
     parent, _ = backbone_shape(recipe)
     assert parent == FAMILY["0.6b"]
-    assert last_work(name).teacher == parent
+    teacher = last_work(name).teacher
+    assert teacher is not None
+    assert teacher.shape == parent
     cut = {"hidden": 0, "layers": 0, "ffn": 0}
     assert parent.model_copy(update=cut) == FAMILY[name].model_copy(update=cut)
     assert recipe.distill is not None

@@ -67,7 +67,7 @@ def checkpoint_shape(path: str) -> tuple[Shape, int]:
     name = BACKBONES.get(path.removesuffix("-Base"))
     if name is None:
         raise RecipeError(
-            f"backbone.path {path!r}: its shape is not known here; expected a folder with a config.json, "
+            f"{path!r}: the shape of this model is not known here; expected a folder with a config.json, "
             f"or one of {list(BACKBONES)}"
         )
     return FAMILY[name], VOCABULARY

@@ -1,0 +1,110 @@
+"""FLOPs, hours and money; waiting for data or for the network is not counted, `Cluster.mfu` stands for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from f2llm_ray.model.sizes import Shape, non_embedding_parameters
+from f2llm_ray.plan.work import Cluster, Corpus, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a stage takes; None where the number of rows is not known."""
+
+    steps: int | None
+    """Optimizer steps of the stage."""
+    tokens_per_step: float
+    flops_per_token: float
+    hours_per_epoch: float | None
+    hours: float | None
+    """Of the stage's training: all epochs, or `max_steps` where that ends it earlier."""
+    teacher_hours: float | None
+    """Before it, for the vectors of a cached teacher: each distinct text once, at most all that are drawn."""
+    price: float | None
+    """Of all GPUs over both, in the currency of the price per GPU-hour."""
+
+
+def cost(work: Work, texts: Corpus, cluster: Cluster) -> Cost:
+    """What a stage takes on a cluster."""
+    text_tokens = texts.tokens_per_row / work.texts_per_row
+    tokens_per_step = work.accumulate * work.rows_per_batch * texts.tokens_per_row
+    per_token = flops_per_token(work, text_tokens, tokens_per_step / work.accumulate / work.world)
+    rate = cluster.world * cluster.gpu_flops_per_second * cluster.mfu * 3600
+    steps = optimizer_steps(work, texts)
+    hours = None if steps is None else steps * tokens_per_step * per_token / rate
+    rows = texts.rows_per_epoch
+    vectors = _teacher_tokens(work, texts)
+    teacher = None
+    if work.teacher is not None and vectors is not None:
+        teacher = vectors * forward_flops_per_token(work.teacher.shape, text_tokens) / rate
+    price = cluster.price_per_gpu_hour
+    return Cost(
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        flops_per_token=per_token,
+        hours_per_epoch=None if rows is None else rows * texts.tokens_per_row * per_token / rate,
+        hours=hours,
+        teacher_hours=teacher,
+        price=None if hours is None or price is None else (hours + (teacher or 0)) * cluster.world * price,
+    )
+
+
+def optimizer_steps(work: Work, texts: Corpus) -> int | None:
+    """Optimizer steps of the stage; None where neither its rows nor `max_steps` say.
+
+    Each source ends an epoch with a batch that is filled up, which this counts once for all sources.
+    """
+    if texts.rows_per_epoch is None:
+        return work.max_steps
+    steps = ceil(work.epochs * ceil(texts.rows_per_epoch / work.rows_per_batch) / work.accumulate)
+    return steps if work.max_steps is None else min(steps, work.max_steps)
+
+
+def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
+    """FLOPs of a forward pass per token of texts of this mean length.
+
+    Kaplan et al. 2020 (section 2.1): two per parameter outside the embeddings. Attention adds four per query
+    channel and token looked at, of which a causal one sees half. Long texts take more than the mean says.
+    """
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * text_tokens
+    return 2 * non_embedding_parameters(shape) + attention
+
+
+def flops_per_token(work: Work, text_tokens: float, worker_tokens: float) -> float:
+    """FLOPs of training per token: backward takes twice the forward, a teacher beside the student its own forward.
+
+    Args:
+        work: the stage's work.
+        text_tokens: mean tokens of a text.
+        worker_tokens: mean tokens of a worker's part of a batch, which say how many chunks it has.
+    """
+    forwards = 3 + extra_forwards(work, text_tokens, worker_tokens)
+    own = forward_flops_per_token(work.shape, text_tokens) * forwards
+    teacher = work.teacher
+    return own + (0 if teacher is None or teacher.cached else forward_flops_per_token(teacher.shape, text_tokens))
+
+
+def extra_forwards(work: Work, text_tokens: float, worker_tokens: float) -> float:
+    """Forward passes beyond the first: GradCache does all chunks but one again, checkpointing nearly all of each.
+
+    Torch stops recomputing a layer when backward has what it needs, before the last product of its FFN.
+    """
+    again = 1 - 1 / work.chunks(worker_tokens)
+    if not work.gradient_checkpointing:
+        return again
+    shape = work.shape
+    last_products = 2 * shape.layers * shape.hidden * shape.ffn
+    return again + 1 - last_products / forward_flops_per_token(shape, text_tokens)
+
+
+def _teacher_tokens(work: Work, texts: Corpus) -> float | None:
+    """Tokens that a cached teacher encodes, at most: queries and passages once, negatives as often as drawn."""
+    steps = optimizer_steps(work, texts)
+    if work.teacher is None or not work.teacher.cached or steps is None:
+        return None
+    drawn = steps * work.accumulate * work.rows_per_batch
+    rows = drawn if texts.rows_per_epoch is None else min(drawn, texts.rows_per_epoch)
+    text_tokens = texts.tokens_per_row / work.texts_per_row
+    return text_tokens * (2 * rows + (work.texts_per_row - 2) * drawn)

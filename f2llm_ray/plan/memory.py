@@ -1,0 +1,137 @@
+"""Bytes on a GPU and on its host, as DeepSpeed 0.19 and transformers 5 were seen to allocate them.
+
+tests/plan/ counts them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from f2llm_ray.model.sizes import Shape, parameters
+from f2llm_ray.plan.work import FLOAT32_BYTES, Work
+
+ADAM_BYTES = 8
+"""Two float32 moments per parameter."""
+BUCKET_PARAMETERS = 500_000_000
+"""DeepSpeed's default `reduce_bucket_size`."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default `stage3_max_live_parameters`: what ZeRO-3 keeps gathered at a time, at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU at the end of the forward pass and in the backward pass, when most is held."""
+
+    weights_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    buffers_bytes: float
+    """DeepSpeed's bucket of gradients on their way, and the weights that ZeRO-3 has gathered."""
+    activations_bytes: float
+    teacher_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """All parts."""
+        return float(sum(asdict(self).values()))
+
+
+def memory(work: Work) -> Memory:
+    """Bytes on one GPU for the batch of the longest texts."""
+    count = _count(work)
+    return Memory(
+        weights_bytes=work.float_bytes * (count / work.world if work.zero_stage == 3 else count),
+        gradients_bytes=gradient_bytes(work),
+        optimizer_bytes=0 if work.offload else optimizer_bytes(work),
+        buffers_bytes=buffer_bytes(work),
+        activations_bytes=activation_bytes(work),
+        teacher_bytes=teacher_bytes(work),
+    )
+
+
+def gradient_bytes(work: Work) -> float:
+    """The largest that gradients get in a backward pass.
+
+    From ZeRO-2 on DeepSpeed keeps a worker's share alone, on the host with offload, since each gradient is reduced
+    as soon as it is there; under ZeRO-1 too where a step has one backward pass. But it is there only when all
+    forward passes that used its weight have gone backward: where a chunk takes more than one pass, autograd holds
+    the sums of all gradients meanwhile, whatever the stage.
+    """
+    several_backward = work.accumulate > 1 or work.chunks(work.most_tokens_per_worker) > 1
+    several_forward = work.longest_pass_tokens < work.longest_chunk_tokens
+    if work.zero_stage == 0 or several_forward or (work.zero_stage == 1 and several_backward):
+        return work.float_bytes * _count(work)
+    return 0 if work.offload else work.float_bytes * _count(work) / work.world
+
+
+def optimizer_bytes(work: Work) -> float:
+    """AdamW's state for one worker: two float32 moments, and a float32 copy of the weights.
+
+    Rajbhandari et al. 2020 (ZeRO, section 3.1): 12 bytes a parameter, of which a worker holds its share from
+    ZeRO-1 on. DeepSpeed makes the copy in fp32 too, though not without ZeRO, where AdamW works on the weights.
+    """
+    copies = work.zero_stage > 0 or work.float_bytes != FLOAT32_BYTES
+    per_parameter = ADAM_BYTES + (FLOAT32_BYTES if copies else 0)
+    return per_parameter * _count(work) / (work.world if work.zero_stage else 1)
+
+
+def host_bytes(work: Work) -> float:
+    """Bytes of host memory per worker with the optimizer offloaded: its state, and gradients as they come and go.
+
+    DeepSpeed keeps them there in float32 and in the precision of the pass.
+    """
+    share = _count(work) / work.world
+    return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes) * share if work.offload else 0
+
+
+def buffer_bytes(work: Work) -> float:
+    """DeepSpeed's own: the gradient bucket from ZeRO-1 on, and under ZeRO-3 the gathered weights."""
+    bucket = BUCKET_PARAMETERS if work.zero_stage else 0
+    live = min(LIVE_PARAMETERS, _count(work)) if work.zero_stage == 3 else 0
+    return work.float_bytes * (bucket + live)
+
+
+def teacher_bytes(work: Work) -> float:
+    """The weights of a teacher that runs beside the student; cached vectors come from the host with the batch."""
+    if work.teacher is None or work.teacher.cached:
+        return 0
+    return FLOAT32_BYTES * parameters(work.teacher.shape, work.teacher.vocabulary)
+
+
+def activation_bytes(work: Work) -> float:
+    """What forward leaves for backward: of a worker's whole part of a batch, or with GradCache of one chunk.
+
+    The loss is over all texts of a batch, so that without GradCache (Gao et al. 2021) all its passes are held
+    together. With checkpointing (Chen et al. 2016) a layer leaves its input only, and one layer of one pass is
+    whole at a time.
+    """
+    shape, tokens = work.shape, work.longest_chunk_tokens
+    ends = final_bytes_per_token(shape, work.float_bytes)
+    layer = layer_bytes_per_token(shape, work.float_bytes)
+    if not work.gradient_checkpointing:
+        return tokens * (shape.layers * layer + ends)
+    inputs = shape.layers * work.float_bytes * shape.hidden
+    return tokens * (inputs + ends) + work.longest_pass_tokens * layer
+
+
+def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
+    """Bytes that one Qwen3 layer saves for backward, read off transformers' code and seen to the byte.
+
+    A norm saves its input in float32, the normalised input, and its scale. The projections save the norm's
+    output once, attention (flash or fused) its queries, keys, values, output and a number per head, the FFN
+    gate, its activation, the other branch and their product. Korthikanti et al. 2022 count a GPT's likewise.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer_norms = 2 * ((FLOAT32_BYTES + 2 * float_bytes) * shape.hidden + FLOAT32_BYTES)
+    head_norms = (FLOAT32_BYTES + float_bytes) * (queries + keys) + FLOAT32_BYTES * (shape.heads + shape.kv_heads)
+    attention = float_bytes * (2 * queries + 2 * keys) + FLOAT32_BYTES * shape.heads
+    return layer_norms + head_norms + attention + 4 * float_bytes * shape.ffn
+
+
+def final_bytes_per_token(shape: Shape, float_bytes: int) -> int:
+    """Bytes that the last norm saves: its input in float32, the normalised input, its scale."""
+    return (FLOAT32_BYTES + float_bytes) * shape.hidden + FLOAT32_BYTES
+
+
+def _count(work: Work) -> int:
+    return parameters(work.shape, work.vocabulary)

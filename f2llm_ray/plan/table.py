@@ -1,0 +1,104 @@
+"""A stage's plan for the eye."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from f2llm_ray import words
+from f2llm_ray.plan.advice import WORLD
+from f2llm_ray.plan.work import Cluster
+
+GB = 1e9
+PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "teacher")
+NAME, CELL = 20, 13
+
+
+def table(numbers: dict[str, Any]) -> list[str]:
+    """Lines on one stage, from its numbers."""
+    work = numbers["work"]
+    precision = "bf16" if work["float_bytes"] == 2 else "fp32"
+    checkpointing = ", gradient checkpointing" if work["gradient_checkpointing"] else ""
+    counts = f"{numbers['parameters']:,} parameters, {numbers['non_embedding_parameters']:,} without embeddings"
+    head = f"{numbers['stage']}: {counts}; {precision}{checkpointing}"
+    lines = [*_batch(numbers), "", *_memory(numbers), _verdict(numbers), "", *_costs(numbers)]
+    return [head, *(f"  {line}".rstrip() for line in lines)]
+
+
+def _batch(numbers: dict[str, Any]) -> list[str]:
+    work = numbers["work"]
+    batches = "" if work["accumulate"] == 1 else f", {work['accumulate']} of them to a step"
+    texts = f"{work['rows_per_batch'] // work['world']:,} rows x {work['texts_per_row']} texts"
+    most = f"{texts} x {work['longest_text_tokens']:,} tokens at most = {work['most_tokens_per_worker']:,}"
+    held = "held together"
+    if work["chunks"] > 1:
+        held = f"{work['chunks']} chunks of at most {work['longest_chunk_tokens']:,} (GradCache)"
+    return [f"batch:    {work['rows_per_batch']:,} rows{batches}", f"each GPU: {most}, {held}"]
+
+
+def _memory(numbers: dict[str, Any]) -> list[str]:
+    """The memory table, without the columns that are empty; > marks the recipe's own row."""
+    work, rows = numbers["work"], list(numbers["memory"])
+    names = [f"ZeRO {row['zero_stage']}{' + offload' if row['offload'] else ''}" for row in rows]
+    own = [(row["zero_stage"], row["offload"]) == (work["zero_stage"], work["offload"]) for row in rows]
+    names = [f"{'>' if marked else ' '} {name}" for name, marked in zip(names, own, strict=True)]
+    if numbers["changed_memory"] is not None:
+        rows.append(numbers["changed_memory"])
+        names.append("  with the changes")
+    columns = [*(part for part in PARTS if any(row[f"{part}_bytes"] for row in rows)), "total", "host"]
+    lines = [f"{'GB on each GPU':<{NAME}}" + "".join(f"{column:>{CELL}}" for column in columns)]
+    for name, row in zip(names, rows, strict=True):
+        cells = "".join(f"{row[f'{column}_bytes'] / GB:>{CELL},.1f}" for column in columns)
+        lines.append(f"{name:<{NAME}}{cells}{'  fits' if row['fits'] else ''}")
+    if work["zero_stage"] < 3 and work["tokens_per_chunk"] is None:
+        lines.append("ZeRO 3 takes every forward pass as a chunk of its own (GradCache).")
+    return lines
+
+
+def _verdict(numbers: dict[str, Any]) -> str:
+    """Whether the recipe's settings (marked >) fit, and what to change if not."""
+    room = f"{numbers['usable_bytes'] / GB:,.1f} GB"
+    changes = numbers["changes"]
+    if numbers["fits"]:
+        return f"fits into {room}"
+    if changes is None:
+        return f"does not fit into {room}, whatever the engine: make global_batch or data.max_tokens smaller"
+    steps = [
+        f"{value} GPUs" if name == WORLD else f"engine.{name}: {json.dumps(value)}"
+        for name, value in changes.items()
+    ]
+    return f"does not fit into {room}; it would with {words.listed(steps)}"
+
+
+def _costs(numbers: dict[str, Any]) -> list[str]:
+    texts, cost, epochs = numbers["texts"], numbers["cost"], numbers["work"]["epochs"]
+    most = "" if texts["tokens_given"] else " at most"
+    forward, training = numbers["forward_flops_per_token"] / 1e9, cost["flops_per_token"] / 1e9
+    flops = f"{training:,.3g} GFLOPs each ({training / forward:.1f} times the forward pass)"
+    lines = [f"step:  {cost['tokens_per_step']:,.0f} tokens{most}, {flops}"]
+    if cost["hours"] is None:
+        return [*lines, "time:  unknown, since a source has no cap; give --rows"]
+    if texts["rows_per_epoch"] is not None:
+        rows = f"{texts['rows_per_epoch']:,.0f} rows{'' if texts['rows_given'] else ' (the caps)'}"
+        hours = words.duration(cost["hours_per_epoch"] * 3600)
+        lines.append(f"epoch: {rows}, {hours}{most}; the recipe has {words.plural(epochs, 'epoch')}")
+    lines.append(f"time:  {words.plural(cost['steps'], 'step')}, {words.duration(cost['hours'] * 3600)}{most}")
+    if cost["teacher_hours"] is not None:
+        lines.append(
+            f"       and {words.duration(cost['teacher_hours'] * 3600)} at most for the teacher's vectors, once"
+        )
+    if cost["price"] is not None:
+        lines.append(f"cost:  {cost['price']:,.0f}{most}")
+    return lines
+
+
+def totals(stages: list[dict[str, Any]], cluster: Cluster) -> list[str]:
+    """One line on all stages together."""
+    costs = [numbers["cost"] for numbers in stages]
+    if any(cost["hours"] is None for cost in costs):
+        return ["all stages: unknown"]
+    hours = sum(cost["hours"] + (cost["teacher_hours"] or 0) for cost in costs)
+    most = "" if all(numbers["texts"]["tokens_given"] for numbers in stages) else " at most"
+    line = f"all stages: {words.duration(hours * 3600)} and {hours * cluster.world:,.0f} GPU-hours{most}"
+    prices = [cost["price"] for cost in costs if cost["price"] is not None]
+    return [line + (f", {sum(prices):,.0f} at {cluster.price_per_gpu_hour:g} an hour" if prices else "")]
