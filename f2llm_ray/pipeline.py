@@ -72,7 +72,7 @@ class Pipeline:
             work = self._pruned
         else:
             work = partial(self._trained, name)
-        self._stage(self.plan.models[name], work)
+        self._stage(self.plan.models[name], partial(self._made, work))
 
     def evaluate(self) -> None:
         """Measures every model that is finished and not measured yet, side by side."""
@@ -132,11 +132,24 @@ class Pipeline:
         return report
 
     def _measure(self) -> Any:
+        return self._task(_evaluate)
+
+    def _task(self, function: Callable[..., Any]) -> Any:
+        """The function as a Ray task where a model can run."""
         import ray
 
-        return ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(_evaluate)
+        return ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(function)
 
     # The work of each kind of stage.
+
+    def _made(self, work: Work, out: Folder) -> dict[str, Any]:
+        """Makes a model, and measures what serving needs of it: int8 ranges and the vectors of the self-check."""
+        import ray
+
+        facts = work(out)
+        prepared = self.run.folder(self.plan.prepare)
+        ray.get(self._task(_calibrate).remote(out / "model", prepared, self.recipe))
+        return {**facts, **model_facts(out / "model")}
 
     def _untrained(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.model.checkpoint import (
@@ -170,7 +183,7 @@ class Pipeline:
         )
         with (out / "model").writing() as path:
             save_model(path, backbone, tokenizer, info)
-        return model_facts(out / "model")
+        return {}
 
     def _trained(self, name: str, out: Folder) -> dict[str, Any]:
         from f2llm_ray.train.trainer import train
@@ -185,7 +198,7 @@ class Pipeline:
             teacher = self._model_folder(self.plan.models[self.recipe.distill.teacher])
         else:
             stage = self.recipe.stages[name]
-        facts = train(
+        return train(
             self.recipe,
             name,
             stage,
@@ -195,7 +208,6 @@ class Pipeline:
             teacher=teacher,
             out=out,
         )
-        return {**facts, **model_facts(out / "model")}
 
     def _mined(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.data.mine import mine
@@ -211,8 +223,7 @@ class Pipeline:
 
         assert self.recipe.prune is not None  # noqa: S101 - plan() made the stage from it
         parent = self._model_folder(self.plan.models[self.recipe.prune.model])
-        facts = shrink(self.recipe, self.run.folder(self.plan.prepare), parent, out)
-        return {**facts, **model_facts(out / "model")}
+        return shrink(self.recipe, self.run.folder(self.plan.prepare), parent, out)
 
     # Running and skipping.
 
@@ -264,6 +275,20 @@ def _evaluate(model: Folder, sets: Folder, recipe: Recipe) -> dict[str, Any]:
         for name in recipe.evaluation.sets
     }
     return {"results": results}
+
+
+def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:
+    """Calibrates one model on 512 training rows, inside a Ray task."""
+    import torch
+
+    from f2llm_ray.model.shrink import calibration_tokens
+    from f2llm_ray.serve.calibrate import calibrate, save_calibration
+    from f2llm_ray.serve.engine import Engine
+
+    torch.set_num_threads(1)
+    with model.as_local() as path:
+        engine = Engine(path)
+    save_calibration(model, calibrate(engine, calibration_tokens(recipe, prepared, 512)))
 
 
 def model_facts(folder: Folder) -> dict[str, Any]:

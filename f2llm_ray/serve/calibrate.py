@@ -17,6 +17,7 @@ from f2llm_ray.errors import RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.model.encoder import Tokens
+from f2llm_ray.run import Folder
 from f2llm_ray.serve.engine import Engine
 
 WORST = 1e-3
@@ -52,12 +53,12 @@ def calibrate(engine: Engine, tokens: Sequence[Tokens]) -> Calibration:
     return Calibration(ranges, engine.embed(CHECK_TEXTS))
 
 
-def save_calibration(folder: Path, calibration: Calibration) -> None:
+def save_calibration(folder: Folder, calibration: Calibration) -> None:
     """Writes the file into a model folder."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {f"ranges.{dim}": ranges_2k for dim, ranges_2k in calibration.ranges.items()}
-    save_file({**tensors, "check": calibration.check_nd}, folder / CALIBRATION_FILE)
+    folder.write_bytes(CALIBRATION_FILE, save({**tensors, "check": calibration.check_nd}))
 
 
 def load_calibration(folder: Path) -> Calibration | None:
