@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,12 @@ class Part:
     @property
     def file(self) -> str:
         """Name of the file that its rows are written to."""
-        return f"{self.number:06d}.parquet"
+        return part_file(self.number)
+
+
+def part_file(number: int) -> str:
+    """Name of the file with the rows of a part."""
+    return f"{number:06d}.parquet"
 
 
 def parts_of(sources: Mapping[str, SourceBase]) -> list[Part]:
@@ -116,7 +122,7 @@ def each(
 
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(guarded)
     shared = ray.put(work)
-    yield from outcomes(label, len(items), _as_they_come([task.remote(item, shared) for item in items]))
+    yield from outcomes(label, items, _as_they_come([task.remote(item, shared) for item in items]))
 
 
 def _as_they_come(pending: list[Any]) -> Iterator[Item]:
@@ -127,6 +133,58 @@ def _as_they_come(pending: list[Any]) -> Iterator[Item]:
         yield ray.get(done)
 
 
+def start_actors(
+    make: Callable[[], Callable[[Item], Item]], count: int, *, num_cpus: float = 1, num_gpus: float = 0
+) -> list[Any]:
+    """Starts actors around a function that is costly to make, such as one that holds a model, and does not wait.
+
+    Lost with its node, an actor comes back and takes its item again.
+    """
+    import ray
+
+    worker = ray.remote(_Actor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)
+    return [worker.remote(make) for _ in range(count)]
+
+
+class _Actor:
+    """Makes the function once and runs items through it; what is wrong with making it is told with every item."""
+
+    def __init__(self, make: Callable[[], Callable[[Item], Item]]) -> None:
+        try:
+            self._work = make()
+        except F2LLMError as error:
+            self._work = partial(_refuse, error=error)
+
+    def run(self, item: Item) -> Item:
+        """One item's outcome."""
+        return guarded(item, self._work)
+
+
+def _refuse(item: Item, *, error: F2LLMError) -> Item:
+    del item
+    raise error
+
+
+def each_on_actors(
+    label: str, items: list[Item], actors: list[Any], *, counted: str | None = None
+) -> Iterator[Item]:
+    """Runs every item on whichever actor is free, and gives what came of it as it comes.
+
+    Args:
+        label: what is being done.
+        items: the work.
+        actors: of `start_actors`.
+        counted: name of the number in items and outcomes whose sum is the progress; tasks are counted when unset.
+
+    Raises:
+        RunError: what the actors found wrong, all of it.
+    """
+    from ray.util import ActorPool
+
+    results = ActorPool(actors).map_unordered(lambda actor, item: actor.run.remote(item), items)
+    yield from outcomes(label, items, results, counted=counted)
+
+
 def guarded(item: Item, work: Callable[[Item], Item]) -> Item:
     """What the work returns, or what was wrong as `ERROR`: so that all errors are told, not only the first."""
     try:
@@ -135,18 +193,24 @@ def guarded(item: Item, work: Callable[[Item], Item]) -> Item:
         return {ERROR: str(error)}
 
 
-def outcomes(label: str, total: int, results: Iterable[Item]) -> Iterator[Item]:
-    """The outcomes of `guarded` as they come, with progress.
+def outcomes(
+    label: str, items: list[Item], results: Iterable[Item], *, counted: str | None = None
+) -> Iterator[Item]:
+    """The outcomes of `guarded` as they come, with progress and rate.
 
     Raises:
-        RunError: what the tasks found wrong, all of it.
+        RunError: what the tasks found wrong, each thing once.
     """
-    progress, errors = Progress(label, total, "tasks"), []
-    for done, outcome in enumerate(results, start=1):
-        progress.update(done)
+    total = len(items) if counted is None else sum(item[counted] for item in items)
+    progress, started = Progress(label, total, counted or "tasks"), time.monotonic()
+    done, errors = 0, set[str]()
+    for outcome in results:
         if ERROR in outcome:
-            errors.append(outcome[ERROR])
-        else:
-            yield outcome
+            errors.add(outcome[ERROR])
+            continue
+        done += 1 if counted is None else outcome[counted]
+        rate = done / max(time.monotonic() - started, 1e-9)
+        progress.update(done, *([] if counted is None else [f"{rate:,.0f} {counted}/s"]))
+        yield outcome
     if errors:
         raise RunError("\n".join(sorted(errors)))

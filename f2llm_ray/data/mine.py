@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from f2llm_ray.data.candidates import Candidates, number_texts
-from f2llm_ray.data.flow import Item, each, guarded, outcomes
+from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.mined import join_source
 from f2llm_ray.data.search import FOUND, Layout, search
 from f2llm_ray.data.settings import Mine
+from f2llm_ray.data.tokenizer import TOKENIZER, differences
 from f2llm_ray.data.vectors import Encoder, shard_name
 from f2llm_ray.errors import RunError
 from f2llm_ray.recipe import Recipe
@@ -33,7 +34,6 @@ from f2llm_ray.session import connect
 
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]
 PLAN, JOINED = "plan.json", "joined.json"
-TOKENIZER = "tokenizer.json"
 
 
 def mine(
@@ -121,9 +121,7 @@ def check_tokenizer(prepared: Folder, model: Folder) -> None:
     Raises:
         RunError: its tokenizer.json says something else.
     """
-    ours, its = (folder.read_json(TOKENIZER) for folder in (prepared, model))
-    # Cutting and padding are settings of a call, and are set anew for each.
-    other = sorted(part for part in {*ours, *its} - {"truncation", "padding"} if ours.get(part) != its.get(part))
+    other = differences(prepared, model)
     if other:
         raise RunError(
             f"{model.uri}/{TOKENIZER}: not the tokenizer of the prepared data in {prepared.uri}; they differ in "
@@ -151,20 +149,13 @@ def _missing(folder: Folder, items: int, per_shard: int, name: Callable[[int], s
 def _encode(
     items: list[Item], recipe: Recipe, prepared: Folder, model: Folder, out: Folder, layout: Layout
 ) -> Iterator[Item]:
-    import ray
-    from ray.util import ActorPool
-
     if not items:
         return
     compute = recipe.compute
-    # Lost with its node, an actor comes back and takes its shard again.
-    worker = ray.remote(_EncodeShard).options(
-        num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker, max_restarts=3, max_task_retries=3
-    )
-    arguments = (model, prepared / "tokens", out, layout, compute.threads_per_worker)
-    pool = ActorPool([worker.remote(*arguments) for _ in range(min(compute.workers, len(items)))])
-    results = pool.map_unordered(lambda actor, item: actor.run.remote(item), items)
-    yield from outcomes("mine: encode", len(items), results)
+    make = partial(_EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker)
+    count = min(compute.workers, len(items))
+    actors = start_actors(make, count, num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker)
+    yield from each_on_actors("mine: encode", items, actors)
 
 
 # What each task does.
@@ -182,20 +173,17 @@ def _plan(item: Item, *, prepared: Folder, out: Folder, query: str) -> Item:
 
 
 class _EncodeShard:
-    """The actor around an `Encoder`."""
+    """Writes the vectors of shards of a source's texts; made once per actor."""
 
     def __init__(self, model: Folder, tokens: Folder, out: Folder, layout: Layout, threads: int) -> None:
         self.encoder = Encoder(model, tokens, threads)
         self.out, self.layout = out, layout
 
-    def run(self, item: Item) -> Item:
-        """Writes the vectors of a shard."""
-        return guarded(item, self._write)
-
-    def _write(self, item: Item) -> Item:
+    def __call__(self, item: Item) -> Item:
         name, shard, size = item["source"], item["shard"], self.layout.texts
         keys = Candidates.load(self.out / "plan" / name).texts[:, shard * size : (shard + 1) * size].T
-        return {**item, **self.encoder.write(np.ascontiguousarray(keys), self.out / "vectors" / name, shard)}
+        folder = self.out / "vectors" / name
+        return {**item, **self.encoder.write(np.ascontiguousarray(keys), folder, shard_name(shard))}
 
 
 def _search(item: Item, *, out: Folder, settings: Mine, layout: Layout, threads: int, device: str) -> Item:

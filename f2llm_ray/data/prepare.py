@@ -72,7 +72,7 @@ def prepare(recipe: Recipe, folder: Folder) -> dict[str, Any]:
     clock.lap("dedup", left)
     tokenizer = _tokenizer(recipe, folder)
     clock.lap("tokenizer", account.left)
-    texts, tokens = write_store(recipe, parts, tokenizer, folder)
+    texts, tokens = write_store(recipe, tokenizer, folder, folder / "tokens")
     clock.lap("tokens", texts)
     if near is not None:
         near["samples"] = [

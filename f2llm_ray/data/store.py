@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm_ray.data import tokens
-from f2llm_ray.data.flow import Part, map_groups
+from f2llm_ray.data.flow import map_groups, part_file
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers, query_text
@@ -28,21 +28,21 @@ QUERY, INSTRUCTED, PASSAGE, NEGATIVE = range(4)
 TOKENIZE_ROWS = 4096
 
 
-def write_store(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, prepared: Folder) -> tuple[int, int]:
-    """Writes the token store of all texts in the table; pieces that an earlier try has finished stay as they are.
+def write_store(recipe: Recipe, tokenizer: Tokenizer, prepared: Folder, store: Folder) -> tuple[int, int]:
+    """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
     Args:
         recipe: the run's recipe.
-        parts: the parts of its sources, whose files hold the texts.
         tokenizer: one that ends texts with EOS.
-        prepared: folder with `rows/` and `table/`; it gets `tokens/`.
+        prepared: folder with `rows/` and `table/`.
+        store: gets the files.
 
     Returns:
         Number of texts and of tokens.
     """
     import ray.data
 
-    store, shards = prepared / "tokens", recipe.data.shards
+    shards = recipe.data.shards
     names = ray.data.from_items(
         [{"source": name} for name in recipe.sources], override_num_blocks=len(recipe.sources)
     )
@@ -54,7 +54,6 @@ def write_store(recipe: Recipe, parts: list[Part], tokenizer: Tokenizer, prepare
         _tokenize_part,
         recipe=recipe,
         tokenizer=tokenizer.to_str(),
-        files={part.number: part.file for part in parts},
         rows=prepared / "rows",
         store=store,
     )
@@ -104,15 +103,13 @@ def first_places(places: pa.Table) -> pa.Table:
     return places.filter(pa.array(first))
 
 
-def _tokenize_part(
-    places: pa.Table, *, recipe: Recipe, tokenizer: str, files: dict[int, str], rows: Folder, store: Folder
-) -> pa.Table:
+def _tokenize_part(places: pa.Table, *, recipe: Recipe, tokenizer: str, rows: Folder, store: Folder) -> pa.Table:
     from tokenizers import Tokenizer as Tokenizers
 
     piece = places["piece"][0].as_py()
     places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
     loaded = Tokenizers.from_str(tokenizer)
-    file = rows.read_table(files[piece], ["source", "query", "passage", "negatives", "negative_keys"])
+    file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
     texts = _texts(places, file, recipe.sources[file["source"][0].as_py()].query_instruction)
     with store.writing() as path:
         lengths = tokens.write_piece(

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from f2llm_ray.errors import RecipeError
 from f2llm_ray.model.checkpoint import with_eos
+from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END = "<|endoftext|>"
+TOKENIZER = "tokenizer.json"
 # Merges of a 16k vocabulary are settled well before this many characters; more only costs time.
 SAMPLE_CHARS = 20_000_000
 LINE_CHARS = 1_000
@@ -60,6 +62,18 @@ def load_tokenizer(path: str) -> Tokenizer:
     if backend is None or loaded.eos_token is None:
         raise RecipeError(f"tokenizer {path!r}: expected a fast tokenizer with an EOS token")
     return with_eos(backend, loaded.eos_token)
+
+
+def differences(one: Folder, other: Folder) -> list[str]:
+    """The parts in which two folders' tokenizer.json differ; none when they give the same tokens.
+
+    Raises:
+        RunError: one of them is not there.
+    """
+    ours, theirs = (folder.read_json(TOKENIZER) for folder in (one, other))
+    # Cutting and padding are settings of a call, and are set anew for each.
+    parts = {*ours, *theirs} - {"truncation", "padding"}
+    return sorted(part for part in parts if ours.get(part) != theirs.get(part))
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:

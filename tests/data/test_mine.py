@@ -279,7 +279,7 @@ def mined_in_order(prepared: Folder, model: Path, out: Folder, settings: Mine, s
         found = Candidates.load(out / "plan" / name)
         for shard in reversed(range(-(-len(found.number) // LAYOUT.texts))):
             keys = found.texts[:, shard * LAYOUT.texts : (shard + 1) * LAYOUT.texts].T
-            encoder.write(np.ascontiguousarray(keys), out / "vectors" / name, shard)
+            encoder.write(np.ascontiguousarray(keys), out / "vectors" / name, shard_name(shard))
         for shard in reversed(range(-(-len(found.queries) // LAYOUT.queries))):
             _search({"source": name, "shard": shard}, out=out, **cut)
         _join({"source": name}, prepared=prepared, out=out, count=settings.count)
@@ -344,7 +344,7 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
     prepared = write_prepared(tmp_path / "prepared", model, tables, texts)
     keys = key_numbers(pa.array(list(texts), KEY))
     encoder = Encoder(Folder.at(str(model)), prepared / "tokens", 1)
-    outcome = encoder.write(keys, Folder.at(str(tmp_path / "out")), 0)
+    outcome = encoder.write(keys, Folder.at(str(tmp_path / "out")), shard_name(0))
     vectors = np.load(tmp_path / "out" / shard_name(0))
     assert vectors.dtype == np.float16
     assert outcome["texts"] == len(texts)
@@ -357,7 +357,9 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
     with pytest.raises(
         RunError, match=rf"not finite for {len(texts)} of {len(texts)} texts.*{next(iter(texts)).hex()}"
     ):
-        Encoder(Folder.at(str(broken)), prepared / "tokens", 1).write(keys, Folder.at(str(tmp_path / "none")), 0)
+        Encoder(Folder.at(str(broken)), prepared / "tokens", 1).write(
+            keys, Folder.at(str(tmp_path / "none")), shard_name(0)
+        )
     assert not (tmp_path / "none").exists()
 
 
