@@ -203,7 +203,10 @@ class _Feeder:
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_unhurried()]
         load = partial(_load, table=table, store=store, first_step=first_step, rank=rank, world=world)
-        dataset = ray.data.range(steps, override_num_blocks=-(-steps // STEPS_PER_TASK)).map_batches(
+        # Not ray.data.range: its reads book a core each, and wait for ever where trainers hold all of them.
+        ids = np.arange(steps)
+        blocks = [pa.table({"id": ids[at : at + STEPS_PER_TASK]}) for at in range(0, steps, STEPS_PER_TASK)]
+        dataset = ray.data.from_arrow(blocks).map_batches(
             load,
             batch_format="pyarrow",
             num_cpus=0,
