@@ -3,7 +3,7 @@ PYTHON ?= python3
 ROOT ?= runs/quickstart
 BIN := .venv/bin
 
-.PHONY: install install-dev quickstart serve test lint bench clean
+.PHONY: install install-dev quickstart serve submit test lint docs bench clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
@@ -14,6 +14,9 @@ quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, m
 serve: .venv/.installed  ## the quickstart's model on http://127.0.0.1:8000
 	$(BIN)/serve run serve_configs/quickstart.yaml
 
+submit: .venv/.installed  ## a recipe on a running cluster: make submit ADDRESS=http://HEAD:8265 RECIPE=... ROOT=URI
+	RAY_AUTH_MODE=token $(BIN)/python cluster/submit.py --address $(ADDRESS) --recipe $(RECIPE) --root $(ROOT)
+
 test: .venv/.installed-dev  ## all tests, without a GPU
 	$(BIN)/python -m pytest
 
@@ -21,6 +24,9 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/.installed-dev  ## the documentation as a site in build/docs
+	$(BIN)/mkdocs build --quiet
 
 bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON object as its last line
 	$(BIN)/python -m benchmarks.encode

@@ -1,0 +1,112 @@
+"""`ray job submit` as a user does it: a head with token authentication, our submitter, a refused stranger."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.corpus import write_corpus, write_recipe
+
+REPO = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head with a token; gives the environment that knows it, and the dashboard's address as HEAD."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "RAY_TMPDIR": str(tmp_path_factory.mktemp("ray")),
+        "HEAD": f"http://127.0.0.1:{port}",
+    }
+    ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
+    process = subprocess.Popen(
+        [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+        + [f"--{name}={value}" for name, value in ports.items()]
+        + [f"--dashboard-agent-grpc-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
+        + ["--ray-client-server-port", str(free_port()), "--metrics-export-port", str(free_port())],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    time.sleep(5)  # the job agent comes after the dashboard
+    yield environment
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+
+
+def submit(environment: dict[str, str], recipe: Path, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPO / "cluster" / "submit.py", "--address", environment["HEAD"]]
+    return subprocess.run(
+        [*command, "--recipe", recipe, "--root", root, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+
+
+def test_a_job_runs_with_this_code_and_a_second_one_skips_it(head: dict[str, str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_corpus(tmp_path))
+    first = submit(head, recipe, tmp_path / "root", "--job", "prepare")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "prepare: finished in" in first.stdout
+    assert list((tmp_path / "root").glob("prepare-*/manifest.json"))
+    second = submit(head, recipe, tmp_path / "root", "--job", "prepare")
+    assert "prepare: finished before, skipped" in second.stdout
+
+
+def test_a_failed_job_says_why(head: dict[str, str], tmp_path: Path) -> None:
+    recipe = write_corpus(tmp_path)
+    (tmp_path / "labels.csv").unlink()
+    failed = submit(head, write_recipe(tmp_path, recipe), tmp_path / "root", "--job", "prepare")
+    assert failed.returncode == 1
+    assert "labels.csv" in failed.stdout
+    assert failed.stderr.startswith("error: raysubmit_")
+
+
+def test_without_the_token_a_job_is_refused(head: dict[str, str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_corpus(tmp_path))
+    stranger = {**head, "RAY_AUTH_TOKEN": "0" * 32}
+    for environment in (stranger, {**stranger, "RAY_AUTH_MODE": "disabled"}):
+        refused = submit(environment, recipe, tmp_path / "root", "--job", "prepare")
+        assert refused.returncode == 1
+        assert "uthenticat" in refused.stderr or "401" in refused.stderr or "oken" in refused.stderr, (
+            refused.stderr
+        )
+        assert not (tmp_path / "root").exists()
+        raw = subprocess.run(
+            [BIN / "ray", "job", "submit", "--address", head["HEAD"], "--", "true"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert raw.returncode != 0
