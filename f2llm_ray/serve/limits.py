@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,11 +22,28 @@ RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""
 
 
-def check_load(in_flight: int, limits: Serving) -> None:
-    """429 when the replica holds as many requests as it may."""
-    if in_flight >= limits.max_queued:
-        message = f"{in_flight} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"
-        raise ApiError(429, "overloaded", message, retry_after=RETRY_AFTER_S)
+class Places:
+    """As many requests at a time as are allowed."""
+
+    def __init__(self, limits: Serving) -> None:
+        self.limits = limits
+        self.taken = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds a place for one request, from before its body is read until it is answered.
+
+        Raises:
+            ApiError: 429 when all places are taken.
+        """
+        if self.taken >= self.limits.max_queued:
+            message = f"{self.taken} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"
+            raise ApiError(429, "overloaded", message, retry_after=RETRY_AFTER_S)
+        self.taken += 1
+        try:
+            yield
+        finally:
+            self.taken -= 1
 
 
 def check_body(size: int, limits: Serving) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pydantic import BaseModel
 
@@ -37,26 +35,12 @@ class Replica:
         if self.calibration is not None:
             self_check(self.engine, self.calibration, served.uri)
         self.model_info = self.engine.info
-        self.in_flight = 0
+        self.places = limits.Places(self.settings)
         self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.rules.meters.batch)
         self.vocabulary = int(self.engine.backbone.config.vocab_size)
         self.probe = self.engine.tokenize(["ready"])
         self.eos = int(self.probe[0][-1])
         self.engine.embed_tokens(self.probe)
-
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Holds a place for one request, from before its body is read until it is answered.
-
-        Raises:
-            ApiError: 429 when all places are taken.
-        """
-        limits.check_load(self.in_flight, self.settings)
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
         """Answers POST /v1/embeddings or POST /embed.
@@ -85,7 +69,7 @@ class Replica:
     async def forward(self, route: str, body: bytes) -> api.Answer | api.ApiError:
         """`answer` for a router: a refusal is returned, since Ray wraps what is raised in its stack trace."""
         try:
-            with self.admitted():
+            with self.places.held():
                 return await self.answer(route, body)
         except api.ApiError as refusal:
             return refusal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -21,9 +20,7 @@ class Face(Protocol):
 
     settings: Serving
     rules: Rules
-
-    def admitted(self) -> AbstractContextManager[None]:
-        """Holds a place for one request; ApiError 429 when all are taken."""
+    places: limits.Places
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
         """Answers POST /v1/embeddings or /embed; ApiError for anything wrong."""
@@ -55,7 +52,7 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
 
     async def answered(request: Request, route: str) -> Response:
         here = face()
-        with here.admitted():
+        with here.places.held():
             answer = await here.answer(route, await _body(request, here.settings))
         request.state.answer = answer
         return _json(answer.content)

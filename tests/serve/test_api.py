@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,20 @@ REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
     "id too high": (lambda: ids([[0, 10]]), 422, "invalid_token", "input"),
     "id negative": (lambda: ids([[3], [-1]]), 422, "invalid_token", "input"),
     "too long": (lambda: lengths(17, truncate=False), 422, "too_many_tokens", "input"),
-    "full": (lambda: limits.check_load(2, LIMITS), 429, "overloaded", None),
+    "full": (lambda: fill(3), 429, "overloaded", None),
 }
 
 
 def ids(given: list[list[int]]) -> list[Any]:
     return limits.check_ids(given, vocabulary=10, eos=9, param="input")
+
+
+def fill(requests: int) -> None:
+    places = limits.Places(LIMITS)
+    with ExitStack() as stack:
+        for _ in range(requests):
+            stack.enter_context(places.held())
+    assert places.taken == 0
 
 
 def lengths(tokens: int, *, truncate: bool) -> list[Any]:
@@ -114,7 +123,7 @@ def test_what_passes() -> None:
     for given in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], []):
         assert read({"input": given, "model": "m"}).input == given
     limits.check_body(1024, LIMITS)
-    limits.check_load(1, LIMITS)
+    fill(2)
     limits.check_inputs(["a"] * 3, LIMITS, "input")
     assert limits.check_dimensions(None, INFO) == 32
     assert limits.check_dimensions(8, INFO) == 8

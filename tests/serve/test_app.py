@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,64 +13,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import ray
-from ray import serve
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.serve.app import build
-from f2llm_ray.serve.engine import Engine
+from tests.serve.endpoint import MAX_BODY, MAX_QUEUED, TEXTS, Server, error_of
 from tests.tiny import MAX_TOKENS, tiny_model
-
-TEXTS = [
-    "The cat sat on the mat.",
-    "El perro come una manzana.",
-    "猫が眠っています。",
-    "מה שלומך? مرحبا",
-    "👩‍👩‍👧‍👦 family, é and é",
-    "nul \x00 and bell \x07",
-    "def add(a, b):\n\treturn a + b",
-    " ",
-    "the cat " * 200,
-]
-MAX_QUEUED, MAX_BODY = 48, 100_000
-
-
-@dataclass
-class Server:
-    url: str
-    folder: Path
-    engine: Engine
-
-    def post(self, route: str, content: Any, **kwargs: Any) -> httpx.Response:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        return httpx.post(self.url + route, content=body, timeout=30, **kwargs)
-
-    def embed(self, inputs: str | list[str], **fields: Any) -> np.ndarray[Any, Any]:
-        response = self.post("/embed", {"inputs": inputs, **fields})
-        assert response.status_code == 200, response.text
-        return np.array(response.json(), dtype=np.float32)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("run")
-    folder = tiny_model(root / "distilled-0123abcd")
-    report = {
-        "models": [{"name": "untrained", "folder": "gone"}, {"name": "distilled", "folder": folder.name}],
-        "serving": {"max_inputs": 16, "max_queued": 7},
-    }
-    (root / "report.json").write_text(json.dumps(report))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build({"root": str(root), "max_queued": MAX_QUEUED, "max_body_bytes": str(MAX_BODY)}))
-        yield Server(f"http://127.0.0.1:{port}", folder, Engine(folder))
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 @pytest.fixture
@@ -83,13 +28,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 def cosine(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.sum(a * b, axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    body = response.json()
-    assert list(body) == ["error"]
-    assert list(body["error"]) == ["message", "type", "param", "code"]
-    return dict(body["error"])
 
 
 def test_vectors_are_those_of_sentence_transformers(server: Server, client: openai.OpenAI) -> None:

@@ -1,0 +1,210 @@
+"""Several models behind one URL: `model` of a request picks one, each an application that scales by itself.
+
+The models are applications of `serve.app` beside the router (serve_configs/family.yaml has them all). The router
+holds no model and imports no torch. It reads what each model is from its folder, so that /v1/models lists a model
+that is scaled to zero too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, Field, model_validator
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from f2llm_ray import __version__
+from f2llm_ray.errors import RunError
+from f2llm_ray.serve import api, limits
+from f2llm_ray.serve.catalog import Arguments, Limits, Served, find_model, with_limits
+from f2llm_ray.serve.deploy import checked, options
+from f2llm_ray.serve.gate import Rules
+from f2llm_ray.serve.routes import web
+from f2llm_ray.serve.settings import Access, Serving
+
+RETRIES = 2
+"""Times that a request is sent again when the replica that had it dies; embedding twice does no harm."""
+
+
+class FamilyArguments(Access, Limits):
+    """What `build` takes."""
+
+    models: dict[str, Arguments] = Field(min_length=1)
+    """The arguments of each model's application, by the application's name."""
+    default: str | None = None
+    """Application that answers where a request names no model; the first one when unset."""
+    start_wait_s: float = Field(default=60, gt=0)
+    """Longest wait for a model that has no replica yet; beyond it the answer is 503 with Retry-After."""
+
+    @model_validator(mode="after")
+    def _known(self) -> FamilyArguments:
+        if self.default is not None and self.default not in self.models:
+            raise ValueError(f"default: {self.default!r} is not one of models: {', '.join(self.models)}")
+        return self
+
+
+class FamilyInfo(BaseModel):
+    """Answer of GET /info."""
+
+    models: list[api.ModelCard]
+    default: str
+    """Model that answers where a request names none."""
+    limits: Serving
+    version: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the router knows."""
+
+    apps: Mapping[str, api.ModelCard]
+    """Each model's card, by the name of its application."""
+    names: Mapping[str, str]
+    """Application by every name that clients may use."""
+    default: str
+    settings: Serving
+    access: Access
+    start_wait_s: float
+
+
+class Router:
+    """Sends each request to its model's application and waits, for a bounded time, for one that is starting."""
+
+    def __init__(self, family: Family) -> None:
+        self.family, self.settings = family, family.settings
+        self.rules, self.places = Rules.of(family.access), limits.Places(family.settings)
+        self._handles: dict[str, DeploymentHandle] = {}
+
+    async def answer(self, route: str, body: bytes) -> api.Answer:
+        """The answer of the model that the body names.
+
+        Raises:
+            ApiError: 404 for an unknown model, 503 for one that does not start in time, and the model's refusals.
+        """
+        app = self._pick(route, body)
+        answer = await self._forward(app, route, body)
+        if isinstance(answer, api.ApiError):
+            raise answer
+        return answer
+
+    def models(self) -> list[api.ModelCard]:
+        """Every model of the family, running or not."""
+        return list(self.family.apps.values())
+
+    def info(self) -> BaseModel:
+        """Facts and limits, as a `FamilyInfo`."""
+        default = self.family.apps[self.family.default].id
+        return FamilyInfo(models=self.models(), default=default, limits=self.settings, version=__version__)
+
+    async def check(self) -> None:
+        """Asks Ray Serve after the models; one that is scaled to zero is well.
+
+        Raises:
+            ApiError: 503 when one is not running.
+        """
+        found = (await asyncio.to_thread(serve.status)).applications
+        ill = [app for app in self.family.apps if app not in found or found[app].status != "RUNNING"]
+        if ill:
+            raise api.ApiError(503, "not_ready", f"not running: {', '.join(ill)}", None, 5)
+
+    def _pick(self, route: str, body: bytes) -> str:
+        content = api.read_json(body)
+        name = content.get("model") if isinstance(content, dict) else None
+        if route == "/embed" and name is None:
+            return self.family.default
+        if not isinstance(name, str):
+            # No model can be picked: the checks of a request say what is wrong with it.
+            api.read_request(api.EmbedRequest if route == "/embed" else api.EmbeddingsRequest, body)
+        limits.check_model(str(name), tuple(self.family.names))
+        return self.family.names[str(name)]
+
+    async def _forward(self, app: str, route: str, body: bytes) -> api.Answer | api.ApiError:
+        for attempt in range(RETRIES + 1):
+            pending = asyncio.ensure_future(_result(self._handle(app), route, body))
+            try:
+                done, _ = await asyncio.wait({pending}, timeout=self.family.start_wait_s)
+                if not done and not await _running(app):
+                    raise self._starting(app)
+                return await pending
+            except RayActorError:
+                if attempt == RETRIES:
+                    raise
+            finally:
+                pending.cancel()
+        raise AssertionError  # the last attempt returns or raises
+
+    def _handle(self, app: str) -> DeploymentHandle:
+        if app not in self._handles:
+            try:
+                self._handles[app] = serve.get_app_handle(app)
+            except RayServeException:
+                raise self._starting(app) from None
+        return self._handles[app]
+
+    def _starting(self, app: str) -> api.ApiError:
+        wait = max(1, round(self.family.start_wait_s / 2))
+        message = f"model {self.family.apps[app].id!r} is starting; try again in {wait} s"
+        return api.ApiError(503, "starting", message, "model", wait)
+
+
+async def _result(handle: DeploymentHandle, route: str, body: bytes) -> Any:
+    return await handle.forward.remote(route, body)
+
+
+async def _running(app: str) -> bool:
+    """Whether an application has a replica that runs; asked only after a long wait."""
+    found = (await asyncio.to_thread(serve.status)).applications.get(app)
+    if found is None:
+        return False
+    return any(deployment.replica_states.get("RUNNING") for deployment in found.deployments.values())
+
+
+def _web() -> FastAPI:
+    """Made on the replica, as in `serve.app`."""
+    return web(lambda: serve.get_replica_context().servable_object, FamilyInfo)
+
+
+@serve.ingress(_web)
+class Front(Router):
+    """The router as Ray Serve deploys it."""
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The router's application; `args` are `FamilyArguments`.
+
+    Raises:
+        NotServableError: wrong arguments, no such run or model, or two models of one name.
+    """
+    family = checked(lambda: find_family(FamilyArguments.model_validate(args)))
+    return serve.deployment(Front).options(**options(family.settings)).bind(family)
+
+
+def find_family(args: FamilyArguments) -> Family:
+    """What the router must know, read from the models' folders.
+
+    Raises:
+        RunError: no such run or model, or two models of one name.
+        ValidationError: a limit out of its range.
+    """
+    found: dict[str, Served] = {}
+    names: dict[str, str] = {}
+    for app, given in args.models.items():
+        found[app] = find_model(given)
+        for name in found[app].names:
+            if name in names:
+                raise RunError(f"models {names[name]!r} and {app!r} are both asked for by the name {name!r}")
+            names[name] = app
+    return Family(
+        apps={app: served.card for app, served in found.items()},
+        names=names,
+        default=args.default or next(iter(args.models)),
+        settings=with_limits(Serving(), args),
+        access=Access(keys=args.keys, access_log=args.access_log),
+        start_wait_s=args.start_wait_s,
+    )
