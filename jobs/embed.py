@@ -22,8 +22,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--column", required=True, help="the column that holds the text")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards go")
     parser.add_argument("--id-column", help="the column that names a row (default: its number within its file)")
+    parser.add_argument(
+        "--keep-columns",
+        default="",
+        metavar="A,B",
+        help="columns that are copied into the shards, e.g. the text itself",
+    )
     parser.add_argument("--dimensions", type=int, help="one of the model's trained dims (default: the largest)")
     parser.add_argument("--prompt-name", help="a prompt of the model to put before each text, e.g. query")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "float16", "int8", "binary", "ubinary"),
+        help="how a vector is stored; int8 by the model's own ranges, binary as packed signs",
+    )
+    parser.add_argument(
+        "--shard-rows", type=int, default=16_384, help="rows per shard: the unit of resuming and of sharing out"
+    )
     parser.add_argument(
         "--batch-rows", type=int, default=1024, help="rows that are embedded and written at a time"
     )
@@ -35,13 +50,18 @@ def embed(arguments: argparse.Namespace) -> None:
     """Embeds what is not embedded yet."""
     from f2llm_ray.serve.bulk import Job, run
 
-    names = ("input", "column", "output", "id_column", "dimensions", "prompt_name", "batch_rows")
-    job = Job(model=_model(arguments), **{name: getattr(arguments, name) for name in names})
+    names = (
+        *("input", "column", "output", "id_column", "dimensions"),
+        *("dtype", "prompt_name", "shard_rows", "batch_rows"),
+    )
+    keep = tuple(name for name in arguments.keep_columns.split(",") if name)
+    job = Job(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
     done = run(job, workers=arguments.workers)
     now = done["embedded_now"]
     say(
         f"{done['output_uri']}: {now['rows']} rows embedded in {done['seconds']} s"
-        f" ({done['rows_per_second']} rows/s, {done['tokens_per_second']} tokens/s);"
+        f" ({done['startup_seconds']} s to start, then {done['rows_per_second']} rows/s,"
+        f" {done['tokens_per_second']} tokens/s);"
         f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
     )
 

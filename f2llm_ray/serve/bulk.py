@@ -1,8 +1,7 @@
 """Bulk embedding: files in, parquet shards of vectors out, on Ray Data actors that each hold an engine.
 
-A unit is what is done or not done: one row group of a parquet file, or one jsonl or csv file. A unit becomes one
-shard, written aside and moved into place, so a run that was cut off goes on where it stopped. A unit's texts are
-in memory at once, its vectors only a batch at a time and where a text comes again.
+A unit of at most `shard_rows` rows is what is done or not done. It becomes one shard, written aside and moved into
+place, so a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,22 +11,19 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from pyarrow import parquet as pq
 
 from f2llm_ray import __version__
-from f2llm_ray.data.tokens import cut
 from f2llm_ray.errors import DataError, RunError
-from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, ModelInfo, load_info
+from f2llm_ray.progress import Progress
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine
-from f2llm_ray.serve.inputs import Unit, find_files, plan, read_unit
+from f2llm_ray.serve.inputs import Unit, find_files, plan
+from f2llm_ray.serve.shards import DTYPES, Count, Job, ShardWriter
 from f2llm_ray.session import connect
 
 SETTINGS = "settings.json"
@@ -36,37 +32,10 @@ SAMPLE = 1 << 20
 """Bytes at each end of a weight file that tell two models apart; training moves every weight."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is embedded, and how."""
-
-    model: str
-    input: str
-    column: str
-    output: str
-    id_column: str | None = None
-    dimensions: int | None = None
-    prompt_name: str | None = None
-    batch_rows: int = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class Count:
-    """What was done, over one unit or all."""
-
-    rows: int = 0
-    embedded: int = 0
-    """Texts that went through the model: equal ones of a shard go once."""
-    tokens: int = 0
-    cut: int = 0
-    """Texts that were longer than the model's max_tokens."""
-
-    def __add__(self, other: Count) -> Count:
-        return Count(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
-
-
 def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
     """Embeds all that is not yet embedded and returns the manifest, with this call's rates.
+
+    The rates are of the time after the first actor was ready: `startup_seconds` is what came before.
 
     Args:
         job: what to embed.
@@ -81,27 +50,35 @@ def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
     if f"{output.path}/".startswith(f"{source.path}/"):
         raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
     info = read_info(model)
-    check_settings(job, info)
+    check_settings(job, info, model)
     files = find_files(source)
     claim(output, settings_of(job, model, info, source, files))
-    units = list(plan(source, files))
+    units = plan(source, files, job.shard_rows)
     done = set(output.files(".parquet"))
     waiting = [unit for unit in units if unit.shard not in done]
     # Absolute from here on: an actor may run in another folder than the one who asked.
-    absolute = Job(**{**asdict(job), "model": model.uri, "input": source.uri, "output": output.uri})
-    count = sum(_embed_units(absolute, waiting, workers), Count())
-    seconds = time.time() - started
-    totals = _totals(output, units)
-    manifest = {"shards": len(units), **asdict(totals), **output.read_json(SETTINGS), "code_version": __version__}
+    absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
+    count, ready = _embed_units(absolute, waiting, len(units), workers)
+    seconds, working = time.time() - started, time.time() - ready
+    manifest = {
+        "shards": len(units),
+        **asdict(_totals(output, units)),
+        **output.read_json(SETTINGS),
+        "code_version": __version__,
+    }
     output.write_json(MANIFEST, manifest)
+    for name in output.files():
+        if name.startswith(".shard-"):  # half a shard, of a worker that was killed
+            output.filesystem.delete_file(f"{output.path}/{name}")
     return {
         **manifest,
         "output_uri": output.uri,
         "embedded_now": asdict(count),
         "shards_skipped": len(units) - len(waiting),
         "seconds": round(seconds, 2),
-        "rows_per_second": round(count.rows / seconds, 1),
-        "tokens_per_second": round(count.tokens / seconds, 1),
+        "startup_seconds": round(seconds - working, 2),
+        "rows_per_second": round(count.rows / working, 1) if waiting else 0.0,
+        "tokens_per_second": round(count.tokens / working, 1) if waiting else 0.0,
     }
 
 
@@ -118,19 +95,28 @@ def read_info(model: Folder) -> ModelInfo:
         return load_info(Path(copy))
 
 
-def check_settings(job: Job, info: ModelInfo) -> None:
+def check_settings(job: Job, info: ModelInfo, model: Folder) -> None:
     """Refuses what the model was not made for, before any work.
 
     Raises:
-        RunError: dims it was not trained for, or a prompt it does not have.
+        RunError: dims it was not trained for, a prompt or int8 ranges it does not have, or columns that clash.
     """
-    if job.batch_rows < 1:
-        raise RunError(f"batch rows: {job.batch_rows}, at least 1 is needed")
+    for name in ("batch_rows", "shard_rows"):
+        if getattr(job, name) < 1:
+            raise RunError(f"{name.replace('_', ' ')}: {getattr(job, name)}, at least 1 is needed")
     if job.dimensions is not None and job.dimensions not in info.dims:
         allowed = ", ".join(map(str, info.dims))
         raise RunError(f"dimensions: {info.name} was not trained for {job.dimensions}; allowed: {allowed}")
     if job.prompt_name is not None and job.prompt_name not in info.prompts:
         raise RunError(f"prompt: {info.name} has no {job.prompt_name!r}; it has: {', '.join(info.prompts)}")
+    if job.dtype not in DTYPES:
+        raise RunError(f"dtype: {job.dtype!r} is not one of {', '.join(DTYPES)}")
+    if job.dtype == "int8" and not model.exists(CALIBRATION_FILE):
+        raise RunError(f"dtype: int8 needs {model.uri}/{CALIBRATION_FILE}, and the model has none")
+    taken = {"id", "embedding", *(["file"] if job.id_column is None else [])}
+    for name in job.keep:
+        if name in taken or job.keep.count(name) > 1:
+            raise RunError(f"keep columns: {name!r} is a column of the shards already")
 
 
 def settings_of(job: Job, model: Folder, info: ModelInfo, source: Folder, files: dict[str, int]) -> dict[str, Any]:
@@ -142,8 +128,11 @@ def settings_of(job: Job, model: Folder, info: ModelInfo, source: Folder, files:
         "files": files,
         "column": job.column,
         "id_column": job.id_column,
+        "keep": list(job.keep),
         "dimensions": job.dimensions or info.dims[-1],
+        "dtype": job.dtype,
         "prompt_name": job.prompt_name,
+        "shard_rows": job.shard_rows,
     }
 
 
@@ -183,87 +172,33 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-class ShardWriter:
-    """The actor: one engine that turns units into shards."""
+def _embed_units(job: Job, units: list[Unit], total: int, workers: int | None) -> tuple[Count, float]:
+    """Hands the units to actors; what is wrong with some is said after the rest.
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.source, self.output = Folder.at(job.input), Folder.at(job.output)
-        with Folder.at(job.model).as_local() as folder:
-            self.engine = Engine(folder)
-        info = self.engine.info
-        self.dim = job.dimensions or info.dims[-1]
-        self.prompt = "" if job.prompt_name is None else info.prompts[job.prompt_name]
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Writes the shards of a Ray Data batch of units and gives what came of each."""
-        return {"outcome": np.array([json.dumps(self._outcome(Unit(**json.loads(u)))) for u in batch["unit"]])}
-
-    def _outcome(self, unit: Unit) -> dict[str, Any]:
-        try:
-            return asdict(self.write(unit))
-        except DataError as error:
-            # As a value: Ray Data passes on the text of an actor's exception but not the exception.
-            return {"error": str(error)}
-
-    def write(self, unit: Unit) -> Count:
-        """Embeds one unit into its shard.
-
-        Raises:
-            DataError: a file that cannot be read, a missing column, or a row without text.
-        """
-        texts, ids = read_unit(self.source, unit, self.job.column, self.job.id_column)
-        columns = {"id": ids}
-        if self.job.id_column is None:
-            file = unit.file or Path(self.source.path).name
-            columns = {"file": pa.array([file] * len(texts), pa.string()), **columns}
-        kind = pa.list_(pa.float32(), self.dim)
-        schema = pa.schema([*((name, values.type) for name, values in columns.items()), ("embedding", kind)])
-        count = Count(rows=len(texts))
-        # The counts travel in the shard, so that a manifest can be made of shards from many runs.
-        with (
-            self.output.replacing(unit.shard) as temporary,
-            pq.ParquetWriter(temporary, schema, filesystem=self.output.filesystem) as writer,
-        ):
-            for start, vectors, spent in self._vectors(texts):
-                rows = {name: values.slice(start, len(vectors)) for name, values in columns.items()}
-                embedding = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), type=kind)
-                writer.write_table(pa.table({**rows, "embedding": embedding}, schema=schema))
-                count += spent
-            writer.add_key_value_metadata({"f2llm": json.dumps(asdict(count))})
-        return count
-
-    def _vectors(self, texts: pa.StringArray) -> Iterator[tuple[int, Vectors, Count]]:
-        """The vectors of the rows, batch by batch, each distinct text embedded once."""
-        coded = texts.dictionary_encode()
-        codes, distinct = coded.indices.to_numpy(), coded.dictionary
-        repeated = np.bincount(codes, minlength=len(distinct)) > 1
-        kept: dict[int, Vectors] = {}
-        for start in range(0, len(codes), self.job.batch_rows):
-            batch = codes[start : start + self.job.batch_rows]
-            fresh = [int(code) for code in dict.fromkeys(batch) if code not in kept]
-            tokens = self.engine.tokenize(
-                distinct.take(pa.array(fresh, pa.int32())).to_pylist(), prompt=self.prompt
-            )
-            longest = self.engine.info.max_tokens
-            spent = Count(
-                embedded=len(fresh),
-                tokens=sum(min(len(ids), longest) for ids in tokens),
-                cut=sum(len(ids) > longest for ids in tokens),
-            )
-            vectors = self.engine.embed_tokens([cut(ids, longest) for ids in tokens], dim=self.dim)
-            here = dict(zip(fresh, vectors, strict=True))
-            kept.update((code, vector) for code, vector in here.items() if repeated[code])
-            rows = [here[code] if code in here else kept[code] for code in batch.tolist()]
-            yield start, np.stack(rows), spent
-
-
-def _embed_units(job: Job, units: list[Unit], workers: int | None) -> Iterator[Count]:
-    """Hands the units to actors and gives the counts as they come; what is wrong with some is said after the rest.
+    Returns:
+        What was done, and when the first actor was ready.
 
     Raises:
         DataError: some units could not be embedded.
     """
+    count, ready, errors = Count(), time.time(), []
+    progress = Progress("embed", total, "shards")
+    for number, outcome in enumerate(_outcomes(job, units, workers), start=total - len(units) + 1):
+        if "error" in outcome:
+            errors.append(outcome["error"])
+            continue
+        ready = min(outcome["ready"], ready) if count.rows else outcome["ready"]
+        count += Count(**outcome["count"])
+        seconds = max(time.time() - ready, 1e-9)
+        rates = (f"{n / seconds:,.0f} {name}/s" for n, name in ((count.rows, "rows"), (count.tokens, "tokens")))
+        progress.update(number, f"{count.rows:,} rows", *rates)
+    if errors:
+        raise DataError("\n".join(sorted(errors)))
+    return count, ready
+
+
+def _outcomes(job: Job, units: list[Unit], workers: int | None) -> Iterator[dict[str, Any]]:
+    """What came of each unit, as the actors finish them."""
     if not units:
         return
     import ray
@@ -283,15 +218,8 @@ def _embed_units(job: Job, units: list[Unit], workers: int | None) -> Iterator[C
         num_cpus=1,
         num_gpus=1 if gpus else 0,
     )
-    errors = []
     for row in dataset.iter_rows():
-        outcome = json.loads(row["outcome"])
-        if "error" in outcome:
-            errors.append(outcome["error"])
-        else:
-            yield Count(**outcome)
-    if errors:
-        raise DataError("\n".join(sorted(errors)))
+        yield json.loads(row["outcome"])
 
 
 def _totals(output: Folder, units: list[Unit]) -> Count:

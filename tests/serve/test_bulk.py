@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,13 @@ from pyarrow import parquet as pq
 
 from f2llm_ray.errors import DataError, RunError
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.bulk import Job, ShardWriter, run
+from f2llm_ray.serve import inputs
+from f2llm_ray.serve.bulk import run
+from f2llm_ray.serve.calibrate import calibrate, load_calibration, save_calibration
 from f2llm_ray.serve.engine import Engine
-from f2llm_ray.serve.inputs import find_files, plan
+from f2llm_ray.serve.inputs import Reader, find_files, plan
+from f2llm_ray.serve.quantise import quantise
+from f2llm_ray.serve.shards import DTYPES, Dtype, Job, ShardWriter
 from tests.tiny import MAX_TOKENS, tiny_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "embed.py"
@@ -53,7 +58,7 @@ def here(job: Job, *, unit: int = 0) -> pa.Table:
     """One unit's shard, written in this process by the code that the actors run."""
     source, output = Folder.at(job.input), Folder.at(job.output)
     output.create()
-    chosen = list(plan(source, find_files(source)))[unit]
+    chosen = plan(source, find_files(source), job.shard_rows)[unit]
     ShardWriter(job).write(chosen)
     return pq.read_table(f"{output.path}/{chosen.shard}")
 
@@ -78,6 +83,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
         id_column="id",
         dimensions=16,
         prompt_name="query",
+        shard_rows=100,
         batch_rows=32,
     )
 
@@ -89,7 +95,8 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     assert sorted(path.name for path in output.iterdir()) == ["settings.json", *(path.name for path in made)]
     assert [len(pq.read_table(shard)) for shard in made] == [80, 80, 40]
 
-    # The next run makes what is not there, and nothing else.
+    # The next run makes what is not there, and nothing else; what a killed worker left goes.
+    (output / ".shard-000001.parquet.0a1b").write_bytes(b"PAR1")
     made[1].unlink()
     times = {shard: shard.stat().st_mtime_ns for shard in made if shard.exists()}
     jsonl.write_text("\n".join(lines), encoding="utf-8")
@@ -100,6 +107,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     groups = [texts[:80], texts[80:160], texts[160:200], texts[200:]]
     assert manifest["embedded"] == sum(len(set(group)) for group in groups) < 250
     assert manifest["cut"] > 0
+    assert not list(output.glob(".shard-*"))
     on_disk = json.loads((output / "manifest.json").read_text())
     assert (on_disk["rows"], on_disk["dimensions"], on_disk["prompt_name"]) == (250, 16, "query")
 
@@ -115,6 +123,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     for change, message in (
         ({"dimensions": 8}, r"dimensions \(was 16, now 8\)"),
         ({"prompt_name": None}, "prompt_name"),
+        ({"dtype": "float16"}, r'dtype \(was "float32", now "float16"\)'),
         ({"model": str(tiny_model(tmp_path / "other", hidden=64))}, "model_fingerprint"),
     ):
         with pytest.raises(RunError, match=message):
@@ -225,6 +234,11 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
         ({"input": str(tmp_path), "output": str(tmp_path / "o")}, "lies within the input"),
         ({"output": str(tmp_path / "taken")}, "parquet files of something else"),
         ({"batch_rows": 0}, "at least 1 is needed"),
+        ({"shard_rows": 0}, "at least 1 is needed"),
+        ({"dtype": "int8"}, r"int8 needs .*calibration\.safetensors"),
+        ({"dtype": "int4"}, "'int4' is not one of float32, float16, int8, binary, ubinary"),
+        ({"keep": ("n", "file")}, "'file' is a column of the shards already"),
+        ({"keep": ("n", "n")}, "'n' is a column of the shards already"),
     ):
         with pytest.raises(RunError, match=message):
             run(Job(**{**fine, **change}))
@@ -232,6 +246,8 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
         here(Job(**{**fine, "column": "n"}))
     with pytest.raises(DataError, match="it has no column 'id'"):
         here(Job(**fine, id_column="id"))
+    with pytest.raises(DataError, match="it has no column 'more'"):
+        here(Job(**fine, keep=("more",)))
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
@@ -249,3 +265,128 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_large_files_are_shared_out_by_rows(
+    tmp_path: Path, block: int, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row is in one unit, and has one number, whatever the blocks in which its file is read."""
+    monkeypatch.setattr(inputs, "BLOCK", block)
+    rows = [{"t": f"text {i} 猫", "n": i} for i in range(23)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=15)
+    (tmp_path / "c.jsonl").write_text("")
+    source = Folder.at(str(tmp_path))
+    reader = Reader(source, "t", None, ["n"])
+    units = plan(source, find_files(source), 6)
+    assert [unit.shard for unit in units] == [f"shard-{n:06d}.parquet" for n in range(4 + 5)]
+    read = [reader.read(unit) for unit in units]
+    assert [len(texts) for texts, _ in read] == [6, 6, 6, 5, 6, 6, 3, 6, 2]
+    for part in (slice(0, 4), slice(4, 9)):
+        assert [text for texts, _ in read[part] for text in texts.to_pylist()] == [row["t"] for row in rows]
+        for name in ("id", "n"):
+            assert [n for _, columns in read[part] for n in columns[name].to_pylist()] == list(range(23))
+
+
+def test_columns_go_along_and_keep_their_type(tmp_path: Path, folder: Path) -> None:
+    rows: list[dict[str, Any]] = [{"t": f"text {i}", "more": None, "tags": ["a"] * i} for i in range(4)]
+    rows[3]["more"] = "here"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    job = Job(
+        model=str(folder),
+        input=str(tmp_path / "a.jsonl"),
+        column="t",
+        output=str(tmp_path / "o"),
+        keep=("t", "more", "tags"),
+        shard_rows=3,
+    )
+    table = pa.concat_tables([here(job, unit=0), here(job, unit=1)])
+    assert table.column_names == ["file", "id", "t", "more", "tags", "embedding"]
+    assert table.select(["t", "more", "tags"]).to_pylist() == rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_holds_the_engines_vectors(tmp_path: Path, folder: Path, dtype: Dtype) -> None:
+    texts = texts_of(40)
+    engine = Engine(folder)
+    model = tiny_model(tmp_path / "model")
+    save_calibration(Folder.at(str(model)), calibrate(engine, engine.tokenize(texts, max_tokens=MAX_TOKENS)))
+    pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
+    job = Job(
+        model=str(model), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"), dtype=dtype
+    )
+    found = vectors_of(here(replace(job, dimensions=16)))
+    vectors = engine.embed(texts, dim=16)
+    if dtype.startswith("float"):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, vectors, atol=1e-3 if dtype == "float16" else 1e-5)
+        return
+    calibration = load_calibration(model)
+    assert calibration is not None
+    expected = quantise(vectors, dtype, calibration.ranges[16])  # type: ignore[arg-type]
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    # A value on the edge of a step, or of a sign, may fall to either side with the batch it travelled in.
+    apart = np.abs(found.astype(int) - expected.astype(int)) if dtype == "int8" else found != expected
+    assert np.mean(apart) < 0.01
+    assert dtype != "int8" or apart.max() <= 1
+
+
+def test_stores_read_the_shards(tmp_path: Path, folder: Path) -> None:
+    """The nearest neighbours that FAISS and LanceDB find in the files are those of the engine's vectors."""
+    faiss, lancedb = pytest.importorskip("faiss"), pytest.importorskip("lancedb")
+    texts = [f"text {i} " + "the cat " * (i % 7) for i in range(60)]
+    pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
+    jobs = {
+        dtype: Job(
+            model=str(folder),
+            input=str(tmp_path / "a.parquet"),
+            column="t",
+            output=str(tmp_path / dtype),
+            dtype=dtype,
+            keep=("t",),
+        )
+        for dtype in ("float32", "float16", "ubinary")
+    }
+    tables = {dtype: here(job) for dtype, job in jobs.items()}
+    vectors = Engine(folder).embed(texts)
+    best = np.argsort(-vectors @ vectors.T, axis=1)[:, :3]
+
+    flat = faiss.IndexFlatIP(32)
+    flat.add(vectors_of(tables["float32"]))
+    assert (flat.search(vectors, 3)[1][:, 0] == np.arange(60)).all()
+    assert np.mean(flat.search(vectors, 3)[1] == best) > 0.99
+    bits = faiss.IndexBinaryFlat(32)
+    bits.add(vectors_of(tables["ubinary"]))
+    assert (bits.search(np.packbits(vectors > 0, axis=1), 1)[0] == 0).all()
+
+    store = lancedb.connect(tmp_path / "lance")
+    for dtype in ("float32", "float16"):
+        table = store.create_table(dtype, data=tables[dtype])
+        found = table.search(vectors[7], vector_column_name="embedding").metric("cosine").limit(3).to_list()
+        assert [row["t"] for row in found] == [texts[i] for i in best[7]], dtype
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on(tmp_path: Path, folder: Path) -> None:
+    texts = texts_of(6000)
+    pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
+    output = tmp_path / "o"
+    command = [sys.executable, str(JOB), "--model", str(folder), "--input", str(tmp_path / "a.parquet")]
+    command += ["--column", "t", "--output", str(output), "--shard-rows", "200", "--batch-rows", "50"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as job:
+        while not list(output.glob("*.parquet")):
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.kill()
+    left = {shard: shard.stat().st_mtime_ns for shard in output.glob("*.parquet")}
+    assert 0 < len(left) < 30
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"{len(left)} of 30 shards were there; 6000 rows in all" in done.stdout
+    assert {shard: shard.stat().st_mtime_ns for shard in left} == left
+    table = pq.read_table(output)
+    assert table["id"].to_pylist() == list(range(6000))
+    np.testing.assert_allclose(vectors_of(table), Engine(folder).embed(texts), atol=1e-5)
