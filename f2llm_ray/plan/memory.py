@@ -57,9 +57,8 @@ def gradient_bytes(work: Work) -> float:
     forward passes that used its weight have gone backward: where a chunk takes more than one pass, autograd holds
     the sums of all gradients meanwhile, whatever the stage.
     """
-    several_backward = work.accumulate > 1 or work.chunks(work.most_tokens_per_worker) > 1
     several_forward = work.longest_pass_tokens < work.longest_chunk_tokens
-    if work.zero_stage == 0 or several_forward or (work.zero_stage == 1 and several_backward):
+    if work.zero_stage == 0 or several_forward or (work.zero_stage == 1 and _several_backward(work)):
         return work.float_bytes * _count(work)
     return 0 if work.offload else work.float_bytes * _count(work) / work.world
 
@@ -78,10 +77,13 @@ def optimizer_bytes(work: Work) -> float:
 def host_bytes(work: Work) -> float:
     """Bytes of host memory per worker with the optimizer offloaded: its state, and gradients as they come and go.
 
-    DeepSpeed keeps them there in float32 and in the precision of the pass.
+    DeepSpeed keeps them there in float32 and in the precision of the pass, and under ZeRO-2 their sums over the
+    backward passes of a step once more.
     """
-    share = _count(work) / work.world
-    return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes) * share if work.offload else 0
+    if not work.offload:
+        return 0
+    sums = work.float_bytes if work.zero_stage == 2 and _several_backward(work) else 0
+    return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes + sums) * _count(work) / work.world
 
 
 def buffer_bytes(work: Work) -> float:
@@ -131,6 +133,11 @@ def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
 def final_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     """Bytes that the last norm saves: its input in float32, the normalised input, its scale."""
     return (FLOAT32_BYTES + float_bytes) * shape.hidden + FLOAT32_BYTES
+
+
+def _several_backward(work: Work) -> bool:
+    """Whether an optimizer step takes more than one backward pass."""
+    return work.accumulate > 1 or work.chunks(work.most_tokens_per_worker) > 1
 
 
 def _count(work: Work) -> int:

@@ -141,7 +141,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> Work:
     teacher = None
     if isinstance(stage, Distill):
         teacher = _teacher(recipe, stage)
-        shape = pruned_shape(recipe, shape)
+        shape, vocabulary = pruned(recipe, shape, vocabulary)
     engine = stage.engine
     tasks = {recipe.sources[source].task for source in recipe.stage_sources(stage)}
     return Work(
@@ -157,7 +157,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> Work:
         epochs=stage.epochs,
         max_steps=stage.max_steps,
         rows_per_batch=stage.global_batch,
-        accumulate=1,
+        accumulate=stage.accumulate,
         texts_per_row=_texts_per_row(stage, tasks),
         longest_text_tokens=recipe.data.max_tokens,
         tokens_per_pass=engine.tokens_per_pass,
@@ -182,11 +182,20 @@ def backbone_shape(recipe: Recipe) -> tuple[Shape, int]:
     return backbone.shape, checkpoint_shape(str(tokenizer.path))[1]
 
 
-def pruned_shape(recipe: Recipe, shape: Shape) -> Shape:
-    """What the recipe's pruning makes of a shape."""
-    if recipe.prune is None:
-        return shape
-    return shape.model_copy(update={part: getattr(recipe.prune, part) for part in ("layers", "hidden", "ffn")})
+def pruned(recipe: Recipe, shape: Shape, vocabulary: int) -> tuple[Shape, int]:
+    """What the recipe's pruning makes of a shape and a vocabulary.
+
+    Where it keeps the tokens that are used, only the corpus says how many: none are taken off then.
+    """
+    cut = recipe.prune
+    if cut is None:
+        return shape, vocabulary
+    kept = {part: getattr(cut, part) for part in ("layers", "hidden", "ffn", "kv_heads")}
+    changed = {part: number for part, number in kept.items() if number is not None}
+    if cut.kv_heads is not None:  # query heads go with the one that they share
+        changed["heads"] = shape.heads // shape.kv_heads * cut.kv_heads
+    wanted = cut.vocabulary if isinstance(cut.vocabulary, int) else vocabulary
+    return shape.model_copy(update=changed), min(vocabulary, wanted)
 
 
 def _teacher(recipe: Recipe, stage: Distill) -> Teacher | None:

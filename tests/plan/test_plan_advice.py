@@ -47,7 +47,7 @@ def test_activations_that_do_not_fit_call_for_gradcache_and_not_for_gpus() -> No
 
 
 def test_the_cheapest_change_is_preferred() -> None:
-    """Checkpointing takes less than a forward pass more, GradCache nearly one; both only where neither is enough."""
+    """Checkpointing takes less than a forward pass, GradCache nearly one; both only where neither is enough."""
     work = replace(work_of("0.6b"), gradient_checkpointing=False, tokens_per_chunk=None)
     chunk = work.tokens_per_pass
     wanted = {

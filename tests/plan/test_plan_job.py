@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from f2llm_ray.errors import RecipeError
-from f2llm_ray.plan.work import stage_work
+from f2llm_ray.model.sizes import FAMILY, VOCABULARY
+from f2llm_ray.plan.work import Teacher, stage_work
 from f2llm_ray.recipe_file import load_recipe
 
 REPO = Path(__file__).parent.parent.parent
@@ -82,6 +83,22 @@ def test_workers_that_cannot_share_a_batch_and_unknown_stages_are_named() -> Non
         stage_work(recipe, "stage1", 3)
     with pytest.raises(RecipeError, match=r"stage9.*stage1.*stage2"):
         stage_work(recipe, "stage9", 8)
+
+
+def test_what_pruning_keeps_is_what_is_distilled() -> None:
+    """Any mix of parts; what is not named stays, and the teacher keeps all."""
+    cut = "prune={model: stage2, layers: 7, kv_heads: 2, vocabulary: 50000}"
+    work = stage_work(load_recipe("f2llm-v2-80m", ["prune=null", cut]), "distilled", 8)
+    whole = FAMILY["0.6b"]
+    changed = {"layers": 7, "kv_heads": 2, "heads": 4}
+    assert (work.shape, work.vocabulary) == (whole.model_copy(update=changed), 50_000)
+    assert work.teacher == Teacher(shape=whole, vocabulary=VOCABULARY, cached=True)
+    beside = load_recipe("f2llm-v2-80m", ["distill.teacher_vectors=online", "prune.vocabulary=used"])
+    work = stage_work(beside, "distilled", 8)
+    assert work.vocabulary == VOCABULARY, "only the corpus says how many are used"
+    assert work.teacher == Teacher(shape=whole, vocabulary=VOCABULARY, cached=False)
+    without = stage_work(load_recipe("f2llm-v2-80m", ["distill.mse_weight=0"]), "distilled", 8)
+    assert without.teacher is None
 
 
 def test_a_plan_starts_nothing() -> None:

@@ -35,14 +35,12 @@ from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, t
 
 REPO = Path(__file__).parent.parent.parent
 FLOAT_BYTES = {"bf16": 2, "fp32": 4}
-PLAIN = [(precision, zero_stage, False, 1) for precision in ("fp32", "bf16") for zero_stage in (0, 1, 2, 3)]
 ENGINES = [
-    *PLAIN,
-    *[("fp32", zero_stage, False, 3) for zero_stage in (0, 1, 2, 3)],
-    *[("bf16", zero_stage, offload, 3) for zero_stage in (1, 2, 3) for offload in (False, True)],
+    *[(precision, zero_stage, False, 1) for precision in ("fp32", "bf16") for zero_stage in (0, 1, 2, 3)],
+    *[("fp32", zero_stage, False, 3) for zero_stage in (0, 1, 2)],
+    *[("bf16", zero_stage, False, 3) for zero_stage in (1, 2, 3)],
+    *[("bf16", zero_stage, True, chunks) for zero_stage in (2, 3) for chunks in (1, 3)],
     ("fp32", 2, True, 1),
-    ("bf16", 2, True, 1),
-    ("bf16", 3, True, 1),
 ]
 """Precision, ZeRO stage, offload, chunks of a step."""
 
@@ -240,7 +238,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, bo
     return dict(zip(ENGINES, measured, strict=True))
 
 
-@pytest.mark.slow  # twenty-one engines in each of two processes
+@pytest.mark.slow  # nineteen engines in each of two processes: a minute or two
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_states_are_what_deepspeed_allocates(
@@ -258,15 +256,11 @@ def test_states_are_what_deepspeed_allocates(
     held = engines[engine]
     states = parts.weights_bytes + parts.gradients_bytes + parts.optimizer_bytes + host_bytes(work)
     # On a CPU what is offloaded is counted too. DeepSpeed's bucket is there within backward, and stays after it
-    # under ZeRO-3, and under ZeRO-1 until the step's last.
+    # under ZeRO-3, and under ZeRO-1 between the backward passes of a step, whose last one leaves a share.
     bucket = work.float_bytes * BUCKET_PARAMETERS
-    for number, size in enumerate(held["backward"]):
-        stays = zero_stage == 3 or (zero_stage == 1 and number < chunks - 1)
-        assert size - bucket * stays <= 1.05 * states
-    most = max(size - bucket * (zero_stage == 3 or (zero_stage == 1 and chunks > 1)) for size in held["backward"])
-    if zero_stage == 1 and chunks > 1:
-        most = held["backward"][0] - bucket
-    assert most == pytest.approx(states, rel=0.05)
+    stays = zero_stage == 3 or (zero_stage == 1 and chunks > 1)
+    assert held["backward"][0] - bucket * stays == pytest.approx(states, rel=0.05)
+    assert max(held["backward"]) <= 1.001 * held["backward"][0]
     if zero_stage in {0, 2} and not offload:  # elsewhere the room for gradients stays, or a bucket beside it
         # A tensor whose gradient lies in two workers' shares is kept whole: here 6 % of the parameters.
         assert held["backward"][-1] - held["step"] == pytest.approx(parts.gradients_bytes, rel=0.07)

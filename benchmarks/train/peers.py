@@ -1,0 +1,151 @@
+"""The steps that are compared, one per peer: same rows, one thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.train.setup import SHAPE, Place
+from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
+from f2llm_ray.model.encoder import encode
+from f2llm_ray.train.loader import Batch
+from f2llm_ray.train.losses import Objective, Places, contrastive
+from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.zero import start_engine
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Step = Callable[[Batch], None]
+
+
+def loss_of(v_nd: torch.Tensor, batch: Batch, stage: TrainStage, *, gather_gradient: bool = True) -> torch.Tensor:
+    """The paper's objective on the vectors of a batch."""
+    arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
+    objective = Objective(
+        dims=tuple(matryoshka_dims(SHAPE.hidden)),
+        temperature=stage.temperature,
+        in_batch=True,
+        gather_gradient=gather_gradient,
+    )
+    return contrastive(v_nd, Places(*(torch.from_numpy(array.copy()) for array in arrays)), objective)[0]
+
+
+class Encoder(torch.nn.Module):
+    """The encoder as the engine sees it."""
+
+    def __init__(self, backbone: Any, tokens_per_pass: int) -> None:
+        super().__init__()
+        self.backbone, self.tokens_per_pass = backbone, tokens_per_pass
+
+    def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
+        """The vectors of the texts."""
+        return encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass)
+
+
+def our_step(place: Place) -> Step:
+    """Our engine's step."""
+    stage = place.stage
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place.root}/group-{os.getpid()}", rank=0, world_size=1
+    )
+    engine = start_engine(Encoder(load_backbone(place.model), stage.engine.tokens_per_pass), stage, 1)
+    engine.train()
+
+    def step(batch: Batch) -> None:
+        engine.backward(loss_of(engine(batch.tokens).float(), batch, stage))
+        engine.step()
+
+    return step
+
+
+def bare_step(place: Place) -> Step:
+    """Forward and backward of the encoder alone."""
+    stage = place.stage
+    backbone = load_backbone(place.model).train()
+
+    def step(batch: Batch) -> None:
+        backbone.zero_grad()
+        loss_of(
+            encode(backbone, batch.tokens, tokens_per_pass=stage.engine.tokens_per_pass), batch, stage
+        ).backward()
+
+    return step
+
+
+def official_step(place: Place) -> Step:
+    """One padded forward pass of all texts."""
+    stage = place.stage
+    backbone = load_backbone(place.model).train()
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=stage.lr, betas=stage.betas)
+
+    def step(batch: Batch) -> None:
+        lengths = torch.tensor([len(text) for text in batch.tokens])
+        ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long)
+        for row, text in zip(ids, batch.tokens, strict=True):
+            row[: len(text)] = torch.from_numpy(text.astype(np.int64))
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        vectors = hidden[torch.arange(len(lengths)), lengths - 1]
+        optimizer.zero_grad()
+        loss_of(vectors, batch, stage, gather_gradient=False).backward()
+        torch.nn.utils.clip_grad_norm_(backbone.parameters(), stage.clip)
+        optimizer.step()
+
+    return step
+
+
+class Peer:
+    """sentence-transformers' trainer on the same rows."""
+
+    def __init__(self, place: Place) -> None:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+        self.model = SentenceTransformer(str(place.model), device="cpu")
+        ranking = MultipleNegativesRankingLoss(self.model, scale=1 / place.stage.temperature)
+        self.loss = MatryoshkaLoss(self.model, ranking, [*reversed(matryoshka_dims(SHAPE.hidden))])
+        self.place = place
+
+    def seconds(self, batches: list[Batch]) -> float:
+        """Seconds that training on these batches takes, from its begin to its end."""
+        from datasets import Dataset
+        from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+        from transformers import TrainerCallback
+
+        now = CLOCKS[self.place.clock]
+
+        class Clock(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                self.started = now()
+
+            def on_train_end(self, *_: Any, **__: Any) -> None:
+                self.seconds = now() - self.started
+
+        clock = Clock()
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(self.place.root / "trainer"),
+            per_device_train_batch_size=self.place.stage.global_batch,
+            num_train_epochs=1,
+            learning_rate=self.place.stage.lr,
+            max_grad_norm=self.place.stage.clip,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        rows = Dataset.from_list([row for batch in batches for row in self._rows(batch)])
+        trainer = SentenceTransformerTrainer(self.model, arguments, rows, loss=self.loss, callbacks=[clock])
+        trainer.train()
+        return clock.seconds
+
+    def _rows(self, batch: Batch) -> Iterator[dict[str, str]]:
+        texts = [self.place.text_of[text.tobytes()] for text in batch.tokens]
+        for query, passage, negatives in zip(batch.query, batch.passage, batch.negative, strict=True):
+            columns = {f"negative_{number}": texts[place] for number, place in enumerate(negatives)}
+            yield {"query": texts[query], "passage": texts[passage], **columns}

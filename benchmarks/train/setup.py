@@ -1,0 +1,139 @@
+"""What both benchmarks of training run on: a tiny Qwen3, texts of natural lengths, and the stages' folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.loader import random_keys
+from f2llm_ray.data import tokens as store_files
+from f2llm_ray.data.batches import BatchTable
+from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.ragged import list_array
+from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.tokenizer import train_tokenizer
+from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
+from f2llm_ray.model.sizes import Shape, random_backbone
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
+from f2llm_ray.run import Folder
+from f2llm_ray.train.loader import Batch
+from f2llm_ray.train.settings import TrainStage
+
+SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=768, max_positions=512)
+VOCABULARY = 4000
+MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.9, 8, 512
+SHARDS = 4
+STAGE = "bench"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a process needs to know."""
+
+    root: Path
+    stage: TrainStage
+    clock: str
+    text_of: dict[bytes, str]
+    batches: Path
+
+    @property
+    def model(self) -> Path:
+        """The model folder that all start from."""
+        return self.root / "model"
+
+    @property
+    def store(self) -> Path:
+        """The token store."""
+        return self.root / "prepared" / "tokens"
+
+    @property
+    def table(self) -> BatchTable:
+        """The batches."""
+        return BatchTable(self.batches / "train", ("pairs",))
+
+
+def recipe_of(rows: int, negatives: int, workers: int = 1) -> Recipe:
+    """A recipe of one retrieval source, whose files are never read."""
+    settings = {
+        "name": "bench",
+        "sources": {"pairs": {"format": "parquet", "paths": ["none.parquet"]}},
+        "tokenizer": {"train_vocab": VOCABULARY},
+        "backbone": {"shape": SHAPE.model_dump()},
+        "stages": {
+            STAGE: {
+                "global_batch": rows,
+                "negatives": {"retrieval": negatives},
+                "instructions": False,
+                "engine": {"precision": "fp32", "tokens_per_pass": 4096},
+            }
+        },
+        # Half a core each, so that Ray Data finds room beside the trainers.
+        "compute": {"workers": workers, "cpus_per_worker": 0.5},
+    }
+    return parse(Recipe, settings, "benchmark")
+
+
+def texts_of(number: int, generator: np.random.Generator) -> list[str]:
+    """Made-up texts with lognormal lengths, a token or so per word."""
+    words = np.array(["".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), 4)) for _ in range(1500)])
+    lengths = np.clip(generator.lognormal(np.log(MEDIAN_TOKENS), SIGMA, number), SHORTEST, LONGEST - 2)
+    return [" ".join(generator.choice(words, int(length))) for length in lengths]
+
+
+def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, held_out: int) -> None:
+    """Writes the tokens as the prepare stage would; query, passage and negatives of a row follow each other.
+
+    The first `held_out` rows are for validation.
+    """
+    keys = random_keys(np.random.default_rng(1), len(tokens))
+    order = np.arange(len(tokens)).reshape(-1, 2 + negatives)
+    query, passage = (keys.take(pa.array(order[:, column])) for column in (0, 1))
+    columns = {
+        "query_key": query,
+        "passage_key": passage,
+        "negative_keys": list_array(keys.take(pa.array(order[:, 2:].ravel())), np.full(len(order), negatives)),
+        "query_group": query,
+        "passage_group": passage,
+        "language": pa.array(["eng"] * len(order)),
+        "validation": pa.array(np.arange(len(order)) < held_out),
+    }
+    table = pa.table(columns)
+    (prepared / "table").write_table("pairs.parquet", [table], table.schema)
+    with (prepared / "tokens").writing() as folder:
+        entries = store_files.write_piece(folder / "000000.bin", iter([tokens]))
+        entries = entries.append_column("key", keys).append_column(
+            "piece", pa.array(np.zeros(len(keys), np.int64))
+        )
+        shard = shard_of(key_numbers(keys), SHARDS)
+        for number in range(SHARDS):
+            store_files.write_index(folder, number, entries.filter(pa.array(shard == number)))
+        total = sum(len(text) for text in tokens)
+        store_files.write_meta(folder, shards=SHARDS, texts=len(keys), tokens=total)
+
+
+def prepare(root: Path, batches: int, rows: int, negatives: int) -> dict[bytes, str]:
+    """Writes model and prepared rows for so many batches and one held out; returns the text of each token list."""
+    texts = texts_of((batches + 1) * rows * (2 + negatives), np.random.default_rng(0))
+    tokenizer = train_tokenizer(texts[:2000], VOCABULARY)
+    tokens = [
+        np.array(found.ids[: LONGEST - 1] + found.ids[-1:], np.uint32) for found in tokenizer.encode_batch(texts)
+    ]
+    info = ModelInfo(
+        name="bench",
+        dims=matryoshka_dims(SHAPE.hidden),
+        max_tokens=LONGEST,
+        prompts={"query": ""},
+        instructions=False,
+    )
+    save_model(root / "model", random_backbone(SHAPE, tokenizer.get_vocab_size(), 0), tokenizer, info)
+    write_prepared(Folder.at(str(root)) / "prepared", tokens, negatives, held_out=rows)
+    return {ids.tobytes(): text for ids, text in zip(tokens, texts, strict=True)}
+
+
+def tokens_of(batches: list[Batch]) -> int:
+    """Real tokens."""
+    return sum(len(text) for batch in batches for text in batch.tokens)
