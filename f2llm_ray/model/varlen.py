@@ -1,8 +1,9 @@
 """Attention over texts that lie end to end: no padding, and no text sees another.
 
-On CUDA it is torch's variable-length flash attention. Elsewhere each text is attended to by itself, which is slow
-and there to test against: on CPU the encoder pads texts of similar lengths instead.
-Shapes: n texts, T tokens of all, h heads, g key-value heads, e head dim.
+On CUDA it is torch's variable-length flash attention. Elsewhere neighbours of similar lengths are padded for the
+attention alone, all other layers see real tokens only. Sorted by length, on one CPU thread that takes 1.5 ms for a
+text of 21 tokens in a batch of 32 where padding all layers takes 3.0 (a 4-layer, 256-wide model).
+Shapes: n texts, T tokens of all, w texts of a group, t tokens of its longest, h heads, g key-value heads, e head dim.
 """
 
 from __future__ import annotations
@@ -12,9 +13,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel
+
+SHORTEST = 0.7
+"""A text shorter than this share of the longest of its group starts a new one: 0.5 and 0.8 measured the same."""
 
 NAME = "f2llm_varlen"
 """Name of this attention in transformers. It has no mask function there, so no mask is made."""
@@ -67,7 +74,7 @@ def varlen_attention(
     """
     del module, attention_mask
     if q_1hTe.device.type != "cuda":
-        return _one_by_one(q_1hTe, k_1gTe, v_1gTe, scaling, starts_n1.tolist(), sliding_window), None
+        return _by_groups(q_1hTe, k_1gTe, v_1gTe, scaling, starts_n1.tolist(), sliding_window), None
     from torch.nn.attention.varlen import varlen_attn
 
     q_The, k_Tge, v_Tge = (x[0].transpose(0, 1) for x in (q_1hTe, k_1gTe, v_1gTe))
@@ -86,19 +93,50 @@ def varlen_attention(
     return cast(torch.Tensor, out_The)[None], None
 
 
-def _one_by_one(
+def _by_groups(
     q_1hTe: torch.Tensor,
     k_1gTe: torch.Tensor,
     v_1gTe: torch.Tensor,
     scaling: float,
-    starts: list[int],
+    starts: Sequence[int],
     sliding_window: int | None,
 ) -> torch.Tensor:
     found = []
-    for first, last in pairwise(starts):
-        q, k, v = (x[:, :, first:last] for x in (q_1hTe, k_1gTe, v_1gTe))
-        place = torch.arange(last - first)
-        behind = place[:, None] - place[None, :]
-        seen = (behind >= 0) & (behind < (sliding_window or last - first))
-        found.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True))
-    return torch.cat(found, dim=2).transpose(1, 2)
+    for first, last in _groups(starts):
+        lengths = [starts[i + 1] - starts[i] for i in range(first, last)]
+        here = slice(starts[first], starts[last])
+        q_whte, k_wgte, v_wgte = (_pad(x_1hTe[0, :, here], lengths) for x_1hTe in (q_1hTe, k_1gTe, v_1gTe))
+        longest = q_whte.shape[2]
+        seen = None
+        if sliding_window is not None and sliding_window < longest:
+            place = torch.arange(longest, device=q_1hTe.device)
+            behind = place[:, None] - place[None, :]
+            seen = (behind >= 0) & (behind < sliding_window)
+        out_whte = scaled_dot_product_attention(
+            q_whte, k_wgte, v_wgte, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+        )
+        out_wthe = out_whte.transpose(1, 2)
+        uneven = min(lengths) < longest
+        rows = [text[:length] for text, length in zip(out_wthe, lengths, strict=True)] if uneven else [out_wthe]
+        found += [row.reshape(-1, *row.shape[-2:]) for row in rows]
+    return torch.cat(found)[None]
+
+
+def _groups(starts: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of neighbours (first, past the last) of which none is shorter than `SHORTEST` of the run's first."""
+    groups: list[tuple[int, int]] = []
+    for i, (start, end) in enumerate(pairwise(starts)):
+        longest = starts[groups[-1][0] + 1] - starts[groups[-1][0]] if groups else 0
+        if SHORTEST * longest <= end - start <= longest:
+            groups[-1] = (groups[-1][0], i + 1)
+        else:
+            groups.append((i, i + 1))
+    return groups
+
+
+def _pad(x_hTe: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """The texts of a group [w, h, t, e], padded on the right, where no causal attention looks."""
+    if min(lengths) == lengths[0]:
+        return x_hTe.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1)
+    texts = x_hTe.transpose(0, 1).split(list(lengths))
+    return pad_sequence(list(texts), batch_first=True).transpose(1, 2)

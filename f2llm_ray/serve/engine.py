@@ -12,6 +12,11 @@ from f2llm_ray.data.tokens import tokenize
 from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens, encode
+from f2llm_ray.model.varlen import use_varlen
+
+CPU_PASS = 1024
+"""Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread in
+passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wide model)."""
 
 
 class Engine:
@@ -28,6 +33,9 @@ class Engine:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
         self.tokens_per_pass = tokens_per_pass
+        if self.device == "cpu":
+            use_varlen(self.backbone)
+            self.tokens_per_pass = min(tokens_per_pass, CPU_PASS)
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "", max_tokens: int | None = None) -> list[Tokens]:
         """Token ids of each text, the prompt before it and EOS last; cut to max_tokens where given."""
@@ -35,7 +43,11 @@ class Engine:
 
     def encode(self, tokens: Sequence[Tokens]) -> torch.Tensor:
         """Vectors [n, d] of token lists before normalisation, on the device of the model, in the given order."""
-        return encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass).float()
+        # Longest first: texts that share a pass are then of similar lengths.
+        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+        vectors_nd = encode(self.backbone, [tokens[i] for i in order], tokens_per_pass=self.tokens_per_pass)
+        place = torch.tensor(order, dtype=torch.long, device=vectors_nd.device)
+        return vectors_nd[torch.argsort(place)].float()
 
     @torch.inference_mode()
     def embed_tokens(self, tokens: Sequence[Tokens], *, dim: int | None = None) -> Vectors:
