@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.prune import Kept, prune
-from f2llm_ray.model.sizes import FAMILY, VOCABULARY, Shape, count_parameters, parameters, random_backbone
+from f2llm_ray.model.sizes import (
+    FAMILY,
+    VOCABULARY,
+    Shape,
+    count_parameters,
+    non_embedding_parameters,
+    parameters,
+    random_backbone,
+)
 from f2llm_ray.plan.advice import fits
 from f2llm_ray.plan.work import Work, backbone_shape, stage_work, training_stages
 from f2llm_ray.recipe_file import load_recipe
+from tests.corpus import write_corpus, write_recipe
 
 PRUNED = ("80m", "160m", "330m")
 WHOLE = ("0.6b", "1.7b", "4b", "8b", "14b")
 TWIN_VOCABULARY = 60
+REPO = Path(__file__).parent.parent
 
 
 def last_work(name: str) -> Work:
@@ -34,6 +50,60 @@ def twin(shape: Shape) -> Shape:
         head_dim=8,
         ffn=shape.ffn // 16,
     )
+
+
+def twin_recipe(name: str, folder: Path) -> Path:
+    """The recipe of a size at its twin's shape, for two steps a stage on a made-up corpus, without GPUs."""
+    small = write_corpus(folder)
+    recipe = load_recipe(f"f2llm-v2-{name}")
+    backbone = twin(backbone_shape(recipe)[0])
+    engine = {"precision": "fp32", "tokens_per_pass": 1024, "zero_stage": 2}
+    if recipe.stages["stage1"].engine.tokens_per_chunk is not None:
+        engine["tokens_per_chunk"] = 64
+    short = {"max_steps": 2, "global_batch": 16, "warmup_steps": 1, "engine": engine}
+    settings: dict[str, Any] = {
+        "extends": f"f2llm-v2-{name}",
+        "sources": {**dict.fromkeys(recipe.sources), **small["sources"]},
+        "data": {"max_tokens": 32, "shards": 2, "language_id": None},
+        "tokenizer": {"path": None, "train_vocab": 400},
+        "backbone": {"path": None, "shape": backbone.model_dump()},
+        "stages": dict.fromkeys(recipe.stages, short),
+        "evaluation": small["evaluation"],
+        "compute": {"workers": 2, "gpus_per_worker": 0, "cpus_per_worker": 0.5},
+    }
+    if recipe.distill is not None:
+        target = twin(FAMILY[name])
+        settings["prune"] = {part: getattr(target, part) for part in ("layers", "hidden", "ffn")}
+        settings["distill"] = short
+    return write_recipe(folder, settings)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_twin_of_the_recipe_is_a_recipe_with_the_same_keys(name: str, tmp_path: Path) -> None:
+    """What the paper asks for stays; the shape of what comes out is the twin's."""
+    recipe, whole = load_recipe(str(twin_recipe(name, tmp_path))), load_recipe(f"f2llm-v2-{name}")
+    assert recipe.model_fields_set == whole.model_fields_set | {"evaluation"}
+    assert recipe.stages.keys() == whole.stages.keys()
+    for stage in whole.stages:
+        assert recipe.stages[stage].lr == whole.stages[stage].lr
+        assert recipe.stages[stage].negatives == whole.stages[stage].negatives
+    work = stage_work(recipe, training_stages(recipe)[-1], 2)
+    assert work.shape == twin(FAMILY[name])
+    assert (work.chunks(work.most_tokens_per_worker) > 1) == (name in {"8b", "14b"})
+
+
+@pytest.mark.slow  # three stages under Ray Train: two minutes or so
+@pytest.mark.timeout(900)
+def test_the_twin_of_the_80m_trains_prunes_and_distils(tmp_path: Path) -> None:
+    path = twin_recipe("80m", tmp_path)
+    job, root = REPO / "jobs" / "pipeline.py", tmp_path / "run"
+    command = [sys.executable, str(job), "--recipe", str(path), "--root", str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((root / "report.json").read_text())
+    counts = {model["name"]: model["non_embedding_parameters"] for model in report["models"]}
+    whole, small = (non_embedding_parameters(twin(FAMILY[name])) for name in ("0.6b", "80m"))
+    assert counts == {"untrained": whole, "stage1": whole, "stage2": whole, "pruned": small, "distilled": small}
 
 
 def test_there_is_a_recipe_for_every_size() -> None:
@@ -113,6 +183,8 @@ def test_a_scaled_down_twin_embeds(name: str) -> None:
 def test_pruning_the_twin_of_the_06b_gives_the_small_twins_count(name: str) -> None:
     shape = twin(FAMILY[name])
     parent = random_backbone(twin(FAMILY["0.6b"]), TWIN_VOCABULARY, seed=0)
-    ffn = tuple(tuple(range(shape.ffn)) for _ in range(shape.layers))
-    small = prune(parent, Kept(tuple(range(shape.layers)), tuple(range(shape.hidden)), ffn))
+    ffn, kv_heads = (
+        tuple(tuple(range(count)) for _ in range(shape.layers)) for count in (shape.ffn, shape.kv_heads)
+    )
+    small = prune(parent, Kept(tuple(range(shape.layers)), tuple(range(shape.hidden)), ffn, kv_heads))
     assert count_parameters(small)[0] == parameters(shape, TWIN_VOCABULARY)
