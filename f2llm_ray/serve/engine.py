@@ -15,8 +15,8 @@ from f2llm_ray.model.encoder import Tokens, encode
 from f2llm_ray.model.varlen import use_varlen
 
 CPU_PASS = 1024
-"""Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread in
-passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wide model)."""
+"""Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread
+in passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wide model)."""
 
 
 class Engine:
