@@ -1,21 +1,23 @@
 """The pipeline: how each stage of a recipe is run.
 
-prepare -> untrained -> (contrastive stages) -> pruned -> distilled, and an evaluation of every model. Where the
-recipe mines hard negatives, that stage comes after the model that mines, and all later training uses it.
+prepare -> untrained -> (contrastive stages) -> importance -> pruned -> distilled, and an evaluation of every model.
+Where the recipe mines hard negatives, that stage comes after the model that mines, and all later training uses it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.progress import say
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder, Run, Stage
-from f2llm_ray.stages import MINED, plan
+from f2llm_ray.stages import DISTILLED, IMPORTANCE, MINED, TAUGHT, plan
 from f2llm_ray.train.settings import TrainStage
 
 Work = Callable[[Folder], dict[str, Any]]
@@ -51,10 +53,22 @@ class Pipeline:
             raise RunError(f"recipe {self.recipe.name!r} has no section mine")
         self._stage(self.plan.mined, self._mined)
 
+    def teach(self) -> None:
+        """Computes the teacher's vectors for the distillation; the teacher must be finished.
+
+        Raises:
+            RunError: the recipe has no cached teacher, or it is not finished.
+        """
+        if self.plan.taught is None:
+            raise RunError(f"recipe {self.recipe.name!r} has no distill whose teacher_vectors are cached")
+        if self.plan.mined in self.plan.taught.parents:
+            self.mine()
+        self._stage(self.plan.taught, self._taught)
+
     def model(self, name: str) -> None:
         """Makes one model: "untrained", a contrastive stage by its name, "pruned" or "distilled".
 
-        Negatives are mined first where it trains on them.
+        Negatives are mined first where it trains on them, and so are a cached teacher's vectors computed.
 
         Raises:
             RunError: what it is made from is not finished, or the recipe has no such model.
@@ -65,6 +79,10 @@ class Pipeline:
             )
         if self.plan.mined in self.plan.models[name].parents:
             self.mine()
+        if name == DISTILLED and self.plan.taught is not None:
+            self.teach()
+        if name == "pruned" and self.plan.importance is not None:
+            self._stage(self.plan.importance, self._scored)
         work: Work
         if name == "untrained":
             work = self._untrained
@@ -153,8 +171,10 @@ class Pipeline:
 
     def _untrained(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.model.checkpoint import (
+            INFO_FILE,
             ModelInfo,
             load_backbone,
+            load_info,
             load_tokenizer,
             matryoshka_dims,
             save_model,
@@ -181,6 +201,9 @@ class Pipeline:
             prompts={"query": ""},
             instructions=False,
         )
+        if settings.path is not None and (Path(settings.path) / INFO_FILE).is_file():
+            # A model of another run: it keeps the dims and prompts that it was trained with.
+            info = replace(load_info(Path(settings.path)), name=info.name, max_tokens=info.max_tokens)
         with (out / "model").writing() as path:
             save_model(path, backbone, tokenizer, info)
         return {}
@@ -190,12 +213,15 @@ class Pipeline:
 
         stage: TrainStage
         parents = self.plan.models[name].parents
-        student, teacher = parents[1], None
+        student, teacher, taught = parents[1], None, None
         mined = self.plan.mined if self.plan.mined in parents else None
-        if name == "distilled":
+        if name == DISTILLED:
             assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
             stage = self.recipe.distill
-            teacher = self._model_folder(self.plan.models[self.recipe.distill.teacher])
+            if self.plan.taught is not None:
+                taught = self.run.folder(self.plan.taught)
+            elif stage.uses_teacher:
+                teacher = self._folder_of(stage.teacher)
         else:
             stage = self.recipe.stages[name]
         return train(
@@ -206,6 +232,7 @@ class Pipeline:
             mined=None if mined is None else self.run.folder(mined),
             student=self._model_folder(student),
             teacher=teacher,
+            taught=taught,
             out=out,
         )
 
@@ -214,16 +241,42 @@ class Pipeline:
 
         settings = self.recipe.mine
         assert settings is not None  # noqa: S101 - plan() made the stage from it
-        known = self.plan.models.get(settings.model)
-        model = Folder.at(settings.model) if known is None else self._model_folder(known)
+        model = self._folder_of(settings.model)
         return {"mining": mine(self.recipe, settings, self.run.folder(self.plan.prepare), model, out)}
+
+    def _taught(self, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.train.teacher import teach
+
+        assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
+        prepared = self.run.folder(self.plan.prepare)
+        assert self.plan.taught is not None  # noqa: S101 - it is what runs
+        mined = self.plan.mined if self.plan.mined in self.plan.taught.parents else None
+        return {
+            "teaching": teach(
+                self.recipe,
+                DISTILLED,
+                prepared=prepared,
+                mined=None if mined is None else self.run.folder(mined),
+                teacher=self._folder_of(self.recipe.distill.teacher),
+                out=out,
+            )
+        }
+
+    def _scored(self, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.model.shrink import score_parts
+
+        return score_parts(self.recipe, self.run.folder(self.plan.prepare), self._pruned_from(), out)
 
     def _pruned(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.model.shrink import shrink
 
+        assert self.plan.importance is not None  # noqa: S101 - plan() made it with this stage
+        scored = self.run.folder(self.plan.importance)
+        return shrink(self.recipe, self.run.folder(self.plan.prepare), self._pruned_from(), scored, out)
+
+    def _pruned_from(self) -> Folder:
         assert self.recipe.prune is not None  # noqa: S101 - plan() made the stage from it
-        parent = self._model_folder(self.plan.models[self.recipe.prune.model])
-        return shrink(self.recipe, self.run.folder(self.plan.prepare), parent, out)
+        return self._model_folder(self.plan.models[self.recipe.prune.model])
 
     # Running and skipping.
 
@@ -245,6 +298,11 @@ class Pipeline:
             say(f"{stage.name}: finished before, skipped ({stage.folder_name})")
         return manifest is not None
 
+    def _folder_of(self, model: str) -> Folder:
+        """The model folder of a stage by its name, or the one at a path."""
+        stage = self.plan.models.get(model)
+        return Folder.at(model) if stage is None else self._model_folder(stage)
+
     def _model_folder(self, stage: Stage) -> Folder:
         return self.run.folder(stage) / "model"
 
@@ -253,7 +311,9 @@ def _command(stage: str) -> str:
     jobs = {
         "prepare": "jobs/prepare.py",
         MINED: "jobs/mine.py",
+        IMPORTANCE: "jobs/prune.py",
         "pruned": "jobs/prune.py",
+        TAUGHT: "jobs/teach.py",
         "distilled": "jobs/distill.py",
     }
     return jobs.get(stage, "jobs/train.py")
@@ -282,13 +342,16 @@ def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:
     import torch
 
     from f2llm_ray.model.shrink import calibration_tokens
+    from f2llm_ray.model.vocabulary import load_map, remap
     from f2llm_ray.serve.calibrate import calibrate, save_calibration
     from f2llm_ray.serve.engine import Engine
 
     torch.set_num_threads(1)
     with model.as_local() as path:
         engine = Engine(path)
-    save_calibration(model, calibrate(engine, calibration_tokens(recipe, prepared, 512)))
+        table = load_map(path)
+    tokens = remap(calibration_tokens(recipe, prepared, 512), table)
+    save_calibration(model, calibrate(engine, tokens))
 
 
 def model_facts(folder: Folder) -> dict[str, Any]:

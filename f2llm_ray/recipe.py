@@ -24,7 +24,8 @@ class Recipe(Section):
     backbone: Backbone
     mine: Mine | None = None
     stages: dict[str, TrainStage]
-    """Contrastive stages in the order they run, each going on from the one before."""
+    """Contrastive stages in the order they run, each going on from the one before. May be empty where the backbone
+    itself is pruned ("untrained")."""
     prune: Prune | None = None
     distill: Distill | None = None
     evaluation: Evaluation = Evaluation()
@@ -55,11 +56,11 @@ class Recipe(Section):
         return problems
 
     def _stage_problems(self) -> list[str]:
-        problems = [] if self.stages else ["stages: at least one is needed"]
+        problems = [] if self.stages or self.prune else ["stages: at least one is needed, or prune"]
         training: dict[str, TrainStage] = {f"stages.{name}": stage for name, stage in self.stages.items()}
         if self.distill is not None:
             training["distill"] = self.distill
-        reserved = {"prepare", "mined", "untrained", "pruned", "distilled", "evaluate"}
+        reserved = {"prepare", "mined", "importance", "taught", "untrained", "pruned", "distilled", "evaluate"}
         problems += [f"stages.{name}: this name is taken" for name in self.stages if name in reserved]
         for place, stage in training.items():
             unknown = [name for name in stage.sources or () if name not in self.sources]
@@ -87,6 +88,10 @@ class Recipe(Section):
             problems.append(f"{place}.global_batch: {stage.global_batch} is not a multiple of {wanted}")
         if stage.keep_best and not self.data.validation:
             problems.append(f"{place}.keep_best: needs held-out rows; set data.validation above 0")
+        if stage.best_by == "score" and "retrieval" not in stage.tasks:
+            problems.append(
+                f"{place}.best_by: the score is taken on retrieval rows, and tasks has {list(stage.tasks)}"
+            )
         engine, on_cpu = stage.engine, self.compute.gpus_per_worker == 0
         if engine.precision == "bf16" and on_cpu:
             problems.append(f"{place}.engine.precision: bf16 needs GPUs; use fp32 on CPU")
@@ -97,6 +102,8 @@ class Recipe(Section):
             )
         if engine.offload and on_cpu:
             problems.append(f"{place}.engine.offload: optimizer state is in host memory anyway without GPUs")
+        if engine.compile and engine.zero_stage == 3:
+            problems.append(f"{place}.engine.compile: ZeRO 3 fetches weights in hooks inside the layers; use 2")
         if engine.offload and engine.zero_stage == 0:
             problems.append(f"{place}.engine.offload: needs zero_stage 1 or more")
         return problems
@@ -117,16 +124,21 @@ class Recipe(Section):
         problems = []
         if self.distill is not None and self.prune is None:
             problems.append("distill: needs prune, which makes the student")
-        if self.prune is not None and self.prune.model not in self.stages:
-            problems.append(f"prune.model: {self.prune.model!r} is not one of {list(self.stages)}")
-        if self.distill is not None and self.distill.teacher not in self.stages:
-            problems.append(f"distill.teacher: {self.distill.teacher!r} is not one of {list(self.stages)}")
+        if self.prune is not None and self.prune.model not in self.model_names():
+            problems.append(f"prune.model: {self.prune.model!r} is not one of {self.model_names()}")
+        teacher = None if self.distill is None else self.distill.teacher
+        if teacher is not None and teacher not in self.model_names() and "/" not in teacher:
+            problems.append(
+                f"distill.teacher: {teacher!r} is not one of {self.model_names()}, nor a path of a model folder, "
+                "which has a /"
+            )
         shape = self.backbone.shape
         if self.prune is not None and shape is not None:
             problems += [
-                f"prune.{part}: {getattr(self.prune, part)} is more than the backbone's {getattr(shape, part)}"
-                for part in ("layers", "hidden", "ffn")
-                if getattr(self.prune, part) > getattr(shape, part)
+                f"prune.{part}: {wanted} is more than the backbone's {getattr(shape, part)}"
+                for part in ("layers", "hidden", "ffn", "kv_heads")
+                for wanted in [getattr(self.prune, part)]
+                if wanted is not None and wanted > getattr(shape, part)
             ]
         return problems
 

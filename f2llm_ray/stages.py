@@ -5,10 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from f2llm_ray.model.settings import PARTS
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Stage
 
-MINED = "mined"
+MINED, IMPORTANCE, TAUGHT = "mined", "importance", "taught"
+DISTILLED = "distilled"
+NOT_BATCHES = frozenset(
+    {
+        "teacher_vectors",
+        "mse_weight",
+        "cosine_weight",
+        "similarity_weight",
+        "similarity_temperature",
+        "projection",
+        "temperature",
+        "temperatures",
+        "hard_negative_weight",
+        "in_batch_weight",
+        "absolute_margin",
+        "relative_margin",
+        "matryoshka_min_dim",
+        "gather_gradient",
+        "lr",
+        "min_lr",
+        "warmup_steps",
+        "weight_decay",
+        "betas",
+        "clip",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_best",
+        "best_by",
+        "engine",
+    }
+)
+"""Settings of a distillation that leave its batches as they are, and so the teacher's vectors of them."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +50,10 @@ class Plan:
     prepare: Stage
     mined: Stage | None
     """Hard-negative mining, where the recipe has it."""
+    importance: Stage | None
+    """Scores of the parts of the model that is pruned, where the recipe prunes."""
+    taught: Stage | None
+    """The teacher's vectors, where the recipe distils from cached ones."""
     models: dict[str, Stage]
     """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled."""
     evaluations: dict[str, Stage]
@@ -25,8 +61,8 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages in the order they run."""
-        mined = [] if self.mined is None else [self.mined]
-        return [self.prepare, *mined, *self.models.values(), *self.evaluations.values()]
+        between = [stage for stage in (self.mined, self.importance, self.taught) if stage is not None]
+        return [self.prepare, *between, *self.models.values(), *self.evaluations.values()]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -45,6 +81,7 @@ def plan(recipe: Recipe) -> Plan:
     models = {"untrained": Stage(name="untrained", settings=dump["backbone"], parents=(prepare,))}
     last = models["untrained"]
     mined: Stage | None = None
+    importance: Stage | None = None
     if recipe.mine is not None and recipe.mine.model not in recipe.model_names():
         mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare,))
     for name in recipe.stages:
@@ -55,15 +92,25 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.mine is not None and recipe.mine.model == last.name:
         mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
     if recipe.prune is not None:
+        parent, cut = models[recipe.prune.model], dump["prune"]
+        scored = ("importance", "calibration_rows")
+        # Its own stage, so that a recipe with another shape in the same root finds the scores.
+        importance = Stage(name=IMPORTANCE, settings={key: cut[key] for key in scored}, parents=(prepare, parent))
         models["pruned"] = Stage(
-            name="pruned", settings=dump["prune"], parents=(prepare, models[recipe.prune.model])
+            name="pruned", settings={part: cut[part] for part in PARTS}, parents=(prepare, parent, importance)
         )
+    taught: Stage | None = None
     if recipe.distill is not None:
-        made_from = (prepare, models["pruned"], models[recipe.distill.teacher])
-        models["distilled"] = Stage(
-            name="distilled",
+        common = () if mined is None else (mined,)
+        teacher = models.get(recipe.distill.teacher)
+        teachers = () if teacher is None or not recipe.distill.uses_teacher else (teacher,)
+        if recipe.distill.uses_teacher and recipe.distill.teacher_vectors == "cached":
+            taught = Stage(name=TAUGHT, settings=_teaching(recipe, dump), parents=(prepare, *teachers, *common))
+            teachers = (taught,)
+        models[DISTILLED] = Stage(
+            name=DISTILLED,
             settings=_training(dump, dump["distill"]),
-            parents=made_from if mined is None else (*made_from, mined),
+            parents=(prepare, models["pruned"], *teachers, *common),
         )
     evaluations = {}
     if recipe.evaluation.sets:
@@ -72,7 +119,14 @@ def plan(recipe: Recipe) -> Plan:
             name: Stage(name=f"evaluate-{name}", settings=settings, parents=(prepare, model))
             for name, model in models.items()
         }
-    return Plan(prepare, mined, models, evaluations)
+    return Plan(prepare, mined, importance, taught, models, evaluations)
+
+
+def _teaching(recipe: Recipe, dump: dict[str, Any]) -> dict[str, Any]:
+    assert recipe.distill is not None  # noqa: S101 - the stage is made from it
+    hidden = None if recipe.prune is None else recipe.prune.hidden
+    batches = {key: value for key, value in dump["distill"].items() if key not in NOT_BATCHES}
+    return _training(dump, {**batches, "dims": recipe.distill.teacher_dims(hidden)})
 
 
 def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens import TokenStore
+from f2llm_ray.data.vectors import Halves
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.teacher_store import TeacherStore
 
 if TYPE_CHECKING:
     from f2llm_ray.model.encoder import Tokens
@@ -54,6 +56,8 @@ class Batch:
     """An id of each passage's content [b]: equal passages are no negatives of each other."""
     query_id: Ints
     """The same of each query [b]: a passage that reads like a query is no negative of it."""
+    teacher: Halves | None = None
+    """The teacher's vectors of the texts [n, D], where they were computed before."""
 
 
 def build_batches(
@@ -82,9 +86,11 @@ def build_batches(
     written = ray.data.from_items(work, override_num_blocks=len(work)).map(write).take_all()
     counts = {(row["validation"], row["epoch"], row["source"]): row["batches"] for row in written}
     seed = f"{recipe.seed}/{name}"
-    for validation, epochs in ((False, stage.epochs), (True, 1)):
+    trained = None if stage.max_steps is None else stage.max_steps * stage.accumulate
+    held_out = -(-stage.validation_rows // stage.global_batch)
+    for validation, epochs, most in ((False, stage.epochs, trained), (True, 1, held_out)):
         table = [[counts[validation, epoch, source] for source in sources] for epoch in range(epochs)]
-        order = mix(table, seed=seed, max_steps=None if validation else stage.max_steps)
+        order = mix(table, seed=seed, max_steps=most)
         with (out / _split(validation)).writing() as folder:
             np.save(folder / "order.npy", order)
 
@@ -148,7 +154,14 @@ def _lengths(rows: pa.Table, store: TokenStore) -> Ints:
 
 
 def stream(
-    table: BatchTable, store: Path, *, first_step: int, rank: int, world: int, prefetch: int
+    table: BatchTable,
+    store: Path,
+    *,
+    first_step: int,
+    rank: int,
+    world: int,
+    prefetch: int,
+    taught: Path | None = None,
 ) -> Iterator[Batch]:
     """One rank's part of every global batch from `first_step` on, prepared ahead by Ray Data from this call on.
 
@@ -162,6 +175,7 @@ def stream(
         rank: this worker.
         world: number of workers.
         prefetch: batches on their way to the trainer.
+        taught: folder of the teacher's vectors, which then come with the batches.
     """
     import ray
 
@@ -169,7 +183,7 @@ def stream(
     if steps <= 0:
         return iter(())
     # No core is booked: looking up is memory-mapped reading, and must not wait for those that trainers hold.
-    feeder = ray.remote(num_cpus=0)(_Feeder).remote(table, store, first_step, rank, world)
+    feeder = ray.remote(num_cpus=0)(_Feeder).remote(table, store, taught, first_step, rank, world)
     coming = deque(feeder.next.remote() for _ in range(min(prefetch, steps)))
     return _take(feeder, coming, steps, table.sources)
 
@@ -185,16 +199,18 @@ def _take(feeder: Any, coming: deque[Any], steps: int, sources: tuple[str, ...])
         yield _unpack(row, sources)
 
 
-def read(table: BatchTable, store: Path, *, rank: int, world: int) -> Iterator[Batch]:
+def read(table: BatchTable, store: Path, *, rank: int, world: int, taught: Path | None = None) -> Iterator[Batch]:
     """One rank's part of every batch, read as it is asked for: for the few batches of a validation."""
     for step in range(len(table.order())):
-        yield _unpack(_collate(table, _store(store), step, rank, world), table.sources)
+        yield _unpack(_collate(table, store, taught, step, rank, world), table.sources)
 
 
 class _Feeder:
     """The actor that runs Ray Data for one rank."""
 
-    def __init__(self, table: BatchTable, store: Path, first_step: int, rank: int, world: int) -> None:
+    def __init__(
+        self, table: BatchTable, store: Path, taught: Path | None, first_step: int, rank: int, world: int
+    ) -> None:
         import ray.data
 
         steps = len(table.order()) - first_step
@@ -202,7 +218,9 @@ class _Feeder:
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_unhurried()]
-        load = partial(_load, table=table, store=store, first_step=first_step, rank=rank, world=world)
+        load = partial(
+            _load, table=table, store=store, taught=taught, first_step=first_step, rank=rank, world=world
+        )
         # Not ray.data.range: its reads book a core each, and wait for ever where trainers hold all of them.
         ids = np.arange(steps)
         blocks = [pa.table({"id": ids[at : at + STEPS_PER_TASK]}) for at in range(0, steps, STEPS_PER_TASK)]
@@ -236,10 +254,10 @@ def _unhurried() -> type:
 
 
 def _load(
-    steps: pa.Table, *, table: BatchTable, store: Path, first_step: int, rank: int, world: int
+    steps: pa.Table, *, table: BatchTable, store: Path, taught: Path | None, first_step: int, rank: int, world: int
 ) -> Iterator[pa.Table]:
     for step in steps["id"].to_pylist():
-        yield _collate(table, _store(store), first_step + step, rank, world)
+        yield _collate(table, store, taught, first_step + step, rank, world)
 
 
 @lru_cache(maxsize=4)
@@ -248,12 +266,17 @@ def _store(folder: Path) -> TokenStore:
 
 
 @lru_cache(maxsize=4)
+def _vectors(folder: Path) -> TeacherStore:
+    return TeacherStore(folder)
+
+
+@lru_cache(maxsize=4)
 def _order(table: BatchTable) -> np.ndarray[Any, Any]:
     return table.order()
 
 
-def _collate(table: BatchTable, store: TokenStore, step: int, rank: int, world: int) -> pa.Table:
-    """One rank's part of a step as one row of flat lists: what moves between processes is tokens and places."""
+def _collate(table: BatchTable, store: Path, taught: Path | None, step: int, rank: int, world: int) -> pa.Table:
+    """One rank's part of a step as one row of flat lists: tokens, places and the teacher's vectors."""
     entry = _order(table)[step]
     batch = table.batch(entry)
     mine = rank_slice(len(batch), rank, world)
@@ -263,7 +286,7 @@ def _collate(table: BatchTable, store: TokenStore, step: int, rank: int, world: 
         [key_numbers(batch["query"]), key_numbers(batch["passage"]), key_numbers(pc.list_flatten(negatives))]
     )
     _, first, place = np.unique(keys.view("V16"), return_index=True, return_inverse=True)
-    tokens = store.lookup(keys[first])
+    tokens = _store(store).lookup(keys[first])
     columns: dict[str, Any] = {
         "tokens": np.concatenate(tokens),
         "lengths": np.array([len(text) for text in tokens], dtype=np.int32),
@@ -272,6 +295,8 @@ def _collate(table: BatchTable, store: TokenStore, step: int, rank: int, world: 
         "passage_id": key_numbers(batch["passage"])[:, 1].astype(np.int64),
         "query_id": key_numbers(batch["query"])[:, 1].astype(np.int64),
     }
+    if taught is not None:
+        columns["teacher"] = _vectors(taught).lookup(keys[first]).reshape(-1)
     lists = {
         name: pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), pa.array(values))
         for name, values in columns.items()
@@ -295,4 +320,5 @@ def _unpack(row: pa.Table, sources: tuple[str, ...]) -> Batch:
         negative=negative,
         passage_id=values["passage_id"].astype(np.int64),
         query_id=values["query_id"].astype(np.int64),
+        teacher=values["teacher"].reshape(len(tokens), -1) if "teacher" in values else None,
     )

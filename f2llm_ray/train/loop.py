@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,6 @@ from f2llm_ray.train.zero import learning_rate, set_learning_rate, start_engine
 from f2llm_ray.train.zero import step as optimizer_step
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
     from f2llm_ray.train.objective import StageLoss
 
 RAY_TRAIN = "ray_train"
@@ -43,6 +41,9 @@ class Job:
     student: Folder
     """The model folder that training starts from."""
     teacher: Folder | None
+    """The model folder of a teacher that runs beside it."""
+    taught: Folder | None
+    """The store of a cached teacher's vectors."""
     tokens: Folder
     """The token store."""
     batches: Folder
@@ -58,7 +59,9 @@ def work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from f2llm_ray.train.objective import StageLoss, teacher_from
+    from f2llm_ray.model.checkpoint import load_info
+    from f2llm_ray.train.objective import StageLoss
+    from f2llm_ray.train.teacher import teacher_of
 
     job: Job = config["job"]
     context = ray.train.get_context()
@@ -70,10 +73,13 @@ def work(config: dict[str, Any]) -> None:
             job.student.as_local() as student,
             job.tokens.as_local() as store,
             job.batches.as_local() as batches,
-            teacher_from(job.teacher, job.stage.engine.tokens_per_pass) as teacher,
+            nullcontext() if job.taught is None else job.taught.as_local() as taught,
         ):
-            loss = StageLoss(job.recipe, job.stage, teacher)
-            Worker(job, rank, world, student=student, store=store, batches=batches, loss=loss).run()
+            teacher = teacher_of(
+                job.recipe, model=job.teacher, vectors=taught, tokens_per_pass=job.stage.engine.tokens_per_pass
+            )
+            loss = StageLoss(job.recipe, job.stage, load_info(student).dims[-1], teacher)
+            Worker(job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss).run()
     except F2LLMError:
         raise  # the trainer stops and tells it
     except Exception as error:
@@ -86,11 +92,23 @@ class Worker:
     """One rank's engine, batches and position in the stage."""
 
     def __init__(
-        self, job: Job, rank: int, world: int, *, student: Path, store: Path, batches: Path, loss: StageLoss
+        self,
+        job: Job,
+        rank: int,
+        world: int,
+        *,
+        student: Path,
+        store: Path,
+        batches: Path,
+        taught: Path | None,
+        loss: StageLoss,
     ) -> None:
         from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
+        from f2llm_ray.model.vocabulary import load_map
+        from f2llm_ray.train.objective import Student
 
-        self.job, self.rank, self.world, self.store, self.loss = job, rank, world, store, loss
+        self.job, self.rank, self.world, self.loss = job, rank, world, loss
+        self.store, self.taught = store, taught
         self.table = BatchTable(batches / "train", job.sources)
         self.validation = BatchTable(batches / "validation", job.sources)
         self.order = self.table.order()
@@ -109,12 +127,14 @@ class Worker:
                 rank=rank,
                 world=world,
                 prefetch=job.stage.engine.loader_prefetch,
+                taught=taught,
             )
             self.info, self.tokenizer = load_info(student), load_tokenizer(student)
             backbone = load_backbone(student)
             if job.stage.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
-            self.engine = start_engine(_encoder_module(backbone, job.stage), job.stage, world)
+            module = Student(backbone, job.stage.engine.tokens_per_pass, load_map(student), loss.projected_dims)
+            self.engine = start_engine(module, job.stage, world)
             self.engine.train()
             if opened is not None:
                 self._restore(opened)
@@ -152,8 +172,10 @@ class Worker:
         )
         norm = optimizer_step(self.engine)
         own = sum(len(text) for text in batch.tokens)
-        seen = torch.stack([loss, loss.new_tensor(own), *parts.total_m]).double()
-        mean, tokens, *by_dim = mean_over_ranks(seen, self.world)
+        named = dict(zip([f"loss_at_{dim}" for dim in self._dims()], parts.total_m, strict=True))
+        named |= {f"teacher_{name}": term for name, term in parts.distillation.items()}
+        seen = torch.stack([loss, loss.new_tensor(own), *named.values()]).double()
+        mean, tokens, *values = mean_over_ranks(seen, self.world)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             self._stop(step, batch, loss=mean, gradient_norm=norm, rate=rate)
         self.meters.record(
@@ -165,7 +187,7 @@ class Worker:
                 "loss": mean,
                 "gradient_norm": norm,
                 "learning_rate": rate,
-                **{f"loss_at_{dim}": value for dim, value in zip(self._dims(), by_dim, strict=True)},
+                **dict(zip(named, values, strict=True)),
             },
         )
 
@@ -207,7 +229,7 @@ class Worker:
     def _validate(self, step: int) -> None:
         from f2llm_ray.train.objective import validate
 
-        batches = read(self.validation, self.store, rank=self.rank, world=self.world)
+        batches = read(self.validation, self.store, rank=self.rank, world=self.world, taught=self.taught)
         loss = validate(self.engine, self.loss, batches, self.world)
         if loss is not None:
             self.validation_losses.append((step, round(loss, 6)))
@@ -284,20 +306,3 @@ class Worker:
         )
         if self.displays is not None:
             self.displays.close()
-
-
-def _encoder_module(backbone: PreTrainedModel, stage: TrainStage) -> torch.nn.Module:
-    """The encoder as one module: the engine then sees one forward per step, however many passes it takes."""
-    import torch
-
-    from f2llm_ray.model.encoder import Tokens, encode
-
-    class EncoderModule(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = backbone
-
-        def forward(self, tokens: list[Tokens]) -> torch.Tensor:
-            return encode(self.backbone, tokens, tokens_per_pass=stage.engine.tokens_per_pass)
-
-    return EncoderModule()

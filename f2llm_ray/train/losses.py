@@ -1,4 +1,4 @@
-"""The objective: contrastive terms, matryoshka weights and distillation, as pure functions.
+"""The contrastive objective and its matryoshka weights, as pure functions.
 
 Shapes: b rows of this rank, B rows of all ranks, k negatives, n texts, d hidden size, m matryoshka dims (largest
 first). `q_bd` queries, `p_bd` passages, `n_bkd` negatives. Cosines go over a temperature (paper: 0.05).
@@ -7,11 +7,11 @@ first). `q_bd` queries, `p_bd` passages, `n_bkd` negatives. Cosines go over a te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,8 @@ class Parts:
     """Share of the hard negatives that were left out as false."""
     in_batch_masked: torch.Tensor | None
     """Share of the in-batch negatives that were left out as false."""
+    distillation: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The terms that a teacher adds, by name."""
 
     @property
     def total_m(self) -> torch.Tensor:
@@ -104,7 +106,7 @@ def contrastive(v_nd: torch.Tensor, places: Places, objective: Objective) -> tup
     has_bk, keep_bk = _hard_negatives(places)
     margins = (objective.absolute_margin, objective.relative_margin)
     keep_bk = keep_bk & ~too_close(negative_mbk[0], positive_mb[0], *margins)
-    rows, count = _per_rank(has_bk.any(1), has_bk, dtype=v_nd.dtype)
+    rows, count = per_rank(has_bk.any(1), has_bk, dtype=v_nd.dtype)
     hard_m = torch.stack(
         [
             hard_negative_loss(positive_b, negative_bk, keep_bk, objective.temperature).sum() / rows
@@ -176,11 +178,6 @@ def too_close(
     return close
 
 
-def distillation_loss(v_nd: torch.Tensor, teacher_nD: torch.Tensor) -> torch.Tensor:
-    """MSE between un-normalised vectors and the first d dims of the teacher's (paper)."""
-    return mse_loss(v_nd, teacher_nD[:, : v_nd.shape[1]])
-
-
 def _cosines(q_bd: torch.Tensor, x: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
     """Cosines of queries with other vectors at each dim.
 
@@ -227,7 +224,7 @@ def _same_text(places: Places) -> torch.Tensor:
     return (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)
 
 
-def _per_rank(*flags: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def per_rank(*flags: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """How many of each are true on a rank in the mean, never 0: what to divide a rank's sums by."""
     counts = torch.stack([flag.sum() for flag in flags]).to(dtype)
     ranks = world()

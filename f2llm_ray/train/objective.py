@@ -2,60 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
-from f2llm_ray.model.encoder import encode, plan
+from f2llm_ray.model.checkpoint import matryoshka_dims
+from f2llm_ray.model.encoder import Tokens, encode, plan
+from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
 from f2llm_ray.train.cache import encode_chunks
+from f2llm_ray.train.distillation import Lesson, distillation
 from f2llm_ray.train.loader import Batch
-from f2llm_ray.train.losses import Objective, Parts, Places, contrastive, distillation_loss
+from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
 from f2llm_ray.train.settings import Distill, TrainStage
+from f2llm_ray.train.teacher import Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+    from transformers import PreTrainedModel
 
 
-class Teacher:
-    """A frozen model whose vectors the student learns; run on the same texts in the same order."""
+class Student(torch.nn.Module):
+    """The encoder as one module, so that the engine sees one forward for some texts, whatever passes they take.
 
-    def __init__(self, folder: Path, tokens_per_pass: int, device: str) -> None:
-        self.backbone = load_backbone(folder).to(device).eval()
-        self.tokens_per_pass = tokens_per_pass
+    Args:
+        backbone: the model that is trained.
+        tokens_per_pass: token budget of a pass.
+        tokens: what the prepared data's tokens are to the model, where its vocabulary was cut.
+        projected_dims: dims of the linear map that distillation trains beside it; none without one.
+    """
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """The teacher's vectors [n, D] of the batch's texts, before normalisation."""
-        with torch.no_grad():
-            return encode(self.backbone, batch.tokens, tokens_per_pass=self.tokens_per_pass).float()
+    def __init__(
+        self, backbone: PreTrainedModel, tokens_per_pass: int, tokens: TokenMap | None, projected_dims: int | None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.tokens_per_pass, self.tokens = backbone, tokens_per_pass, tokens
+        self.projection: torch.nn.Linear | None = None
+        if projected_dims is not None:
+            self.projection = torch.nn.Linear(backbone.config.hidden_size, projected_dims, bias=False)
+            # Begins with the student's dims as they are: with as many dims the loss begins as that without a map.
+            torch.nn.init.eye_(self.projection.weight)
 
-
-@contextmanager
-def teacher_from(folder: Folder | None, tokens_per_pass: int) -> Iterator[Teacher | None]:
-    """The teacher of a model folder, None without one."""
-    if folder is None:
-        yield None
-        return
-    with folder.as_local() as path:
-        yield Teacher(path, tokens_per_pass, "cuda" if torch.cuda.is_available() else "cpu")
+    def forward(self, tokens: list[Tokens]) -> torch.Tensor:
+        """Vectors of texts before normalisation [n, d], with their projections behind them where there are any."""
+        if self.tokens is not None:
+            tokens = remap(tokens, self.tokens)
+        v_nd = encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass)
+        return v_nd if self.projection is None else torch.cat([v_nd, self.projection(v_nd)], dim=1)
 
 
 class StageLoss:
-    """The loss of a stage's batches."""
+    """The loss of a stage's batches.
 
-    def __init__(self, recipe: Recipe, stage: TrainStage, teacher: Teacher | None) -> None:
-        self.recipe, self.stage, self.teacher = recipe, stage, teacher
+    Args:
+        recipe: the run's recipe.
+        stage: the stage's settings.
+        hidden: the hidden size d of the model that is trained.
+        teacher: gives the vectors to learn, when distilling.
+    """
 
-    def __call__(self, v_nd: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Parts]:
-        """The loss of this rank's part of a batch, from the vectors [n, d] of its texts, and its parts."""
-        stage, task = self.stage, self.recipe.sources[batch.source].task
+    def __init__(self, recipe: Recipe, stage: TrainStage, hidden: int, teacher: Teacher | None = None) -> None:
+        self.recipe, self.stage, self.hidden = recipe, stage, hidden
+        self.teacher = teacher
+        self.lesson = lesson_of(stage) if isinstance(stage, Distill) else None
+
+    @property
+    def projected_dims(self) -> int | None:
+        """Dims to which the student's vectors are projected to meet the teacher's; None where they are not."""
+        if self.teacher is None or not isinstance(self.stage, Distill) or not self.stage.matches_vectors:
+            return None
+        wanted = self.stage.projection or self.hidden > self.teacher.dims
+        return self.teacher.dims if wanted else None
+
+    def own(self, v: torch.Tensor) -> torch.Tensor:
+        """The student's vectors [n, d] of what `Student` gives."""
+        return v[:, : self.hidden]
+
+    def __call__(self, v: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Parts]:
+        """The loss of this rank's part of a batch, from what `Student` gives for its texts, and its parts."""
+        stage, task, v_nd = self.stage, self.recipe.sources[batch.source].task, self.own(v)
         objective = Objective(
-            dims=tuple(matryoshka_dims(v_nd.shape[1], stage.matryoshka_min_dim)),
+            dims=tuple(matryoshka_dims(self.hidden, stage.matryoshka_min_dim)),
             temperature=stage.temperatures.get(task, stage.temperature),
             in_batch=task == "retrieval",
             gather_gradient=stage.gather_gradient,
@@ -65,11 +94,20 @@ class StageLoss:
             relative_margin=stage.relative_margin,
         )
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
-        places = Places(*(torch.from_numpy(array.copy()).to(v_nd.device) for array in arrays))
+        places = Places(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
         loss, parts = contrastive(v_nd, places, objective)
-        if self.teacher is not None and isinstance(stage, Distill):
-            loss = loss + stage.mse_weight * distillation_loss(v_nd, self.teacher(batch))
-        return loss, parts
+        if self.teacher is None or self.lesson is None:
+            return loss, parts
+        matched_nd = v_nd if self.projected_dims is None else v[:, self.hidden :]
+        teacher_nd = self.teacher(batch).to(v.device)
+        learned, terms = distillation(v_nd, matched_nd, teacher_nd, places, self.lesson)
+        return loss + learned, replace(parts, distillation=terms)
+
+
+def lesson_of(stage: Distill) -> Lesson:
+    """The terms that a stage learns from its teacher by."""
+    names = ("mse_weight", "cosine_weight", "similarity_weight", "similarity_temperature", "gather_gradient")
+    return Lesson(**{name: getattr(stage, name) for name in names})
 
 
 def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: Batch) -> list[list[int]]:

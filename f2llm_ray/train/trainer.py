@@ -12,6 +12,7 @@ from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.loader import build_batches
 from f2llm_ray.train.loop import FAILURE, RAY_TRAIN, Job, work
 from f2llm_ray.train.settings import Compute, Distill, TrainStage
+from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
 from f2llm_ray.train.zero import deepspeed_config
 
 
@@ -24,6 +25,7 @@ def train(
     mined: Folder | None,
     student: Folder,
     teacher: Folder | None,
+    taught: Folder | None,
     out: Folder,
 ) -> dict[str, Any]:
     """Runs one stage; an earlier try that was cut off goes on from its last checkpoint.
@@ -35,8 +37,10 @@ def train(
         prepared: folder of the prepare stage.
         mined: folder of the mining stage, where the recipe has one before this stage.
         student: model folder that it starts from.
-        teacher: model folder of the teacher, when distilling.
-        out: the stage's folder; it gets `batches/`, `deepspeed.json`, `ray_train/` (checkpoints) and `model/`.
+        teacher: model folder of a teacher that runs beside the student, when distilling from one.
+        taught: folder of the teaching stage, when distilling from cached vectors; it has the stage's batches.
+        out: the stage's folder; it gets `batches/` (unless taught), `deepspeed.json`, `ray_train/` (checkpoints)
+            and `model/`.
 
     Returns:
         What the manifest says of the training.
@@ -48,7 +52,9 @@ def train(
     import ray.train
     import ray.train.torch
 
-    batches = out / "batches"
+    if teacher is not None:
+        check_online(prepared, teacher)
+    batches = (taught or out) / BATCHES
     if not batches.exists("validation/order.npy"):
         build_batches(recipe, name, stage, prepared, mined, batches)
     compute = recipe.compute
@@ -60,6 +66,7 @@ def train(
         sources=tuple(recipe.stage_sources(stage)),
         student=student,
         teacher=teacher,
+        taught=None if taught is None else taught / VECTORS,
         tokens=prepared / "tokens",
         batches=batches,
         out=out,

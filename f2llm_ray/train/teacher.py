@@ -1,0 +1,282 @@
+"""The teacher: its vectors of each text computed once, before the student trains, or beside it.
+
+batches (of the student's stage) -> keys (of the distinct texts in them) -> vectors (in pieces, by actors that each
+hold the teacher). Every step leaves files that are there whole or not at all; a run that was cut off goes on with
+those that are missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from f2llm_ray.data.batches import ORDER, BatchTable
+from f2llm_ray.data.candidates import distinct_keys, read_array, write_array
+from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
+from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.store import write_store
+from f2llm_ray.data.tokenizer import TOKENIZER, differences
+from f2llm_ray.data.tokens import META as TOKENS_META
+from f2llm_ray.data.tokens import cut
+from f2llm_ray.data.vectors import Encoder
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import load_tokenizer
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.run import Folder
+from f2llm_ray.serve.bulk import read_info
+from f2llm_ray.session import connect
+from f2llm_ray.train import teacher_store
+from f2llm_ray.train.loader import Batch, build_batches
+from f2llm_ray.train.settings import Distill
+
+if TYPE_CHECKING:
+    import torch
+
+BATCHES, VECTORS = "batches", "vectors"
+"""Folders of the stage: the batch tables of the student's stage, and the store of the teacher's vectors."""
+PLAN = "plan.json"
+
+
+def teach(
+    recipe: Recipe, name: str, *, prepared: Folder, mined: Folder | None, teacher: Folder, out: Folder
+) -> dict[str, Any]:
+    """Computes the teacher's vectors of every text in the distillation's batches, held-out rows included.
+
+    Args:
+        recipe: the run's recipe, with `distill`.
+        name: name of the student's stage, part of the seed of its batches.
+        prepared: folder of the prepare stage.
+        mined: folder of the mining stage, where the student trains on its negatives.
+        teacher: the teacher's model folder.
+        out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher has
+            another tokenizer than the prepared data.
+
+    Returns:
+        Facts for the manifest: `texts` (distinct), `dims`, `bytes`, `own_tokenizer`; of this call `encoded_texts`,
+        `encoded_tokens`, `texts_per_second` and the `seconds` of each step.
+
+    Raises:
+        RunError: no model folder, texts for another tokenizer are not there, or vectors that float16 cannot hold.
+    """
+    import ray
+
+    settings = recipe.distill
+    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
+    connect()
+    seconds, started = {}, time.perf_counter()
+
+    def lap(step: str) -> None:
+        nonlocal started
+        seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
+
+    dims = learned_dims(recipe, read_info(teacher).dims[-1])
+    own = bool(differences(prepared / "tokenizer", teacher))
+    tokens = out / "tokens" if own else prepared / "tokens"
+    if own:
+        _tokenize(recipe, prepared, teacher, tokens)
+        lap("tokens")
+    compute = recipe.compute
+    make = partial(_Work, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
+    start = partial(
+        start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker
+    )
+    # They load the model while the batches are made, where that leaves a core to make them with.
+    spare = ray.cluster_resources().get("CPU", 0) - compute.workers * compute.cpus_per_worker
+    actors = start() if spare >= 1 else None
+    if not (out / BATCHES).exists("validation/order.npy"):
+        build_batches(recipe, name, settings, prepared, mined, out / BATCHES)
+        lap("batches")
+    counts = _collect_keys(recipe, settings, out)
+    lap("keys")
+    there = set((out / VECTORS).files())
+    waiting = [
+        {"shard": shard, "piece": piece, "texts": texts}
+        for shard, piece, texts in teacher_store.pieces(counts)
+        if teacher_store.piece_file(shard, piece) not in there
+    ]
+    done = list(each_on_actors("taught: encode", waiting, actors or start(), counted="texts"))
+    lap("encode")
+    texts = sum(counts.values())
+    teacher_store.write_meta(out / VECTORS, shards=len(counts), texts=texts, dims=dims)
+    encoded = sum(item["texts"] for item in done)
+    return {
+        "texts": texts,
+        "dims": dims,
+        "bytes": 2 * texts * dims,
+        "own_tokenizer": own,
+        "encoded_texts": encoded,
+        "encoded_tokens": sum(item["tokens"] for item in done),
+        "texts_per_second": round(encoded / max(seconds["encode"], 1e-9), 1) if encoded else None,
+        "seconds": seconds,
+    }
+
+
+def learned_dims(recipe: Recipe, width: int) -> int:
+    """How many of the dims of a teacher of this width the recipe's student learns from."""
+    assert recipe.distill is not None  # noqa: S101 - there is no teacher otherwise
+    hidden = None if recipe.prune is None else recipe.prune.hidden
+    return min(recipe.distill.teacher_dims(hidden) or width, width)
+
+
+def _tokenize(recipe: Recipe, prepared: Folder, teacher: Folder, tokens: Folder) -> None:
+    if tokens.exists(TOKENS_META):
+        return
+    if not prepared.exists("rows"):
+        raise RunError(
+            f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer than the prepared data and "
+            "needs its texts"
+        )
+    with teacher.as_local() as folder:
+        tokenizer = load_tokenizer(folder)
+    write_store(recipe, tokenizer, prepared, tokens)
+
+
+def _collect_keys(recipe: Recipe, settings: Distill, out: Folder) -> dict[int, int]:
+    """Writes the distinct keys of all batches by range, and gives how many each range has.
+
+    Each epoch of each source gives a sorted file; a range is a stretch of every one of them.
+    """
+    folder = out / "keys"
+    if not folder.exists(PLAN):
+        sources = recipe.stage_sources(settings)
+        with (out / BATCHES).as_local() as batches:
+            used: list[Item] = [
+                {
+                    "split": split,
+                    "epoch": epoch,
+                    "source": source,
+                    "batches": numbers,
+                    "part": f"{split}-{epoch}-{at}",
+                }
+                for split in ("train", "validation")
+                for (epoch, at), numbers in _used(BatchTable(batches / split, tuple(sources))).items()
+                for source in [sources[at]]
+            ]
+        list(each("taught: keys", used, partial(_part_keys, out=out), num_cpus=0.5))
+        shards = recipe.data.shards
+        merge = partial(_shard_keys, out=out, parts=[item["part"] for item in used], shards=shards)
+        found = list(each("taught: merge", [{"shard": shard} for shard in range(shards)], merge, num_cpus=0.5))
+        folder.write_json(PLAN, {str(item["shard"]): item["texts"] for item in found})
+    return {int(shard): count for shard, count in folder.read_json(PLAN).items()}
+
+
+def _used(table: BatchTable) -> dict[tuple[int, int], list[int]]:
+    """The batches that are trained on, by epoch and source: `max_steps` may leave some out."""
+    used = defaultdict(list)
+    for entry in table.order():
+        used[int(entry["epoch"]), int(entry["source"])].append(int(entry["batch"]))
+    return used
+
+
+def _part_keys(item: Item, *, out: Folder) -> Item:
+    with (out / BATCHES).as_local() as batches:
+        table = BatchTable(batches / item["split"], (item["source"],))
+        parts = []
+        for number in item["batches"]:
+            batch = table.batch(np.array((item["epoch"], 0, number), ORDER))
+            columns = (batch["query"], batch["passage"], batch["negatives"].flatten())
+            parts += [key_numbers(column) for column in columns]
+        keys_n2, _ = distinct_keys(np.concatenate(parts))
+    write_array(out / "keys", f"{item['part']}.npy", np.ascontiguousarray(keys_n2.T))
+    return {"part": item["part"]}
+
+
+def _shard_keys(item: Item, *, out: Folder, parts: list[str], shards: int) -> Item:
+    keys = (read_array(out / "keys", f"{part}.npy") for part in parts)
+    return {**item, "texts": teacher_store.write_keys(out / VECTORS, item["shard"], shards, keys)}
+
+
+class _Work:
+    """What an actor does: encodes a piece of the store."""
+
+    def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
+        self.encoder = Encoder(teacher, tokens, threads, unit=False, dim=dims)
+        self.vectors = vectors
+
+    def __call__(self, item: Item) -> Item:
+        keys = teacher_store.read_keys(self.vectors, item["shard"], item["piece"])
+        name = teacher_store.piece_file(item["shard"], item["piece"])
+        return {**item, **self.encoder.write(keys, self.vectors, name)}
+
+
+# While the student trains.
+
+
+class Teacher(Protocol):
+    """Gives the vectors that the student is to learn."""
+
+    dims: int
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Vectors [n, dims] of a batch's texts before normalisation, in float32."""
+
+
+class Cached:
+    """A teacher whose vectors come with the batch."""
+
+    def __init__(self, dims: int) -> None:
+        self.dims = dims
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Vectors [n, dims] of a batch's texts."""
+        import torch
+
+        assert batch.teacher is not None  # noqa: S101 - the loader was given the store
+        return torch.from_numpy(batch.teacher.astype(np.float32))
+
+
+class Online:
+    """A frozen model run on the same texts in the same order, in bf16 on a GPU."""
+
+    def __init__(self, engine: Any, dims: int) -> None:
+        self.engine, self.dims = engine, dims
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Vectors [n, dims] of a batch's texts."""
+        import torch
+
+        longest = self.engine.info.max_tokens
+        with torch.no_grad():
+            vectors: torch.Tensor = self.engine.encode([cut(ids, longest) for ids in batch.tokens])[:, : self.dims]
+        return vectors
+
+
+def teacher_of(
+    recipe: Recipe, *, model: Folder | None, vectors: Path | None, tokens_per_pass: int
+) -> Teacher | None:
+    """What teaches in a worker: a model that runs there, vectors that come with the batches, or nobody.
+
+    Args:
+        recipe: the run's recipe.
+        model: model folder of an online teacher.
+        vectors: the store of a cached one.
+        tokens_per_pass: token budget of a forward pass.
+    """
+    if vectors is not None:
+        return Cached(teacher_store.TeacherStore(vectors).dims)
+    if model is None:
+        return None
+    from f2llm_ray.serve.engine import Engine
+
+    with model.as_local() as folder:
+        engine = Engine(folder, tokens_per_pass=tokens_per_pass)
+    return Online(engine, learned_dims(recipe, engine.info.dims[-1]))
+
+
+def check_online(prepared: Folder, teacher: Folder) -> None:
+    """Refuses a teacher that cannot read a batch's tokens.
+
+    Raises:
+        RunError: it has another tokenizer than the prepared data.
+    """
+    other = differences(prepared / "tokenizer", teacher)
+    if other:
+        raise RunError(
+            f"{teacher.uri}/{TOKENIZER}: not the tokenizer of the prepared data in {prepared.uri}; they differ in "
+            f"{', '.join(other)}. A batch has the prepared tokens alone: set distill.teacher_vectors to cached"
+        )

@@ -1,0 +1,161 @@
+"""The terms of distillation equal slow float64 references, values and gradients, on one and on two ranks."""
+
+from __future__ import annotations
+
+import math
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from f2llm_ray.train.distillation import Lesson, distillation
+from f2llm_ray.train.losses import Places
+from tests.train.test_losses import D, close, plain_side, side
+
+WIDE, PROJECTED = D + 8, D + 5
+ONLY = {"mse_weight": 0.0}
+LESSONS = {
+    "paper": Lesson(),
+    "cosine": Lesson(**ONLY, cosine_weight=1.0),
+    "similarity": Lesson(**ONLY, similarity_weight=1.0, similarity_temperature=0.2),
+    "all, weighted": Lesson(mse_weight=0.5, cosine_weight=0.3, similarity_weight=0.2, similarity_temperature=0.1),
+}
+Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Places]
+
+
+def learner(seed: int) -> Side:
+    """One rank's student vectors, their projections, the teacher's vectors, and places, some texts twice."""
+    v_nd, places = side(seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    matrix = torch.randn(D, PROJECTED, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    teacher = torch.randn(len(v_nd), WIDE, dtype=torch.float64, generator=generator)
+    return v_nd, v_nd @ matrix, teacher, places
+
+
+def reference(sides: list[Side], lesson: Lesson) -> tuple[torch.Tensor, dict[str, float]]:
+    """The terms of the global batch, one text and one pair at a time."""
+    errors, angles, rows = [], [], []
+    passages = [(v[p], t[p]) for v, _, t, places in sides for p in places.passage_b]
+    for v, matched, teacher, places in sides:
+        texts = [*places.query_b, *places.passage_b, *(n for n in places.negative_bk.flatten() if n >= 0)]
+        for n in texts:
+            mine, theirs = matched[n], teacher[n][: matched.shape[1]]
+            errors.append(sum((a - b) ** 2 for a, b in zip(mine, theirs, strict=True)) / len(mine))
+            angles.append(1 - (mine @ theirs) / (mine.norm() * theirs.norm()))
+        for q in places.query_b:
+            own, others = (
+                torch.stack([x[q] @ p[at] / (x[q].norm() * p[at].norm()) for p in passages])
+                for at, x in enumerate((v, teacher))
+            )
+            own, others = own / lesson.similarity_temperature, others / lesson.similarity_temperature
+            own, others = own - own.exp().sum().log(), others - others.exp().sum().log()
+            rows.append((others.exp() * (others - own)).sum())
+    means = {
+        name: torch.stack(x).mean() for name, x in (("mse", errors), ("cosine", angles), ("similarity", rows))
+    }
+    total = torch.stack([getattr(lesson, f"{name}_weight") * mean for name, mean in means.items()]).sum()
+    used = {name: float(mean.detach()) for name, mean in means.items() if getattr(lesson, f"{name}_weight")}
+    return total, used
+
+
+def ours(one: Side, lesson: Lesson, *, project: bool) -> dict[str, Any]:
+    v_nd, matched, teacher, places = one
+    v_nd = v_nd.clone().requires_grad_()
+    matched = matched.clone().requires_grad_() if project else v_nd
+    loss, terms = distillation(v_nd, matched, teacher, places, lesson)
+    loss.backward()
+    gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (v_nd, matched)]
+    return {"loss": loss.detach(), "gradients": gradients, "terms": terms}
+
+
+def expected(
+    sides: list[Side], lesson: Lesson, *, project: bool
+) -> tuple[torch.Tensor, dict[str, float], list[Any]]:
+    leaves = []
+    for v, matched, _, _ in sides:
+        v = v.clone().requires_grad_()  # noqa: PLW2901
+        leaves.append((v, matched.clone().requires_grad_() if project else v))
+    total, terms = reference([(*leaf, t, p) for leaf, (_, _, t, p) in zip(leaves, sides, strict=True)], lesson)
+    total.backward()
+    gradients = [[x.grad if x.grad is not None else torch.zeros_like(x) for x in leaf] for leaf in leaves]
+    return total.detach(), terms, gradients
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("name", LESSONS)
+def test_one_rank_equals_the_reference(name: str, *, project: bool) -> None:
+    one = learner(1)
+    total, terms, gradients = expected([one], LESSONS[name], project=project)
+    found = ours(one, LESSONS[name], project=project)
+    close(found["loss"], total)
+    assert {term: float(value) for term, value in found["terms"].items()} == pytest.approx(terms, abs=1e-9)
+    for mine, slow in zip(found["gradients"], gradients[0], strict=True):
+        close(mine, slow)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, args=(port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found: dict[str, Any] = {}
+    for name, lesson in LESSONS.items():
+        for project in (False, True):
+            found[f"{name} {project}"] = ours(learner(rank + 1), lesson, project=project)
+    found["no gradient"] = ours(
+        learner(rank + 1), replace(LESSONS["similarity"], gather_gradient=False), project=False
+    )
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("name", LESSONS)
+def test_two_ranks_equal_the_reference(name: str, two_ranks: list[dict[str, Any]], *, project: bool) -> None:
+    """Though the ranks have other numbers of texts: the mean over ranks is the global batch's."""
+    sides = [learner(1), learner(2)]
+    total, terms, gradients = expected(sides, LESSONS[name], project=project)
+    found = [rank[f"{name} {project}"] for rank in two_ranks]
+    close((found[0]["loss"] + found[1]["loss"]) / 2, total)
+    for term, value in terms.items():
+        assert float(found[0]["terms"][term] + found[1]["terms"][term]) / 2 == pytest.approx(value, abs=1e-9)
+    for rank, slow in zip(found, gradients, strict=True):
+        for mine, theirs in zip(rank["gradients"], slow, strict=True):
+            close(mine / 2, theirs)  # the engine averages over ranks, which the reference has done
+
+
+def test_gathered_passages_get_no_gradient_where_the_recipe_says_so(two_ranks: list[dict[str, Any]]) -> None:
+    for rank in two_ranks:
+        close(rank["no gradient"]["loss"], rank["similarity False"]["loss"])
+        assert not torch.allclose(rank["no gradient"]["gradients"][0], rank["similarity False"]["gradients"][0])
+
+
+def test_the_papers_mse() -> None:
+    """Where no text stands twice: the mean over all vectors as they are, against the teacher's first dims."""
+    v_nd, places = plain_side(seed=1)
+    teacher = torch.randn(len(v_nd), WIDE, dtype=torch.float64)
+    loss, terms = distillation(v_nd, v_nd, teacher, places, Lesson())
+    close(loss, ((v_nd - teacher[:, :D]) ** 2).mean())
+    assert list(terms) == ["mse"]
+
+
+def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
+    v_nd, _, _, places = learner(1)
+    lesson = Lesson(cosine_weight=1.0, similarity_weight=1.0)
+    loss, _ = distillation(v_nd, v_nd, v_nd.clone(), places, lesson)
+    close(loss, torch.zeros((), dtype=torch.float64))
+    # Cosine and similarity do not see lengths, the MSE does.
+    loss, terms = distillation(2 * v_nd, 2 * v_nd, v_nd.clone(), places, lesson)
+    assert math.isclose(float(loss), float(terms["mse"]), abs_tol=1e-9)
+    assert float(loss) > 0.1

@@ -1,0 +1,318 @@
+"""A teacher's vectors computed once: the store, the stage that fills it, and the loss that they give."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from f2llm_ray.data.batches import BatchTable
+from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.schema import KEY, key_numbers, text_key
+from f2llm_ray.data.tokens import TokenStore
+from f2llm_ray.data.vectors import Encoder
+from f2llm_ray.errors import RecipeError, RunError
+from f2llm_ray.pipeline import Pipeline
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
+from f2llm_ray.run import Folder
+from f2llm_ray.serve.engine import Engine
+from f2llm_ray.session import connect
+from f2llm_ray.stages import NOT_BATCHES, plan
+from f2llm_ray.train import teacher_store
+from f2llm_ray.train.loader import Batch, read
+from f2llm_ray.train.objective import StageLoss, Student
+from f2llm_ray.train.settings import Distill
+from f2llm_ray.train.teacher import Teacher, _Work, check_online, teach, teacher_of
+from f2llm_ray.train.teacher_store import TeacherStore
+from tests.corpus import write_corpus
+from tests.tiny import tiny_model
+
+STUDENT = 24
+HIDDEN = 32
+
+
+# The store.
+
+
+@pytest.mark.parametrize("shards", [1, 3, 16])
+def test_every_key_finds_its_vector_and_no_other_does(
+    tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_store, "PIECE", 7)
+    monkeypatch.setattr(teacher_store, "OPEN_FILES", 2)
+    keys = key_numbers(pa.array([text_key(str(n)) for n in range(100)], KEY))
+    keys[:3, 0] = keys[0, 0]  # the same first half
+    keys[5] = 0
+    keys[6] = 2**64 - 1
+    vectors = np.random.default_rng(0).normal(size=(100, 5)).astype(np.float16)
+    vector_of = {tuple(key): vector for key, vector in zip(keys.tolist(), vectors, strict=True)}
+    parts = [np.unique(part, axis=0).T for part in (keys[:60], keys[40:], keys[:1])]
+    folder = Folder.at(str(tmp_path))
+    counts = {shard: teacher_store.write_keys(folder, shard, shards, parts) for shard in range(shards)}
+    assert counts == {shard: int((shard_of(keys, shards) == shard).sum()) for shard in range(shards)}
+    for shard, piece, texts in teacher_store.pieces(counts):
+        own = teacher_store.read_keys(folder, shard, piece)
+        assert len(own) == texts <= 7
+        name = teacher_store.piece_file(shard, piece)
+        np.save(tmp_path / name, np.stack([vector_of[tuple(key)] for key in own.tolist()]))
+    with pytest.raises(RunError, match=r"not a finished store.*store\.json"):
+        TeacherStore(tmp_path)
+    teacher_store.write_meta(folder, shards=shards, texts=100, dims=5)
+    store = TeacherStore(tmp_path)
+    order = np.random.default_rng(1).integers(0, 100, 300)
+    np.testing.assert_array_equal(store.lookup(keys[order]), vectors[order])
+    other = key_numbers(pa.array([text_key("not there")], KEY))
+    with pytest.raises(RunError, match=text_key("not there").hex()):
+        store.lookup(np.concatenate([keys[:2], other]))
+
+
+# The plan.
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    found = write_corpus(folder, rows=120)
+    found["stages"] = {}
+    found["prune"] |= {"model": "untrained", "hidden": STUDENT}
+    distill = {"teacher": "untrained", "epochs": 2, "max_steps": None}
+    found["distill"] = {**found["distill"], **distill, "negatives": {"classification": 1, "clustering": 1}}
+    return found
+
+
+def recipe_of(given: dict[str, Any], **distill: Any) -> Recipe:
+    return parse(Recipe, {**given, "distill": {**given["distill"], **distill}}, "r")
+
+
+def test_vectors_are_shared_by_all_that_trains_on_the_same_batches(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+
+    def taught(recipe: Recipe) -> str:
+        stage = plan(recipe).taught
+        assert stage is not None
+        assert stage in plan(recipe).models["distilled"].parents
+        return stage.hash
+
+    first = taught(recipe_of(given))
+    assert taught(parse(Recipe, {**given, "prune": {**given["prune"], "layers": 2, "ffn": 16}}, "r")) == first
+    others = {"lr": 1e-4, "mse_weight": 0.5, "similarity_weight": 1.0, "temperature": 0.1, "checkpoint_every": 3}
+    assert taught(recipe_of(given, **others)) == first
+    for name, value in {"epochs": 1, "global_batch": 8, "instructions": False, "projection": True}.items():
+        assert taught(recipe_of(given, **{name: value})) != first, name
+    assert taught(parse(Recipe, {**given, "prune": {**given["prune"], "hidden": 16}}, "r")) != first
+    assert Distill.model_fields.keys() > NOT_BATCHES
+
+
+def test_a_student_without_a_teacher_needs_no_vectors(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    assert plan(recipe_of(given, mse_weight=0.0)).taught is None
+    online = plan(recipe_of(given, teacher_vectors="online"))
+    assert online.taught is None
+    assert online.models["untrained"] in online.models["distilled"].parents
+    assert online.models["untrained"] not in plan(recipe_of(given, mse_weight=0.0)).models["distilled"].parents
+
+
+def test_a_teacher_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    given = settings(tmp_path)
+    with pytest.raises(RecipeError, match=r"distill\.teacher: 'stagr1' is not one of \['untrained'\]"):
+        recipe_of(given, teacher="stagr1")
+    with pytest.raises(RecipeError, match="projection: nothing is projected"):
+        recipe_of(given, projection=True, mse_weight=0.0, similarity_weight=1.0)
+
+
+# The stage.
+
+
+@dataclass(frozen=True)
+class Made:
+    """A prepared corpus, an untrained model that teaches, and its vectors."""
+
+    given: dict[str, Any]
+    recipe: Recipe
+    pipeline: Pipeline
+    prepared: Path
+    model: Path
+    out: Path
+    facts: dict[str, Any]
+
+    @property
+    def batches(self) -> BatchTable:
+        return BatchTable(self.out / "batches" / "train", ("pairs", "labels", "clusters"))
+
+    def teach(self, recipe: Recipe, out: Path, teacher: Path | None = None, prepared: Path | None = None) -> Any:
+        folders = {"prepared": prepared or self.prepared, "teacher": teacher or self.model, "out": out}
+        return teach(recipe, "distilled", mined=None, **{name: Folder.at(str(f)) for name, f in folders.items()})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    import ray
+
+    folder = tmp_path_factory.mktemp("taught")
+    connect()
+    given = settings(folder)
+    recipe = recipe_of(given)
+    pipeline = Pipeline(recipe, str(folder / "root"))
+    pipeline.prepare()
+    pipeline.model("untrained")
+    pipeline.teach()
+    (prepared,), (model,), (out,) = (
+        (folder / "root").glob(f"{name}-*") for name in ("prepare", "untrained", "taught")
+    )
+    facts = json.loads((out / "manifest.json").read_text())["teaching"]
+    yield Made(given, recipe, pipeline, prepared, model / "model", out, facts)
+    ray.shutdown()
+
+
+def keys_of(table: BatchTable) -> np.ndarray:
+    found = [
+        key_numbers(column)
+        for entry in table.order()
+        for batch in [table.batch(entry)]
+        for column in (batch["query"], batch["passage"], batch["negatives"].flatten())
+    ]
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def test_the_store_has_the_teachers_vectors_of_all_texts_in_the_batches(made: Made) -> None:
+    held_out = BatchTable(made.out / "batches" / "validation", made.batches.sources)
+    keys = np.unique(np.concatenate([keys_of(made.batches), keys_of(held_out)]), axis=0)
+    store, engine = TeacherStore(made.out / "vectors"), Engine(made.model)
+    assert len(keys) == store.texts == made.facts["texts"] == made.facts["encoded_texts"]
+    tokens = TokenStore(made.prepared / "tokens").lookup(keys)
+    with torch.no_grad():
+        expected = engine.encode(tokens)[:, :STUDENT].numpy()
+    found = store.lookup(keys)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, expected, rtol=6e-4, atol=1e-5)
+    assert np.linalg.norm(expected, axis=1).min() > 2, "not unit vectors"
+
+
+def test_what_was_encoded_is_not_encoded_again(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.pipeline.teach()
+    assert "taught: finished before, skipped" in capsys.readouterr().out
+    out = shutil.copytree(made.out, tmp_path / "cut off")
+    pieces = sorted((out / "vectors").glob("*-*.npy"))
+    lost = pieces[0]
+    assert len(pieces) > 1
+    written = {path: path.stat().st_ino for path in pieces[1:]}
+    lost.unlink()
+    (out / "vectors" / "store.json").unlink()
+    facts = made.teach(made.recipe, out)
+    assert facts["encoded_texts"] == len(np.load(lost)) < facts["texts"]
+    assert "taught: encode" in capsys.readouterr().out
+    assert {path: path.stat().st_ino for path in written} == written
+    for path in (out / "vectors").iterdir():
+        assert path.read_bytes() == (made.out / "vectors" / path.name).read_bytes(), path
+
+
+def whole_vectors(made: Made, folder: Path) -> Path:
+    """A store of all the teacher's dims, written in this process."""
+    shutil.copytree(made.out / "vectors", folder, ignore=shutil.ignore_patterns("*-*", "store.json"))
+    out, store = Folder.at(str(folder)), TeacherStore(made.out / "vectors")
+    work = _Work(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN)
+    counts = {shard: np.load(folder / teacher_store.keys_file(shard)).shape[1] for shard in range(store.shards)}
+    for shard, piece, texts in teacher_store.pieces(counts):
+        work({"shard": shard, "piece": piece, "texts": texts})
+    teacher_store.write_meta(out, shards=store.shards, texts=store.texts, dims=HIDDEN)
+    return folder
+
+
+def losses(made: Made, recipe: Recipe, teacher: Teacher, vectors: Path | None) -> Iterator[tuple[Batch, Any, Any]]:
+    """Each batch with its loss and gradient, from the same student."""
+    assert recipe.distill is not None
+    loss = StageLoss(recipe, recipe.distill, STUDENT, teacher)
+    batches = read(made.batches, made.prepared / "tokens", rank=0, world=1, taught=vectors)
+    for number, batch in enumerate(batches):
+        width = STUDENT + (loss.projected_dims or 0)
+        generator = torch.Generator().manual_seed(number)
+        v = torch.randn(len(batch.tokens), width, generator=generator).requires_grad_()
+        value, parts = loss(v, batch)
+        value.backward()
+        assert set(parts.distillation) == {"mse", "cosine", "similarity"}
+        yield batch, value.detach(), v.grad
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_cached_and_online_teachers_give_the_same_loss(made: Made, tmp_path: Path, *, projection: bool) -> None:
+    recipe = recipe_of(made.given, cosine_weight=1.0, similarity_weight=1.0, projection=projection)
+    vectors = made.out / "vectors"
+    if projection:  # all of the teacher's dims
+        vectors = whole_vectors(made, tmp_path / "whole")
+    of = partial(teacher_of, recipe, tokens_per_pass=4096)
+    cached, online = of(model=None, vectors=vectors), of(model=Folder.at(str(made.model)), vectors=None)
+    assert cached is not None
+    assert online is not None
+    assert cached.dims == online.dims == (HIDDEN if projection else STUDENT)
+    pairs = list(zip(losses(made, recipe, cached, vectors), losses(made, recipe, online, None), strict=True))
+    assert {batch.source for (batch, _, _), _ in pairs} == {"pairs", "labels", "clusters"}
+    for (_, one, of_one), (_, other, of_other) in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
+        assert (of_one - of_other).norm() < 1e-3 * of_other.norm()
+
+
+def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path) -> None:
+    """Its own tokenizer reads the texts, so its vectors are its engine's; it cannot run beside the student."""
+    teacher = tiny_model(tmp_path / "other", hidden=16)
+    recipe = recipe_of(made.given, teacher=str(teacher), epochs=1)
+    pipeline = Pipeline(recipe, made.pipeline.run.root.uri)
+    pipeline.teach()
+    out = pipeline.run.folder(pipeline.plan.taught).local  # type: ignore[arg-type]
+    assert out is not None
+    facts = json.loads((out / "manifest.json").read_text())["teaching"]
+    assert facts["own_tokenizer"]
+    assert facts["dims"] == 16
+    texts = [line["p"] for line in map(json.loads, (made.prepared.parent.parent / "pairs.jsonl").open())][:20]
+    engine = Engine(teacher)
+    with torch.no_grad():
+        expected = engine.encode(engine.tokenize(texts, max_tokens=32)).numpy()
+    found = TeacherStore(out / "vectors").lookup(key_numbers(pa.array([text_key(text) for text in texts], KEY)))
+    np.testing.assert_allclose(found, expected, rtol=6e-4, atol=1e-5)
+
+    with pytest.raises(
+        RunError, match=r"not the tokenizer of the prepared data.*set distill\.teacher_vectors to cached"
+    ):
+        check_online(Folder.at(str(made.prepared)), Folder.at(str(teacher)))
+    without = shutil.copytree(made.prepared, tmp_path / "prepared", ignore=shutil.ignore_patterns("rows"))
+    with pytest.raises(RunError, match="another tokenizer than the prepared data and needs its texts"):
+        made.teach(recipe, tmp_path / "none", teacher, without)
+    # The student has 24 dims, the teacher 16: a map from one to the other is trained with it.
+    assert recipe.distill is not None
+    known = teacher_of(recipe, model=None, vectors=out / "vectors", tokens_per_pass=4096)
+    assert StageLoss(recipe, recipe.distill, STUDENT, known).projected_dims == 16
+    assert StageLoss(recipe, recipe.distill, 16, known).projected_dims is None
+
+
+def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) -> None:
+    model = shutil.copytree(made.model, tmp_path / "long")
+    weights = load_file(model / "model.safetensors")
+    weights["norm.weight"] *= 1e6
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    encoder = Encoder(Folder.at(str(model)), Folder.at(str(made.prepared / "tokens")), 1, unit=False)
+    with pytest.raises(RunError, match="not finite for 9 of 9 texts in float16"):
+        encoder.write(keys_of(made.batches)[:9], Folder.at(str(tmp_path / "none")), "0.npy")
+
+
+def test_the_projection_is_trained_and_begins_as_the_first_dims(made: Made) -> None:
+    engine = Engine(made.model)
+    student = Student(engine.backbone, 4096, None, 40)
+    tokens = engine.tokenize(["one", "and another"])
+    both = student(tokens)
+    assert both.shape == (2, HIDDEN + 40)
+    torch.testing.assert_close(both[:, :HIDDEN], both[:, HIDDEN : 2 * HIDDEN])
+    assert not both[:, 2 * HIDDEN :].any()
+    both[:, HIDDEN:].sum().backward()
+    assert student.projection is not None
+    assert student.projection.weight.grad is not None
+    assert not any("projection" in name for name in student.backbone.state_dict())
