@@ -1,7 +1,7 @@
 """A real endpoint for tests: Ray Serve in a process of its own, so that tests that share it know nothing of Ray.
 
-`python -m tests.serve.endpoint PORT FOLDER` deploys three applications over the models in FOLDER and says when they
-are ready.
+`python -m tests.serve.endpoint PORT FOLDER` deploys three applications over the models in FOLDER and says when
+they are ready.
 """
 
 from __future__ import annotations
