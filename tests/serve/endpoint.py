@@ -77,7 +77,9 @@ def main(port: int, folder: Path) -> None:
     router = {"models": {"tiny": one, "keyed": keyed}, "keys": keyed["keys"]}
     ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR")
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # As in the configs: Serve's own access log would name every path.
+        logging = {"enable_access_log": False}
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=logging)
         serve.run_many(
             [
                 serve.RunTarget(app.build(one), name="tiny", route_prefix="/"),
