@@ -1,9 +1,11 @@
-"""Progress of long work, as short lines on the terminal or in a job's log."""
+"""Progress of long work, as short lines on the terminal or in a job's log, and in Ray's metrics."""
 
 from __future__ import annotations
 
 import sys
 import time
+from functools import cache
+from typing import Any
 
 
 class Progress:
@@ -33,8 +35,22 @@ class Progress:
         self.last = done
         self.printed = now
         rate = (done - self.first) / max(now - self.started, 1e-9)
+        if "ray" in sys.modules:
+            done_share, per_second = _gauges()
+            done_share.set(done / self.total if self.total else 1.0, {"work": self.label})
+            per_second.set(rate, {"work": self.label, "unit": self.unit})
         left = [f"ETA {(self.total - done) / rate:.0f} s"] if rate > 0 and done < self.total else []
         say(", ".join([f"{self.label}: {done:,}/{self.total:,} {self.unit}", *facts, *left]))
+
+
+@cache
+def _gauges() -> tuple[Any, Any]:
+    from ray.util.metrics import Gauge
+
+    return (
+        Gauge("f2llm_progress", "Share of the work that is done", ("work",)),
+        Gauge("f2llm_progress_rate", "Units done per second", ("work", "unit")),
+    )
 
 
 def say(line: str) -> None:
