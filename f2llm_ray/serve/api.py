@@ -168,6 +168,8 @@ class ModelCard(BaseModel):
     parameters: int | None = None
     scores: dict[str, dict[str, dict[str, float]]] = {}
     """What the run's report measured: scores by evaluation set and dim."""
+    corpus_rows: int = 0
+    """Passages that POST /search and the page at / search in; 0 without a corpus."""
 
 
 class ModelList(BaseModel):

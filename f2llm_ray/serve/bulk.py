@@ -6,7 +6,6 @@ place, so a run that was cut off goes on where it stopped.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -20,16 +19,16 @@ from pyarrow import parquet as pq
 from f2llm_ray import __version__
 from f2llm_ray.errors import DataError, RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, ModelInfo, load_info
+from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.progress import Progress
 from f2llm_ray.run import Folder
 from f2llm_ray.serve.inputs import Unit, find_files, plan
+from f2llm_ray.serve.search import MANIFEST
 from f2llm_ray.serve.shards import DTYPES, Count, Job, ShardWriter
 from f2llm_ray.session import connect
 
-SETTINGS = "settings.json"
-MANIFEST = "manifest.json"
-SAMPLE = 1 << 20
-"""Bytes at each end of a weight file that tell two models apart; training moves every weight."""
+SETTINGS = "_settings.json"
+"""Like the manifest with an underscore, so that whoever reads the folder as a parquet data set passes over it."""
 
 
 def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
@@ -134,19 +133,6 @@ def settings_of(job: Job, model: Folder, info: ModelInfo, source: Folder, files:
         "prompt_name": job.prompt_name,
         "shard_rows": job.shard_rows,
     }
-
-
-def fingerprint(model: Folder) -> str:
-    """Tells a model from any other by its facts, tokenizer and both ends of each weight file, wherever it lies."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in (*model.files(".json"), *model.files(".safetensors")):
-        with model.filesystem.open_input_file(f"{model.path}/{name}") as file:
-            size = file.size()
-            digest.update(f"{name} {size} ".encode())
-            digest.update(file.read(size if name.endswith(".json") else SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read())
-    return digest.hexdigest()
 
 
 def claim(output: Folder, settings: dict[str, Any]) -> None:

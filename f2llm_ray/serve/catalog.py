@@ -16,6 +16,7 @@ from f2llm_ray.section import Section
 from f2llm_ray.serve.api import ModelCard
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.quantise import EMBEDDING_TYPES
+from f2llm_ray.serve.search import check_corpus
 from f2llm_ray.serve.settings import Access, Serving
 
 
@@ -40,6 +41,8 @@ class Arguments(Access, Limits):
     """What clients put in `model`; the name in the model folder when unset."""
     aliases: tuple[str, ...] = ()
     """Other names that clients may use, such as one that they have always asked for."""
+    corpus: str | None = None
+    """Folder that jobs/embed.py made with this model, texts kept: the page at / searches in it."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Arguments:
@@ -75,6 +78,8 @@ class Served:
     access: Access
     card: ModelCard
     """What /v1/models says of it."""
+    corpus: str | None = None
+    """Folder of the demo page's corpus."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -114,8 +119,10 @@ def find_model(args: Arguments) -> Served:
         embedding_types=tuple(kind for kind in EMBEDDING_TYPES if calibrated or kind != "int8"),
         parameters=entry and entry.parameters,
         scores=entry.scores if entry else {},
+        corpus_rows=0 if args.corpus is None else check_corpus(Folder.at(args.corpus), folder, info),
     )
-    return Served(folder.uri, settings, Access(keys=args.keys, access_log=args.access_log), card)
+    corpus = None if args.corpus is None else Folder.at(args.corpus).uri
+    return Served(folder.uri, settings, Access(keys=args.keys, access_log=args.access_log), card, corpus)
 
 
 def with_limits(settings: Serving, given: Limits) -> Serving:

@@ -26,6 +26,7 @@ from f2llm_ray.serve.catalog import Arguments, Limits, Served, find_model, with_
 from f2llm_ray.serve.deploy import checked, options
 from f2llm_ray.serve.gate import Rules
 from f2llm_ray.serve.routes import web
+from f2llm_ray.serve.search import SearchRequest
 from f2llm_ray.serve.settings import Access, Serving
 
 RETRIES = 2
@@ -120,7 +121,8 @@ class Router:
             return self.family.default
         if not isinstance(name, str):
             # No model can be picked: the checks of a request say what is wrong with it.
-            api.read_request(api.EmbedRequest if route == "/embed" else api.EmbeddingsRequest, body)
+            kinds: dict[str, type[BaseModel]] = {"/embed": api.EmbedRequest, "/search": SearchRequest}
+            api.read_request(kinds.get(route, api.EmbeddingsRequest), body)
         limits.check_model(str(name), tuple(self.family.names))
         return self.family.names[str(name)]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
 """Paths that need no key: probes and the pages. No vector and no fact of a model is there."""
-COUNTED = frozenset({"/v1/embeddings", "/embed", "/v1/models", "/info", "/health", "/metrics"})
+COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", "/v1/models", "/info", "/health", "/metrics"})
 """Routes with a counter of their own; all else is "other", or a scanner would make a counter per path."""
 LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
 from f2llm_ray.serve import api, limits, metrics
 from f2llm_ray.serve.gate import Gate, Rules
+from f2llm_ray.serve.search import SearchAnswer, SearchRequest
 from f2llm_ray.serve.settings import Serving
 
 
@@ -67,6 +70,13 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
         """Embeds texts; answers a list of vectors, or such a list by type where `embedding_types` is given."""
         return await answered(request, "/embed")
 
+    @app.post("/search", **_docs(SearchAnswer, SearchRequest))
+    async def search(request: Request) -> Response:
+        """The nearest passages of the model's corpus at each of its dims: what the page at / asks."""
+        return await answered(request, "/search")
+
+    app.get("/", response_class=HTMLResponse)(page)
+
     @app.get("/v1/models", **_docs(api.ModelList))
     async def models() -> Response:
         """The models that can be asked for, with their dims, lengths and measured scores."""
@@ -92,6 +102,16 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
         return PrometheusText(text)
 
     return app
+
+
+PAGE = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
+ONLY_ITSELF = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+"""What the page may load: nothing but answers of this endpoint. Texts of a corpus are never markup there."""
+
+
+async def page() -> Response:
+    """A page to search the models' corpora with."""
+    return HTMLResponse(PAGE, headers={"Content-Security-Policy": ONLY_ITSELF})
 
 
 DESCRIPTION = """Text embeddings. Every answer other than 200 has the body `{"error": {"message", "type", "param",

@@ -1,0 +1,144 @@
+"""The corpus that the demo page searches: a folder that jobs/embed.py made, held by the replica.
+
+It is for looking at what a model finds, not for production: search is exact, over a bounded number of passages.
+Shapes: n passages, d dims of the whole vector, k trained dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import ModelInfo
+from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.run import Folder
+
+MANIFEST = "_manifest.json"
+"""What jobs/embed.py writes last, beside the shards."""
+MOST_ROWS = 100_000
+"""Passages of a corpus: 400 MB of vectors at d = 1024, and tens of milliseconds per search on one core."""
+
+
+class SearchRequest(BaseModel):
+    """Body of POST /search."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    model: str
+    query: str
+    top: int = Field(default=5, ge=1, le=100)
+    """Passages per dim."""
+    prompt_name: str | None = "query"
+    """Prompt of the model before the query (see /info); null for none."""
+
+
+class Hit(BaseModel):
+    """A passage that is among the nearest at one dim or more."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    id: str
+    text: str
+    scores: dict[int, float]
+    """Cosine with the query, by dim."""
+
+
+class SearchAnswer(BaseModel):
+    """Answer of POST /search."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    model: str
+    rows: int
+    """Passages searched."""
+    nearest: dict[int, list[int]]
+    """By dim: indices into `hits`, nearest first."""
+    hits: list[Hit]
+
+
+def check_corpus(corpus: Folder, model: Folder, info: ModelInfo) -> int:
+    """Number of passages of a corpus that this model can search.
+
+    Raises:
+        RunError: it is not finished, was embedded by another model, or lacks what the page needs.
+    """
+    if not corpus.exists(MANIFEST):
+        raise RunError(f"{corpus.uri}: not a finished output of jobs/embed.py: it has no {MANIFEST}")
+    made: dict[str, Any] = corpus.read_json(MANIFEST)
+    if made.get("model_fingerprint") != fingerprint(model):
+        raise RunError(f"{corpus.uri}: embedded by {made.get('model')!r} as it was then, not by {model.uri}")
+    wrong = None
+    if made["column"] not in made["keep"]:
+        wrong = f"it has no texts: embed again with --keep-columns {made['column']}"
+    elif made["dimensions"] != info.dims[-1] or made["dtype"] not in {"float32", "float16"}:
+        wrong = (
+            f"it has {made['dimensions']} dims as {made['dtype']}: whole vectors as float32 or float16 are needed"
+        )
+    elif not 1 <= made["rows"] <= MOST_ROWS:
+        wrong = f"it has {made['rows']:,} rows: the demo page takes 1 to {MOST_ROWS:,}"
+    if wrong is not None:
+        raise RunError(f"{corpus.uri}: {wrong}")
+    return int(made["rows"])
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Passages and their unit vectors."""
+
+    ids: list[str]
+    texts: list[str]
+    vectors_nd: Vectors
+
+    @staticmethod
+    def load(folder: Folder) -> Corpus:
+        """Reads a corpus that `check_corpus` has passed."""
+        column = folder.read_json(MANIFEST)["column"]
+        ids: list[str] = []
+        texts: list[str] = []
+        vectors = []
+        for shard in folder.files(".parquet"):
+            table = folder.read_table(shard, columns=["id", column, "embedding"])
+            ids += map(str, table["id"].to_pylist())
+            texts += table[column].to_pylist()
+            vectors.append(np.stack(table["embedding"].to_numpy()).astype(np.float32))
+        return Corpus(ids, texts, np.concatenate(vectors))
+
+    def search(self, query_d: Vectors, dims: tuple[int, ...], top: int) -> tuple[dict[int, list[int]], list[Hit]]:
+        """The nearest passages at each dim, and every one of them with its scores at all dims.
+
+        Args:
+            query_d: the query's vector.
+            dims: the trained dims, smallest first, d last.
+            top: passages per dim.
+        """
+        scores_kn = cosines_by_dim(self.vectors_nd, query_d, dims)
+        best_kt = np.argsort(-scores_kn, axis=1, kind="stable")[:, :top]
+        rows = list(dict.fromkeys(best_kt[::-1].ravel().tolist()))  # those of the whole vector first
+        place = {row: index for index, row in enumerate(rows)}
+        hits = [
+            Hit(
+                id=self.ids[row],
+                text=self.texts[row],
+                scores={dim: round(float(scores_kn[k, row]), 4) for k, dim in enumerate(dims)},
+            )
+            for row in rows
+        ]
+        return {dim: [place[row] for row in best_kt[k].tolist()] for k, dim in enumerate(dims)}, hits
+
+
+def cosines_by_dim(vectors_nd: Vectors, query_d: Vectors, dims: tuple[int, ...]) -> Vectors:
+    """Cosines [k, n] of a query with passages at each dim, each part of the vectors being read once."""
+    dot_n, squares_n, square = np.zeros(len(vectors_nd)), np.zeros(len(vectors_nd)), 0.0
+    rows = []
+    for start, stop in zip((0, *dims), dims, strict=False):
+        part_nd, query_part = vectors_nd[:, start:stop], query_d[start:stop]
+        dot_n += part_nd @ query_part
+        squares_n += np.einsum("nd,nd->n", part_nd, part_nd)
+        square += float(query_part @ query_part)
+        rows.append(dot_n / np.sqrt(np.maximum(squares_n * square, np.finfo(np.float32).tiny)))
+    return np.stack(rows).astype(np.float32)
