@@ -8,7 +8,7 @@ from typing import Any
 
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder, Run, device_name
-from f2llm_ray.stages import MINED, Plan
+from f2llm_ray.stages import IMPORTANCE, MINED, Plan
 
 
 def _serve_command(root: Folder) -> str:
@@ -41,8 +41,10 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
             }
         )
     mined = None if stages.mined is None else run.manifest(stages.mined)
-    if mined is not None:
-        seconds[MINED] = mined["seconds"]
+    importance = None if stages.importance is None else run.manifest(stages.importance)
+    for stage, manifest in ((MINED, mined), (IMPORTANCE, importance)):
+        if manifest is not None:
+            seconds[stage] = manifest["seconds"]
     seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
     served = recipe.serving.model or (models[-1]["name"] if models else None)
     return {

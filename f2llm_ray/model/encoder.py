@@ -86,10 +86,14 @@ def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pa
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
     passes = plan(backbone, tokens, tokens_per_pass)
-    one_pass = _packed_pass if packs(backbone) else _padded_pass
-    vectors = [one_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
+    vectors = [encode_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]
+
+
+def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
+    """The vectors [n, d] of the texts of one pass: packed into one row, or padded on the right."""
+    return (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens)
 
 
 def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:

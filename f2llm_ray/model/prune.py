@@ -1,7 +1,7 @@
 """Pruning: a smaller model of the same architecture from the parts that matter most.
 
-Kept channels and layers stay in their order. The result computes what the parent would with the removed parts
-masked to zero, so its config is stock and `AutoModel` loads it.
+Kept parts stay in their order. The result computes what the parent would with the removed parts masked to zero
+(`model/families.py` says how that survives a smaller hidden size), so its config is stock and `AutoModel` loads it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from f2llm_ray.errors import RecipeError
+from f2llm_ray.model.families import Axis, Family, axis_sizes, family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from f2llm_ray.model.importance import Importance
+    from f2llm_ray.model.settings import Prune
 
 
 @dataclass(frozen=True)
@@ -27,75 +29,126 @@ class Kept:
 
     layers: tuple[int, ...]
     hidden: tuple[int, ...]
+    """Channels of the residual stream, the same in all layers."""
     ffn: tuple[tuple[int, ...], ...]
     """For each kept layer, its FFN channels."""
+    kv_heads: tuple[tuple[int, ...], ...]
+    """For each kept layer, its key-value heads; their query heads stay with them."""
+    vocabulary: tuple[int, ...] | None = None
+    """Tokens; all when None."""
 
 
-def choose(importance: Importance, *, layers: int, hidden: int, ffn: int) -> Kept:
-    """The most important parts, the given number of each.
+def choose(importance: Importance, wanted: Prune) -> Kept:
+    """The most important parts, as many of each as wanted; all where it says nothing, and all tokens.
 
     Raises:
         RecipeError: more of something is wanted than the parent has.
     """
     has = {
-        "layers": (layers, len(importance.layers_l)),
-        "hidden": (hidden, len(importance.hidden_d)),
-        "ffn": (ffn, importance.ffn_lf.shape[1]),
+        "layers": len(importance.layers_l),
+        "hidden": len(importance.hidden_d),
+        "ffn": importance.ffn_lf.shape[1],
+        "kv_heads": importance.kv_heads_lg.shape[1],
     }
-    for name, (wanted, there) in has.items():
-        if wanted > there:
-            raise RecipeError(f"prune.{name}: {wanted} wanted, but the parent has {there}")
-    kept_layers = _top(importance.layers_l, layers)
+    count = {
+        name: there if getattr(wanted, name) is None else getattr(wanted, name) for name, there in has.items()
+    }
+    for name, there in has.items():
+        if count[name] > there:
+            raise RecipeError(f"prune.{name}: {count[name]} wanted, but the parent has {there}")
+    layers = _top(importance.layers_l, count["layers"])
     return Kept(
-        layers=kept_layers,
-        hidden=_top(importance.hidden_d, hidden),
-        ffn=tuple(_top(importance.ffn_lf[layer], ffn) for layer in kept_layers),
+        layers=layers,
+        hidden=_top(importance.hidden_d, count["hidden"]),
+        ffn=tuple(_top(importance.ffn_lf[layer], count["ffn"]) for layer in layers),
+        kv_heads=tuple(_top(importance.kv_heads_lg[layer], count["kv_heads"]) for layer in layers),
     )
 
 
 @torch.no_grad()
 def prune(backbone: PreTrainedModel, kept: Kept) -> PreTrainedModel:
-    """The pruned copy of a Qwen3-like decoder; the parent is left as it is.
+    """The pruned copy of a decoder; the parent is left as it is, and keeping all returns its weights bit for bit.
 
-    RMSNorm divides by the root mean square over the channels. Over the d' that stay, the mean of their squares is
-    larger by d / d' than the parent's with zeros in place of the others, so norm weights are scaled by
-    sqrt(d / d'); keeping all returns the parent's weights bit for bit.
+    Raises:
+        RunError: the model is of a family that cannot be pruned.
+        RecipeError: the family has no model of this shape.
     """
     parent = backbone.config
-    config = copy.deepcopy(parent)
-    config.num_hidden_layers = len(kept.layers)
-    config.hidden_size = len(kept.hidden)
-    config.intermediate_size = len(kept.ffn[0])
-    if getattr(parent, "layer_types", None) is not None:
-        config.layer_types = [parent.layer_types[layer] for layer in kept.layers]
-    small = type(backbone)(config).to(backbone.dtype).eval()
-    hidden = torch.tensor(kept.hidden)
-    scale = math.sqrt(parent.hidden_size / config.hidden_size)
-    old, new = backbone.state_dict(), small.state_dict()
-    layer_of = {f"layers.{number}.": f"layers.{layer}." for number, layer in enumerate(kept.layers)}
-    for name, target in new.items():
-        prefix = next((p for p in layer_of if name.startswith(p)), "")
-        value = old[layer_of.get(prefix, "") + name.removeprefix(prefix)]
-        ffn = torch.tensor(kept.ffn[int(prefix.split(".")[1])]) if prefix else None
-        target.copy_(_slice(name, value, hidden, ffn, scale))
+    family = family_of(parent)
+    small = type(backbone)(_config(parent, kept)).to(backbone.dtype).eval()
+    scale = math.sqrt(len(kept.hidden) / parent.hidden_size)
+    old = backbone.state_dict()
+    for name, target in small.state_dict().items():
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+        source = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{kept.layers[layer]}.", 1)
+        target.copy_(_cut(old[source], name, family, _places(parent, kept, layer), scale))
     return small
 
 
-def _slice(
-    name: str, value: torch.Tensor, hidden: torch.Tensor, ffn: torch.Tensor | None, scale: float
+def _config(parent: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+
+    config = copy.deepcopy(parent)
+    sizes = axis_sizes(parent)
+    config.head_dim = sizes["head_dim"]
+    config.num_hidden_layers = len(kept.layers)
+    config.hidden_size = len(kept.hidden)
+    config.intermediate_size = len(kept.ffn[0])
+    config.num_key_value_heads = len(kept.kv_heads[0])
+    config.num_attention_heads = len(kept.kv_heads[0]) * sizes["heads"] // sizes["kv_heads"]
+    if kept.vocabulary is not None:
+        config.vocab_size = len(kept.vocabulary)
+        new = {old: number for number, old in enumerate(kept.vocabulary)}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, _renumbered(getattr(parent, name, None), new))
+    if getattr(parent, "layer_types", None) is not None:
+        config.layer_types = [parent.layer_types[layer] for layer in kept.layers]
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        raise RecipeError(f"prune: no {parent.model_type} has this shape: {error.__cause__}") from None
+    return config
+
+
+def _renumbered(token: int | list[int] | None, new: dict[int, int]) -> int | list[int] | None:
+    """A special token of a config by its new number; none where it was dropped."""
+    if isinstance(token, list):
+        return [new[one] for one in token if one in new] or None
+    return None if token is None else new.get(token)
+
+
+def _places(parent: PreTrainedConfig, kept: Kept, layer: int | None) -> dict[Axis, torch.Tensor]:
+    """What stays along each axis that is cut; those of a layer's inside only in a layer."""
+    places: dict[Axis, torch.Tensor] = {"hidden": torch.tensor(kept.hidden)}
+    if kept.vocabulary is not None:
+        places["vocabulary"] = torch.tensor(kept.vocabulary)
+    if layer is not None:
+        sizes = axis_sizes(parent)
+        heads_per_group = sizes["heads"] // sizes["kv_heads"]
+        groups = torch.tensor(kept.kv_heads[layer])
+        places["ffn"] = torch.tensor(kept.ffn[layer])
+        places["kv_heads"] = _spans(groups, sizes["head_dim"])
+        places["heads"] = _spans(groups, sizes["head_dim"] * heads_per_group)
+    return places
+
+
+def _spans(blocks: torch.Tensor, width: int) -> torch.Tensor:
+    """The numbers within blocks of this width."""
+    return (blocks[:, None] * width + torch.arange(width)).flatten()
+
+
+def _cut(
+    value: torch.Tensor, name: str, family: Family, places: dict[Axis, torch.Tensor], scale: float
 ) -> torch.Tensor:
-    """The kept part of one weight; linear weights are [out, in]."""
-    if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")) or name == "norm.weight":
-        return value[hidden] * scale
-    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) or name == "embed_tokens.weight":
-        return value[:, hidden]
-    if name.endswith("o_proj.weight"):
-        return value[hidden]
-    if name.endswith(("gate_proj.weight", "up_proj.weight")):
-        return value[ffn][:, hidden]
-    if name.endswith("down_proj.weight"):
-        return value[hidden][:, ffn]
-    return value  # q_norm, k_norm and attention biases work on heads, which all stay
+    """The kept part of one weight, of the size that fits the hidden size."""
+    weight = family.weight(name)
+    for dimension, axis in enumerate(weight.axes):
+        if axis in places and len(places[axis]) < value.shape[dimension]:
+            value = value.index_select(dimension, places[axis].to(value.device))
+    if scale == 1 or not weight.power:
+        return value
+    shift = 1.0 if family.norm_adds_one and weight.power == -1 else 0.0
+    return (value.double() + shift) * scale**weight.power - shift
 
 
 def _top(scores: torch.Tensor, count: int) -> tuple[int, ...]:

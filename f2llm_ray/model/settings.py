@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
 from f2llm_ray.model.sizes import Shape
 from f2llm_ray.section import Section
+
+PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
+"""What pruning can cut."""
 
 
 class Backbone(Section):
@@ -23,12 +28,26 @@ class Backbone(Section):
 
 
 class Prune(Section):
-    """Structured pruning of a trained stage into a smaller stock model."""
+    """Structured pruning of a model into a smaller stock one; a part that is not named stays whole."""
 
     model: str
-    """The stage to prune."""
-    layers: int = Field(ge=1)
-    hidden: int = Field(ge=8)
-    ffn: int = Field(ge=8)
+    """The model to prune: a contrastive stage, or "untrained" for the backbone itself."""
+    layers: int | None = Field(default=None, ge=1)
+    hidden: int | None = Field(default=None, ge=8)
+    """Channels of the residual stream, which is the size of the vectors."""
+    ffn: int | None = Field(default=None, ge=8)
+    """Channels of each layer's FFN."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key-value heads of each layer; the query heads that share one go with it."""
+    vocabulary: Literal["used"] | Annotated[int, Field(ge=1)] | None = None
+    """Tokens: those that the training texts use, or so many of the most used; bytes and special tokens stay."""
+    importance: Literal["activation", "magnitude", "random"] = "activation"
+    """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
     calibration_rows: int = Field(default=512, ge=1)
-    """Training rows whose texts the importance scores are measured on, drawn over all sources."""
+    """Training rows whose texts the scores are measured on, drawn over all sources and languages."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Prune:
+        if all(getattr(self, part) is None for part in PARTS):
+            raise ValueError(f"set at least one of {', '.join(PARTS)}")
+        return self

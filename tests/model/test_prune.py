@@ -2,99 +2,137 @@
 
 from __future__ import annotations
 
-import math
+import copy
 
-import numpy as np
 import pytest
 import torch
 
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.errors import RecipeError, RunError
 from f2llm_ray.model.encoder import encode
-from f2llm_ray.model.importance import Importance, measure
+from f2llm_ray.model.families import family_of, shape_parameters
+from f2llm_ray.model.importance import Importance, chance
 from f2llm_ray.model.prune import Kept, choose, prune
-from f2llm_ray.model.sizes import Shape, count_parameters, non_embedding_parameters, random_backbone
+from f2llm_ray.model.settings import Prune
+from f2llm_ray.model.sizes import FAMILY, count_parameters, parameters, random_backbone
+from tests.model.small import FAMILIES, VOCABULARY, decoder, texts
 
-SHAPE = Shape(hidden=32, layers=3, heads=4, kv_heads=2, head_dim=8, ffn=48)
+ALL = Kept(
+    layers=(0, 1, 2), hidden=tuple(range(32)), ffn=(tuple(range(48)),) * 3, kv_heads=((0, 1),) * 3, vocabulary=None
+)
+HIDDEN = tuple(range(1, 32, 2))
+CUTS = {
+    "layers": {"layers": (0, 2), "ffn": ALL.ffn[:2], "kv_heads": ALL.kv_heads[:2]},
+    "hidden": {"hidden": HIDDEN},
+    "ffn": {"ffn": (tuple(range(0, 48, 3)), tuple(range(10, 26)), tuple(range(32, 48)))},
+    "kv_heads": {"kv_heads": ((0,), (1,), (1,))},
+    "vocabulary": {"vocabulary": tuple(range(0, VOCABULARY, 2))},
+    "all": {
+        "layers": (1, 2),
+        "hidden": HIDDEN,
+        "ffn": (tuple(range(0, 48, 3)), tuple(range(10, 26))),
+        "kv_heads": ((1,), (0,)),
+    },
+}
 
 
-@pytest.fixture(scope="module")
-def backbone() -> torch.nn.Module:
-    model = random_backbone(SHAPE, 60, seed=0).eval()
-    with torch.no_grad():  # norm weights of one would hide a mistake in how they are cut
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
-        # The norms' eps is added to a mean that the cut makes larger: keep it far below that mean.
-        model.embed_tokens.weight.mul_(50)
+def vectors(model: torch.nn.Module, given: list) -> torch.Tensor:
+    with torch.no_grad():
+        return encode(model, given, tokens_per_pass=10_000)
+
+
+def masked(parent: torch.nn.Module, kept: Kept) -> torch.nn.Module:
+    """The slow reference: the parent with all that is removed set to zero."""
+    model = copy.deepcopy(parent)
+    channels = [channel for channel in range(32) if channel not in kept.hidden]
+    with torch.no_grad():
+        model.embed_tokens.weight[:, channels] = 0
+        for number, layer in enumerate(model.layers):
+            attention, ffn = layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight
+            attention[channels] = 0
+            ffn[channels] = 0
+            if number not in kept.layers:
+                attention.zero_()
+                ffn.zero_()
+                continue
+            place = kept.layers.index(number)
+            ffn[:, [channel for channel in range(48) if channel not in kept.ffn[place]]] = 0
+            for group in {0, 1} - set(kept.kv_heads[place]):
+                attention[:, 16 * group : 16 * (group + 1)] = 0
     return model
 
 
-@pytest.fixture(scope="module")
-def texts() -> list[np.ndarray]:
-    generator = np.random.default_rng(0)
-    return [generator.integers(0, 60, n).astype(np.uint32) for n in generator.integers(1, 20, 30)]
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keeping_everything_returns_the_same_outputs_bit_for_bit(model_type: str, tied: bool) -> None:
+    parent = decoder(model_type, tied=tied)
+    small = prune(parent, choose(chance(parent.config, 0), Prune(model="x", layers=3)))
+    assert small.config.to_dict() == parent.config.to_dict()
+    assert torch.equal(vectors(small, texts()), vectors(parent, texts()))
 
 
-def vectors(model: torch.nn.Module, texts: list[np.ndarray]) -> torch.Tensor:
-    with torch.no_grad():
-        return encode(model, texts, tokens_per_pass=10_000)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_removing_parts_equals_masking_them(model_type: str, cut: str) -> None:
+    parent = decoder(model_type)
+    kept = Kept(**{**vars(ALL), **CUTS[cut]})
+    small = prune(parent, kept)
+    given = texts()
+    if kept.vocabulary is not None:  # every second token stays, and half its number is its new one
+        given = [text // 2 * 2 for text in given]
+    expected = vectors(masked(parent, kept), given)[:, list(kept.hidden)]
+    found = vectors(small, [text // 2 for text in given] if kept.vocabulary is not None else given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert expected.abs().mean() > 0.3
+    if cut != "vocabulary":
+        assert (expected - vectors(parent, given)[:, list(kept.hidden)]).abs().mean() > 0.05
+    assert shape_parameters(small.config) == count_parameters(small)
 
 
-def test_keeping_everything_returns_the_same_outputs_bit_for_bit(
-    backbone: torch.nn.Module, texts: list[np.ndarray]
-) -> None:
-    importance = measure(backbone, texts, tokens_per_pass=10_000)
-    small = prune(backbone, choose(importance, layers=3, hidden=32, ffn=48))
-    assert torch.equal(vectors(small, texts), vectors(backbone, texts))
+def test_special_tokens_of_the_config_get_their_new_numbers() -> None:
+    parent = decoder("llama")
+    parent.config.eos_token_id = [8, 11]
+    small = prune(parent, Kept(**{**vars(ALL), "vocabulary": (2, 5, 8)}))
+    assert (small.config.vocab_size, small.config.bos_token_id, small.config.eos_token_id) == (3, 0, [2])
 
 
-def test_removing_parts_equals_masking_them(backbone: torch.nn.Module, texts: list[np.ndarray]) -> None:
-    hidden = tuple(range(1, 32, 2))
-    kept = Kept(layers=(0, 2), hidden=hidden, ffn=(tuple(range(0, 48, 3)), tuple(range(10, 26))))
-    small = prune(backbone, kept)
-    assert small.config.hidden_size == 16
-    masked = random_backbone(SHAPE, 60, seed=0).eval()
-    masked.load_state_dict(backbone.state_dict())
-    gone = torch.tensor([channel for channel in range(32) if channel not in hidden])
-    with torch.no_grad():
-        masked.embed_tokens.weight[:, gone] = 0
-        for number, layer in enumerate(masked.layers):
-            layer.self_attn.o_proj.weight[gone] = 0
-            layer.mlp.down_proj.weight[gone] = 0
-            if number == 1:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
-            else:
-                ffn = kept.ffn[kept.layers.index(number)]
-                cut = torch.tensor([channel for channel in range(48) if channel not in ffn])
-                layer.mlp.down_proj.weight[:, cut] = 0
-    expected = vectors(masked, texts)[:, list(hidden)]
-    torch.testing.assert_close(vectors(small, texts), expected, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_result_has_the_shape_asked_for_and_loads(model_type: str, tmp_path: object) -> None:
+    from transformers import AutoModel
+
+    parent = decoder(model_type)
+    wanted = Prune(model="x", layers=2, hidden=24, ffn=20, kv_heads=1)
+    small = prune(parent, choose(chance(parent.config, 0), wanted))
+    config = small.config
+    shape = (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.num_attention_heads)
+    assert shape == (2, 24, 20, 2)
+    small.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(again) is type(parent)
+    torch.testing.assert_close(vectors(again, texts()), vectors(small, texts()), rtol=0, atol=0)
 
 
-def test_the_result_has_the_shape_and_count_asked_for(backbone: torch.nn.Module, texts: list[np.ndarray]) -> None:
-    importance = measure(backbone, texts, tokens_per_pass=10_000)
-    small = prune(backbone, choose(importance, layers=2, hidden=24, ffn=20))
-    shape = Shape(hidden=24, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=20)
-    assert count_parameters(small)[1] == non_embedding_parameters(shape)
-    assert type(small) is type(backbone)
+@pytest.mark.parametrize("name", ["80m", "0.6b"])
+def test_arithmetic_of_the_family_table_is_that_of_the_sizes(name: str) -> None:
+    with torch.device("meta"):
+        model = random_backbone(FAMILY[name], 1000, seed=0)
+    assert shape_parameters(model.config)[0] == parameters(FAMILY[name], 1000)
 
 
-def test_dead_parts_are_the_first_to_go(texts: list[np.ndarray]) -> None:
-    model = random_backbone(SHAPE, 60, seed=1).eval()
-    with torch.no_grad():
-        model.layers[1].self_attn.o_proj.weight.zero_()
-        model.layers[1].mlp.down_proj.weight.zero_()
-        model.layers[0].mlp.down_proj.weight[:, 7] = 0
-        model.layers[0].mlp.up_proj.weight[9] = 0
-    importance = measure(model, texts, tokens_per_pass=10_000)
-    assert choose(importance, layers=2, hidden=32, ffn=48).layers == (0, 2)
-    kept = choose(importance, layers=3, hidden=32, ffn=46).ffn[0]
-    assert set(range(48)) - set(kept) == {7, 9}
-    assert math.isclose(float(importance.layers_l[1]), 0, abs_tol=1e-6)
+def test_other_families_are_refused_by_name() -> None:
+    from transformers import AutoConfig
+
+    with pytest.raises(RunError, match=r"'gpt2' cannot be pruned; .*'gemma3_text', 'llama', 'qwen3'"):
+        family_of(AutoConfig.for_model("gpt2"))
+    with pytest.raises(RunError, match="'llama' with attention_bias"):
+        family_of(AutoConfig.for_model("llama", attention_bias=True))
 
 
-def test_more_than_there_is_is_refused() -> None:
-    importance = Importance(torch.ones(8), torch.ones(2, 4), torch.ones(2))
+def test_more_than_there_is_and_shapes_that_cannot_be_are_refused() -> None:
+    importance = Importance(torch.ones(8), torch.ones(2, 4), torch.ones(2, 2), torch.ones(2))
     with pytest.raises(RecipeError, match=r"prune\.layers: 3 wanted, but the parent has 2"):
-        choose(importance, layers=3, hidden=8, ffn=4)
+        choose(importance, Prune(model="x", layers=3))
+    with pytest.raises(RecipeError, match=r"prune\.kv_heads: 3 wanted, but the parent has 2"):
+        choose(importance, Prune(model="x", kv_heads=3))
+    parent = decoder("llama")
+    with pytest.raises(RecipeError, match=r"prune: no llama has this shape: .*multiple"):
+        prune(parent, choose(chance(parent.config, 0), Prune(model="x", hidden=30)))
