@@ -13,12 +13,17 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from f2llm_ray.serve.catalog import Arguments
+from f2llm_ray.serve.family import FamilyArguments
 from tests.cluster.kustomize import Manifest, build
 
 ROOT = Path(__file__).parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"
 CRDS = json.loads((Path(__file__).parent / "kuberay.json").read_text(encoding="utf-8"))
-BUILT = {folder.name: folder for folder in (KUBERAY / "base", *sorted((KUBERAY / "overlays").iterdir()))}
+BUILT = {
+    folder.name: folder
+    for folder in (KUBERAY / "base", *sorted((KUBERAY / "overlays").iterdir()), KUBERAY / "serving")
+}
 JOBS = sorted((KUBERAY / "jobs").glob("*.yaml"))
 KUBERNETES_VERSION = "1.31"
 TYPES: dict[str, tuple[type, ...]] = {
@@ -153,9 +158,12 @@ def test_clusters_ask_for_a_token_and_pods_find_their_volumes_and_policy(name: s
     claims = {m["metadata"]["name"] for m in manifests if m["kind"] == "PersistentVolumeClaim"}
     accounts = {m["metadata"]["name"] for m in manifests if m["kind"] == "ServiceAccount"}
     (policy,) = [m for m in manifests if m["kind"] == "NetworkPolicy"]
-    for cluster in (m for m in manifests if m["kind"] == "RayCluster"):
-        assert cluster["spec"]["authOptions"]["mode"] == "token"
-        for template in pod_templates(cluster["spec"]):
+    clusters = [m["spec"] for m in manifests if m["kind"] == "RayCluster"]
+    clusters += [m["spec"]["rayClusterConfig"] for m in manifests if m["kind"] == "RayService"]
+    assert clusters
+    for cluster in clusters:
+        assert cluster["authOptions"]["mode"] == "token"
+        for template in pod_templates(cluster):
             assert policy["spec"]["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
             spec = template["spec"]
             assert spec["serviceAccountName"] in accounts
@@ -164,6 +172,27 @@ def test_clusters_ask_for_a_token_and_pods_find_their_volumes_and_policy(name: s
             for volume in volumes.values():
                 claim = volume.get("persistentVolumeClaim")
                 assert claim is None or claim["claimName"] in claims
+
+
+def test_the_service_fits_serves_schema_and_our_arguments() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = load(KUBERAY / "serving" / "rayservice.yaml")
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    apps = {app.name: app for app in config.applications}
+    family = FamilyArguments.model_validate(apps["router"].args)
+    assert set(family.models) == set(apps) - {"router"}
+    for name, arguments in family.models.items():
+        assert Arguments.model_validate(apps[name].args) == arguments
+        assert apps[name].route_prefix is None, "it would answer without a key"
+    secret = next(v for v in pod_volumes(service) if "secret" in v)
+    assert str(family.keys).startswith("/etc/f2llm/")
+    assert secret["secret"]["secretName"] == "f2llm-keys"
+
+
+def pod_volumes(service: Manifest) -> list[Manifest]:
+    template = next(iter(pod_templates(service["spec"])))
+    return list(template["spec"]["volumes"])
 
 
 def test_the_submitter_passes_the_network_policy() -> None:
