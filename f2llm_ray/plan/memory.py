@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from f2llm_ray.model.sizes import Shape, parameters
 from f2llm_ray.plan.work import FLOAT32_BYTES, Work
 
+BFLOAT16_BYTES = 2
 ADAM_BYTES = 8
 """Two float32 moments per parameter."""
 BUCKET_PARAMETERS = 500_000_000
@@ -94,10 +95,10 @@ def buffer_bytes(work: Work) -> float:
 
 
 def teacher_bytes(work: Work) -> float:
-    """The weights of a teacher that runs beside the student; cached vectors come from the host with the batch."""
+    """The weights of a teacher beside the student, in bf16 on any GPU; cached vectors come with the batch."""
     if work.teacher is None or work.teacher.cached:
         return 0
-    return FLOAT32_BYTES * parameters(work.teacher.shape, work.teacher.vocabulary)
+    return BFLOAT16_BYTES * parameters(work.teacher.shape, work.teacher.vocabulary)
 
 
 def activation_bytes(work: Work) -> float:

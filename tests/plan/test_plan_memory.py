@@ -279,5 +279,5 @@ def test_only_a_teacher_beside_the_student_takes_memory() -> None:
     beside, cached = (
         work_of(teacher=Teacher(shape=SHAPE, vocabulary=VOCABULARY, cached=cached)) for cached in (False, True)
     )
-    assert memory(beside).teacher_bytes == 4 * parameters(SHAPE, VOCABULARY)
+    assert memory(beside).teacher_bytes == 2 * parameters(SHAPE, VOCABULARY)
     assert memory(cached).teacher_bytes == 0
