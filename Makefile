@@ -30,6 +30,7 @@ docs: .venv/.installed-dev  ## the documentation as a site in build/docs
 
 bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON object as its last line
 	$(BIN)/python -m benchmarks.encode
+	$(BIN)/python -m benchmarks.embed
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.mining
