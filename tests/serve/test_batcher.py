@@ -1,0 +1,119 @@
+"""The engine and its batches: a vector depends on its text alone, an answer on its request alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from f2llm_ray.model.encoder import Tokens
+from f2llm_ray.serve.batcher import Batcher
+from f2llm_ray.serve.engine import Engine
+from tests.tiny import tiny_model
+
+LENGTHS = [1, 2, 3, 5, 5, 8, 13, 13, 21, 34, 55, 64]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return Engine(tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokens(engine: Engine) -> list[Tokens]:
+    generator = np.random.default_rng(0)
+    vocabulary = engine.backbone.config.vocab_size
+    return [generator.integers(0, vocabulary, length).astype(np.uint32) for length in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine, tokens: list[Tokens]) -> np.ndarray:
+    """The slow reference: transformers' own attention, one text at a time, no padding anywhere."""
+    engine.backbone.set_attn_implementation("eager")
+    with torch.no_grad():
+        rows = [
+            engine.backbone(input_ids=torch.from_numpy(text.astype(np.int64))[None]).last_hidden_state[0, -1]
+            for text in tokens
+        ]
+    engine.backbone.set_attn_implementation("f2llm_varlen")
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
+
+
+@settings(max_examples=40)
+@given(places=st.lists(st.integers(0, len(LENGTHS) - 1), min_size=1, max_size=40), budget=st.integers(1, 400))
+def test_a_vector_never_depends_on_its_batch(
+    engine: Engine, tokens: list[Tokens], alone: np.ndarray, places: list[int], budget: int
+) -> None:
+    whole, engine.tokens_per_pass = engine.tokens_per_pass, budget
+    found = engine.embed_tokens([tokens[place] for place in places])
+    engine.tokens_per_pass = whole
+    np.testing.assert_allclose(found, alone[places], rtol=0, atol=1e-5)
+
+
+class Recorder:
+    """Stands where the engine does: a text's vector is its first token; a batch waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.running = 0
+        self.go = threading.Semaphore(0)
+
+    def __call__(self, tokens: Sequence[Tokens]) -> np.ndarray:
+        self.running += 1
+        assert self.running == 1, "one batch in the engine at a time"
+        self.batches.append([int(ids[0]) for ids in tokens])
+        self.go.acquire()
+        self.running -= 1
+        return np.array([[ids[0]] for ids in tokens], dtype=np.float32)
+
+
+def text(first: int, length: int = 4) -> Tokens:
+    return np.array([first] + [0] * (length - 1), dtype=np.uint32)
+
+
+def test_what_waits_is_joined_up_to_the_budget_in_order_and_what_left_is_dropped() -> None:
+    async def run() -> None:
+        engine = Recorder()
+        batcher = Batcher(engine, batch_tokens=12)
+        asked = [asyncio.create_task(batcher.embed([text(0)]))]
+        while not engine.batches:
+            await asyncio.sleep(0.001)
+        asked += [asyncio.create_task(batcher.embed([text(n), text(n + 10)])) for n in (1, 2, 3)]
+        asked.append(asyncio.create_task(batcher.embed([text(4)] * 9)))
+        gone = asyncio.create_task(batcher.embed([text(99)]))
+        probe = asyncio.create_task(batcher.embed([text(7)], first=True))
+        await asyncio.sleep(0.01)
+        asked[2].cancel()
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        for _ in range(9):
+            engine.go.release()
+        answers = await asyncio.gather(*asked, probe, return_exceptions=True)
+        # The probe goes first, with what fits beside it; a request above the budget goes by itself.
+        assert engine.batches == [[0], [7, 1, 11], [3, 13], [4] * 9]
+        values = [answer[:, 0].tolist() for answer in answers if isinstance(answer, np.ndarray)]
+        assert values == [[0], [1, 11], [3, 13], [4] * 9, [7]]
+        assert isinstance(answers[2], asyncio.CancelledError)
+
+    asyncio.run(run())
+
+
+def test_a_batch_that_fails_is_told_to_those_in_it_and_the_next_one_runs() -> None:
+    def fails(tokens: Sequence[Tokens]) -> np.ndarray:
+        if tokens[0][0] == 13:
+            raise RuntimeError("out of memory")
+        return np.zeros((len(tokens), 2), dtype=np.float32)
+
+    async def run() -> None:
+        batcher = Batcher(fails, batch_tokens=100)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await batcher.embed([text(13)])
+        assert (await batcher.embed([text(1)])).shape == (1, 2)
+
+    asyncio.run(run())
