@@ -11,8 +11,12 @@ install-dev: .venv/.installed-dev
 quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, minutes on two cores
 	$(BIN)/python jobs/pipeline.py --recipe quickstart --root $(ROOT)
 
+# HAProxy in front of the replicas; a request whose replica dies before it answers goes to another one.
+SERVE_ENV := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
+	RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response"
+
 serve: .venv/.installed  ## the quickstart's model on http://127.0.0.1:8000
-	$(BIN)/serve run serve_configs/quickstart.yaml
+	$(SERVE_ENV) $(BIN)/serve run serve_configs/quickstart.yaml
 
 submit: .venv/.installed  ## a recipe on a running cluster: make submit ADDRESS=http://HEAD:8265 RECIPE=... ROOT=URI
 	RAY_AUTH_MODE=token $(BIN)/python cluster/submit.py --address $(ADDRESS) --recipe $(RECIPE) --root $(ROOT)
@@ -34,6 +38,7 @@ bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON ob
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.mining
+	$(BIN)/python -m benchmarks.serve
 	$(BIN)/python -m benchmarks.dedup
 
 clean:
