@@ -1,7 +1,8 @@
 """The pipeline: how each stage of a recipe is run.
 
-prepare -> untrained -> (contrastive stages) -> importance -> pruned -> distilled, and an evaluation of every model.
-Where the recipe mines hard negatives, that stage comes after the model that mines, and all later training uses it.
+prepare -> untrained -> (contrastive stages) -> importance -> pruned -> distilled, and an evaluation of every
+model. Where the recipe mines hard negatives, that stage comes after the model that mines, and all later training
+uses it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from f2llm_ray.errors import RunError
 from f2llm_ray.progress import say
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder, Run, Stage
-from f2llm_ray.stages import DISTILLED, IMPORTANCE, MINED, TAUGHT, plan
+from f2llm_ray.stages import DISTILLED, IMPORTANCE, INT8, MERGED, MINED, TAUGHT, plan
 from f2llm_ray.train.settings import TrainStage
 
 Work = Callable[[Folder], dict[str, Any]]
@@ -66,7 +67,7 @@ class Pipeline:
         self._stage(self.plan.taught, self._taught)
 
     def model(self, name: str) -> None:
-        """Makes one model: "untrained", a contrastive stage by its name, "pruned" or "distilled".
+        """Makes one model by its name in the plan, such as "untrained", that of a contrastive stage, "distilled".
 
         Negatives are mined first where it trains on them, and so are a cached teacher's vectors computed.
 
@@ -88,9 +89,19 @@ class Pipeline:
             work = self._untrained
         elif name == "pruned":
             work = self._pruned
+        elif name.endswith(MERGED):
+            work = partial(self._merged, name)
+        elif name.endswith(INT8):
+            work = partial(self._quantized, name)
         else:
             work = partial(self._trained, name)
         self._stage(self.plan.models[name], partial(self._made, work))
+
+    def train(self, name: str) -> None:
+        """Runs one training by the name of its model, and merges its checkpoints where the recipe says so."""
+        self.model(name)
+        if name + MERGED in self.plan.models:
+            self.model(name + MERGED)
 
     def evaluate(self) -> None:
         """Measures every model that is finished and not measured yet, side by side."""
@@ -236,6 +247,29 @@ class Pipeline:
             out=out,
         )
 
+    def _merged(self, name: str, out: Folder) -> dict[str, Any]:
+        from f2llm_ray.train.merging import merge_stage
+
+        trained = name.removesuffix(MERGED)
+        stage = self.recipe.distill if trained == DISTILLED else self.recipe.stages[trained]
+        assert stage is not None  # noqa: S101 - plan() made the merge from it
+        assert stage.merge is not None  # noqa: S101
+        folder = self.run.folder(self.plan.models[trained])
+        return merge_stage(stage.merge, folder, f"{self.recipe.name}-{name}", out)
+
+    def _quantized(self, name: str, out: Folder) -> dict[str, Any]:
+        import ray
+
+        from f2llm_ray.model.quantize import quantize_model
+
+        parent = self._model_folder(self.plan.models[name.removesuffix(INT8)])
+        prepared = self.run.folder(self.plan.prepare)
+        work = ray.remote(num_cpus=1)(quantize_model)
+        facts: dict[str, Any] = ray.get(
+            work.remote(self.recipe, f"{self.recipe.name}-{name}", prepared, parent, out)
+        )
+        return facts
+
     def _mined(self, out: Folder) -> dict[str, Any]:
         from f2llm_ray.data.mine import mine
 
@@ -316,6 +350,8 @@ def _command(stage: str) -> str:
         TAUGHT: "jobs/teach.py",
         "distilled": "jobs/distill.py",
     }
+    if stage.endswith(INT8):
+        return "jobs/quantize.py"
     return jobs.get(stage, "jobs/train.py")
 
 

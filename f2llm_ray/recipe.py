@@ -7,10 +7,10 @@ from pydantic import model_validator
 from f2llm_ray.data.settings import Data, Mine, TokenizerSection
 from f2llm_ray.data.sources import Source
 from f2llm_ray.evaluate.settings import Evaluation
-from f2llm_ray.model.settings import Backbone, Prune
+from f2llm_ray.model.settings import Backbone, Prune, Quantize
 from f2llm_ray.section import Section
 from f2llm_ray.serve.settings import Serving
-from f2llm_ray.train.settings import Compute, Distill, TrainStage
+from f2llm_ray.train.settings import Compute, Distill, Tracking, TrainStage
 
 
 class Recipe(Section):
@@ -28,9 +28,11 @@ class Recipe(Section):
     itself is pruned ("untrained")."""
     prune: Prune | None = None
     distill: Distill | None = None
+    quantize: Quantize | None = None
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     compute: Compute = Compute()
+    tracking: Tracking = Tracking()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -39,6 +41,7 @@ class Recipe(Section):
             *self._stage_problems(),
             *self._mine_problems(),
             *self._shrink_problems(),
+            *self._quantize_problems(),
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -62,6 +65,12 @@ class Recipe(Section):
             training["distill"] = self.distill
         reserved = {"prepare", "mined", "importance", "taught", "untrained", "pruned", "distilled", "evaluate"}
         problems += [f"stages.{name}: this name is taken" for name in self.stages if name in reserved]
+        problems += [
+            f"stages.{name}: a name ending in {end} is that of a model made from another"
+            for name in self.stages
+            for end in ("-merged", "-int8")
+            if name.endswith(end)
+        ]
         for place, stage in training.items():
             unknown = [name for name in stage.sources or () if name not in self.sources]
             if unknown:
@@ -116,7 +125,7 @@ class Recipe(Section):
         wrong = [name for name in self.mine.sources or () if name not in known]
         if wrong or not known:
             problems.append(f"mine.sources: {wrong or 'none'} not among the retrieval sources {known}")
-        if self.distill is None and self.stages and self.mine.model == list(self.stages)[-1]:
+        if self.distill is None and self.stages and self.mine.model in self._names_of(list(self.stages)[-1]):
             problems.append(f"mine.model: no training comes after {self.mine.model!r}")
         return problems
 
@@ -142,6 +151,18 @@ class Recipe(Section):
             ]
         return problems
 
+    def _quantize_problems(self) -> list[str]:
+        if self.quantize is None:
+            return []
+        made = self.model_names()
+        if self.prune is not None:
+            made.append("pruned")
+        if self.distill is not None:
+            made += ["distilled", *(["distilled-merged"] if self.distill.merge else [])]
+        return [
+            f"quantize.models: {name!r} is not one of {made}" for name in self.quantize.models if name not in made
+        ]
+
     def mined_sources(self, settings: Mine) -> list[str]:
         """Names of the retrieval sources that are mined, in the recipe's order."""
         known = [name for name, source in self.sources.items() if source.task == "retrieval"]
@@ -149,7 +170,11 @@ class Recipe(Section):
 
     def model_names(self) -> list[str]:
         """Names of the models that are there before pruning."""
-        return ["untrained", *self.stages]
+        return ["untrained", *(name for stage in self.stages for name in self._names_of(stage))]
+
+    def _names_of(self, stage: str) -> list[str]:
+        """Names of the models that a contrastive stage makes."""
+        return [stage, f"{stage}-merged"] if self.stages[stage].merge else [stage]
 
     def stage_sources(self, stage: TrainStage) -> list[str]:
         """Names of the sources that a stage trains on, in the recipe's order."""

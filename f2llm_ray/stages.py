@@ -11,6 +11,8 @@ from f2llm_ray.run import Stage
 
 MINED, IMPORTANCE, TAUGHT = "mined", "importance", "taught"
 DISTILLED = "distilled"
+MERGED, INT8 = "-merged", "-int8"
+"""What the names of merged and quantised models end in, after that of the model they are made from."""
 NOT_BATCHES = frozenset(
     {
         "teacher_vectors",
@@ -37,6 +39,7 @@ NOT_BATCHES = frozenset(
         "keep_checkpoints",
         "keep_best",
         "best_by",
+        "merge",
         "engine",
     }
 )
@@ -55,7 +58,8 @@ class Plan:
     taught: Stage | None
     """The teacher's vectors, where the recipe distils from cached ones."""
     models: dict[str, Stage]
-    """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled."""
+    """Every model in the order they are made: untrained, the contrastive stages, pruned, distilled, each merged
+    one after what it is made from, and quantised ones."""
     evaluations: dict[str, Stage]
     """The evaluation of each model; empty when the recipe names no sets."""
 
@@ -82,15 +86,12 @@ def plan(recipe: Recipe) -> Plan:
     last = models["untrained"]
     mined: Stage | None = None
     importance: Stage | None = None
-    if recipe.mine is not None and recipe.mine.model not in recipe.model_names():
-        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare,))
     for name in recipe.stages:
-        if recipe.mine is not None and recipe.mine.model == last.name:
-            mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
+        mined = _mining(recipe, dump, prepare, models)
         parents = (prepare, last) if mined is None else (prepare, last, mined)
         last = models[name] = Stage(name=name, settings=_training(dump, dump["stages"][name]), parents=parents)
-    if recipe.mine is not None and recipe.mine.model == last.name:
-        mined = Stage(name=MINED, settings=dump["mine"], parents=(prepare, last))
+        last = _merging(models, name, dump["stages"][name]["merge"], prepare)
+    mined = _mining(recipe, dump, prepare, models)
     if recipe.prune is not None:
         parent, cut = models[recipe.prune.model], dump["prune"]
         scored = ("importance", "calibration_rows")
@@ -112,6 +113,13 @@ def plan(recipe: Recipe) -> Plan:
             settings=_training(dump, dump["distill"]),
             parents=(prepare, models["pruned"], *teachers, *common),
         )
+        _merging(models, DISTILLED, dump["distill"]["merge"], prepare)
+    if recipe.quantize is not None:
+        for name in recipe.quantize.models:
+            small = name + INT8
+            models[small] = Stage(
+                name=small, settings={"embeddings": recipe.quantize.embeddings}, parents=(prepare, models[name])
+            )
     evaluations = {}
     if recipe.evaluation.sets:
         settings = {"divisors": dump["evaluation"]["divisors"]}
@@ -129,6 +137,27 @@ def _teaching(recipe: Recipe, dump: dict[str, Any]) -> dict[str, Any]:
     return _training(dump, {**batches, "dims": recipe.distill.teacher_dims(hidden)})
 
 
+def _mining(recipe: Recipe, dump: dict[str, Any], prepare: Stage, models: dict[str, Stage]) -> Stage | None:
+    """The mining, once the model that mines is among those made."""
+    if recipe.mine is None:
+        return None
+    model = recipe.mine.model
+    if model not in models and model in recipe.model_names():
+        return None
+    return Stage(
+        name=MINED, settings=dump["mine"], parents=(prepare, models[model]) if model in models else (prepare,)
+    )
+
+
+def _merging(models: dict[str, Stage], name: str, settings: dict[str, Any] | None, prepare: Stage) -> Stage:
+    """What comes after a training goes on from this: its merged model where it has one, else its own."""
+    if settings is None:
+        return models[name]
+    merged = models[name + MERGED] = Stage(name=name + MERGED, settings=settings, parents=(prepare, models[name]))
+    return merged
+
+
 def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
     # The world size is not among them: any number of workers sees the same global batches.
-    return {**stage, "seed": dump["seed"]}
+    # Nor is what is made of a finished stage.
+    return {**{key: value for key, value in stage.items() if key != "merge"}, "seed": dump["seed"]}

@@ -10,7 +10,7 @@ from f2llm_ray.cli import job_parser, main, pipeline_of
 
 def distill(arguments: argparse.Namespace) -> None:
     """Runs the stage."""
-    pipeline_of(arguments).model("distilled")
+    pipeline_of(arguments).train("distilled")
 
 
 if __name__ == "__main__":

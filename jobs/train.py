@@ -22,8 +22,9 @@ def train(arguments: argparse.Namespace) -> None:
     stages = list(pipeline.recipe.stages)
     if arguments.stage is not None and arguments.stage not in stages:
         raise RecipeError(f"--stage {arguments.stage!r}: the recipe has {stages}")
-    for name in ["untrained", *([arguments.stage] if arguments.stage else stages)]:
-        pipeline.model(name)
+    pipeline.model("untrained")
+    for name in [arguments.stage] if arguments.stage else stages:
+        pipeline.train(name)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,8 @@ def read_info(content: bytes, place: str) -> ModelInfo:
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The decoder of a model folder (or any local Hugging Face checkpoint), in float32 unless told otherwise.
 
+    Int8 weights stay int8, whatever the dtype (`model.int8`).
+
     Raises:
         RunError: no config or no safetensors weights there.
     """
@@ -160,7 +162,11 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     from transformers import AutoModel
     from transformers.utils.logging import disable_progress_bar
 
+    from f2llm_ray.model.int8 import is_quantized, load_quantized
+
     disable_progress_bar()
+    if is_quantized(folder):
+        return load_quantized(Path(folder))
     try:
         return AutoModel.from_pretrained(
             folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False

@@ -27,6 +27,14 @@ class Backbone(Section):
         return self
 
 
+class Quantize(Section):
+    """Int8 weights for small deployments on CPU: of each model named, one more, `<model>-int8`."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    embeddings: bool = True
+    """Input embeddings too: they are most of a small model."""
+
+
 class Prune(Section):
     """Structured pruning of a model into a smaller stock one; a part that is not named stays whole."""
 

@@ -12,6 +12,7 @@ from f2llm_ray.data.tokens import tokenize
 from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens, encode
+from f2llm_ray.model.int8 import is_quantized
 from f2llm_ray.model.varlen import use_varlen
 
 CPU_PASS = 1024
@@ -20,7 +21,7 @@ in passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wi
 
 
 class Engine:
-    """A model folder made ready to embed, on the GPU where there is one.
+    """A model folder made ready to embed, on the GPU where there is one; int8 weights stay on the CPU.
 
     Raises:
         RunError: the folder is not a model folder.
@@ -29,7 +30,7 @@ class Engine:
     def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384) -> None:
         self.info = load_info(folder)
         self.tokenizer = load_tokenizer(folder)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if torch.cuda.is_available() and not is_quantized(folder) else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
         self.tokens_per_pass = tokens_per_pass

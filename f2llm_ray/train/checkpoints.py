@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
+from f2llm_ray.errors import RunError
 from f2llm_ray.run import Folder
 from f2llm_ray.train.zero import inner_optimizer, link_moments, read_state, set_learning_rate, write_state
 
@@ -193,6 +194,29 @@ def opened(
                 where = f"checkpoint {checkpoint.name} of step {checkpoint.step:,}"
                 tell(f"{where} is damaged ({flaws[0]}), passed over")
         yield None
+
+
+@contextmanager
+def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor]]:
+    """Reads single float32 weights of a checkpoint by their names in the trained module, outside of any engine.
+
+    Raises:
+        RunError: a part is not as it was written.
+    """
+    from safetensors import safe_open
+
+    with _local(checkpoint.folder) as path, ExitStack() as stack:
+        holder: dict[str, Any] = {}
+        for number in range(checkpoint.world):
+            flaw = flaw_of(path, number, checkpoint.world)
+            if flaw is not None:
+                raise RunError(
+                    f"{checkpoint.folder.uri}: the checkpoint of step {checkpoint.step:,} is damaged: {flaw}"
+                )
+            part = path / f"{_part(number, checkpoint.world)}.safetensors"
+            file = stack.enter_context(safe_open(part, "pt"))
+            holder |= {name: file for name in file.keys() if name.startswith("weight/")}  # noqa: SIM118
+        yield lambda name: holder[f"weight/{name}"].get_tensor(f"weight/{name}")
 
 
 def flaw_of(folder: Path, number: int, world: int) -> str | None:

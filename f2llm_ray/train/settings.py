@@ -23,8 +23,25 @@ class Engine(Section):
     """GradCache: the activations of at most this many tokens are held at a time, at the cost of a second forward
     pass; unset holds those of the whole batch."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile of each of the backbone's layers, for any number and length of texts."""
     loader_prefetch: int = Field(default=4, ge=1)
     """Micro-batches that Ray Data keeps ready ahead of the step."""
+
+
+class Merge(Section):
+    """Merging the weights of the last checkpoints of a stage into one more model, `<stage>-merged`."""
+
+    last: int = Field(default=3, ge=2)
+    """How many: the stage's model at its last step, and the checkpoints before it."""
+    method: Literal["average", "slerp"] = "average"
+    """The mean of the weights, or the middle of the arc between two."""
+
+    @model_validator(mode="after")
+    def _arc(self) -> Merge:
+        if self.method == "slerp" and self.last != 2:
+            raise ValueError(f"slerp is between 2 models; last is {self.last}")
+        return self
 
 
 class TrainStage(Section):
@@ -38,9 +55,12 @@ class TrainStage(Section):
     """Put each source's instruction before its queries."""
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
-    """Ends the stage early; the schedule is stretched over the steps that are run."""
+    """Optimizer steps after which the stage ends early; the schedule is stretched over the steps that are run."""
     global_batch: int = Field(default=512, ge=2)
-    """Rows per optimizer step over all workers."""
+    """Rows whose passages are each other's negatives, over all workers."""
+    accumulate: int = Field(default=1, ge=1)
+    """Global batches per optimizer step. Each keeps its own in-batch negatives, and the step's gradient is their
+    mean; `engine.tokens_per_chunk` (GradCache) instead makes one global batch of any size fit into memory."""
     language_temperature: float = Field(default=1.0, ge=1)
     """Evens out the languages of a source: one of n rows is drawn in proportion to n^(1/temperature)."""
     length_window: int = Field(default=1, ge=1)
@@ -70,12 +90,29 @@ class TrainStage(Section):
     clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     checkpoint_every: int = Field(default=500, ge=1)
-    """Steps between checkpoints."""
+    """Optimizer steps between checkpoints."""
+    validation_rows: int = Field(default=4096, ge=1)
+    """Held-out rows, rounded up to whole batches, that loss and score are taken on at each checkpoint, at most."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """The last ones are kept; with `keep_best` those with the lowest validation loss, and the last."""
+    """The last ones are kept; with `keep_best` the best ones, and the last."""
     keep_best: bool = False
-    """Export the checkpoint with the lowest validation loss instead of the last step (paper: the last)."""
+    """Export the best checkpoint instead of the last step (paper: the last)."""
+    best_by: Literal["loss", "score"] = "loss"
+    """What `keep_best` goes by: the lowest validation loss, or the highest nDCG@10 on held-out retrieval rows."""
+    merge: Merge | None = None
+    """What comes after goes on from the merged model, where it does not name another; both are evaluated."""
     engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _merges(self) -> TrainStage:
+        if self.merge is not None and self.keep_best:
+            raise ValueError("merge: takes the last checkpoints, and keep_best keeps others; use one of them")
+        if self.merge is not None and self.keep_checkpoints < self.merge.last - 1:
+            raise ValueError(
+                f"merge.last: {self.merge.last} with the model itself need keep_checkpoints "
+                f"{self.merge.last - 1} or more; it is {self.keep_checkpoints}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates(self) -> TrainStage:
@@ -123,6 +160,41 @@ class Distill(TrainStage):
         if self.projection and not self.matches_vectors:
             raise ValueError("projection: nothing is projected where mse_weight and cosine_weight are 0")
         return self
+
+
+class Mlflow(Section):
+    """An MLflow experiment; user, password and token are read from MLflow's environment variables."""
+
+    uri: str | None = None
+    """Tracking server or store; unset takes MLFLOW_TRACKING_URI."""
+    experiment: str | None = None
+    """Its name; unset takes the recipe's."""
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Mlflow:
+        if self.uri is not None and "@" in self.uri.split("://")[-1].split("/")[0]:
+            raise ValueError(
+                "uri: names a user; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
+
+
+class Wandb(Section):
+    """A Weights & Biases project; the key is read from WANDB_API_KEY."""
+
+    project: str
+    entity: str | None = None
+    offline: bool = False
+    """Write into the stage's folder, for `wandb sync` later."""
+
+
+class Tracking(Section):
+    """Where training is shown beside Ray's dashboard; changing it runs no stage again."""
+
+    tensorboard: bool = True
+    """Event files in each stage's folder, where that is a local one."""
+    mlflow: Mlflow | None = None
+    wandb: Wandb | None = None
 
 
 class Compute(Section):
