@@ -8,7 +8,7 @@ from typing import Any
 
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder, Run, device_name
-from f2llm_ray.stages import IMPORTANCE, MINED, Plan
+from f2llm_ray.stages import IMPORTANCE, MINED, TAUGHT, Plan
 
 
 def _serve_command(root: Folder) -> str:
@@ -42,7 +42,8 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         )
     mined = None if stages.mined is None else run.manifest(stages.mined)
     importance = None if stages.importance is None else run.manifest(stages.importance)
-    for stage, manifest in ((MINED, mined), (IMPORTANCE, importance)):
+    taught = None if stages.taught is None else run.manifest(stages.taught)
+    for stage, manifest in ((MINED, mined), (IMPORTANCE, importance), (TAUGHT, taught)):
         if manifest is not None:
             seconds[stage] = manifest["seconds"]
     seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
@@ -55,10 +56,13 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         "libraries": prepared.get("libraries", {}),
         "rows": prepared.get("rows", []),
         "languages": prepared.get("languages", {}),
+        "backbone": recipe.backbone.path,
+        "missing": [stage.name for stage in stages.stages() if run.manifest(stage) is None],
         "sources": prepared.get("sources", {}),
         "seconds": seconds,
         "training": training,
         "mining": None if mined is None else mined["mining"],
+        "teaching": None if taught is None else taught["teaching"],
         "models": models,
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},
