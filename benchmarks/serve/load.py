@@ -18,6 +18,7 @@ import numpy as np
 import uvloop
 
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 FAILED = 0
 """In the place of a status: the connection broke before the whole answer came."""
 
@@ -68,6 +69,7 @@ class Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._need = self._body = 0
         self._status = FAILED
+        self._last = False
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
 
     def ask(self, request: bytes) -> Awaitable[tuple[int, bytes]]:
@@ -92,12 +94,16 @@ class Connection(asyncio.Protocol):
                 return
             length = LENGTH.search(self._buffer, 0, end + 2)
             self._status = int(self._buffer[9:12])
+            self._last = CLOSE.search(self._buffer, 0, end + 2) is not None
             self._need = end + 4 + (int(length[1]) if length else 0)
             self._body = end + 4
         if len(self._buffer) >= self._need:
             body = bytes(self._buffer[self._body : self._need])
             self._buffer.clear()
             self._need = 0
+            if self._last and self.transport is not None:  # HAProxy says so when it reads a new configuration
+                self.transport.close()
+                self.transport = None
             self._done(self._status, body)
 
     def connection_lost(self, exc: Exception | None) -> None:
