@@ -3,8 +3,8 @@
 Cutting the hidden size from d to d' must not move what the parts that stay compute. An RMSNorm divides by the
 root mean square over all channels; over the d' that stay, the mean of their squares is d / d' times that of the
 parent with zeros in place of the others. With c = sqrt(d' / d), all that is written to the residual stream is
-multiplied by c, so that its mean square (and the weight of the norm's eps beside it) is the parent's, and the norms
-that read it are divided by c. `Weight.power` says which power of c a weight takes.
+multiplied by c, so that its mean square (and the weight of the norm's eps beside it) is the parent's, and the
+norms that read it are divided by c. `Weight.power` says which power of c a weight takes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ channels, g key-value heads (each with the query heads that share it), e channel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,7 @@ class Sums:
 def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> Sums:
     """Runs calibration texts through a model and sums what its parts do. Padding does not count.
 
-    A layer's skip runs only the layers after it, from the inputs that the whole pass left: L/2 passes for L layers.
+    Skipping a layer runs only those after it, from the inputs that the whole pass left: l / 2 passes for l layers.
 
     Args:
         backbone: the model, in evaluation mode.
@@ -77,74 +77,85 @@ def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_p
         RunError: the model is of a family that cannot be pruned.
     """
     passes = plan(backbone, tokens, tokens_per_pass)
-    found = [_measure_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
+    found = [_Pass(backbone, [tokens[index] for index in indices]).sums() for indices in passes]
     total = found[0]
     for more in found[1:]:
         total = total + more
     return total
 
 
-def _measure_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> Sums:
-    layers, family = backbone.layers, family_of(backbone.config)
-    groups = backbone.config.num_key_value_heads
-    lengths = torch.tensor([len(text) for text in tokens], device=backbone.device)
-    padded = not packs(backbone)
-    longest = int(lengths.max())
-    # Of all places of the pass, padding included: those of real tokens, and those of each text's last.
-    real_T = torch.ones(int(lengths.sum()), dtype=torch.bool, device=lengths.device)
-    ends_n = lengths.cumsum(0) - 1
-    if padded:
-        real_T = (torch.arange(longest, device=lengths.device) < lengths[:, None]).flatten()
-        ends_n = torch.arange(len(lengths), device=lengths.device) * longest + lengths - 1
+class _Pass:
+    """One forward pass with what its parts do seen, and the inputs of its layers held."""
 
-    readers = [layer.get_submodule(name) for layer in layers for name in family.readers]
-    hidden: list[torch.Tensor] = []
-    ffn: list[torch.Tensor] = []
-    kv_heads: list[torch.Tensor] = []
-    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+    def __init__(self, backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> None:
+        self.backbone = backbone
+        lengths = torch.tensor([len(text) for text in tokens], device=backbone.device)
+        self.texts, self.tokens = len(lengths), int(lengths.sum())
+        # Of all places of the pass, padding included: those of real tokens, and those of each text's last.
+        self.real_T = torch.ones(self.tokens, dtype=torch.bool, device=lengths.device)
+        self.ends_n = lengths.cumsum(0) - 1
+        if not packs(backbone):
+            places = torch.arange(int(lengths.max()), device=lengths.device)
+            self.real_T = (places < lengths[:, None]).flatten()
+            self.ends_n = torch.arange(self.texts, device=lengths.device) * len(places) + lengths - 1
+        self.hidden: list[torch.Tensor] = []
+        self.ffn: list[torch.Tensor] = []
+        self.kv_heads: list[torch.Tensor] = []
+        self.calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        with self._watching():
+            self.whole_nd = encode_pass(backbone, tokens)
 
-    def watch_hidden(x_ntd: torch.Tensor) -> None:
-        hidden.append(_sum(x_ntd.flatten(0, -2)[real_T].abs()))
+    def sums(self) -> Sums:
+        return Sums(
+            hidden_rd=torch.stack(self.hidden).cpu(),
+            ffn_lf=torch.stack(self.ffn).cpu(),
+            kv_heads_lg=torch.stack(self.kv_heads).cpu(),
+            layers_l=torch.stack([self._moved(layer) for layer in range(len(self.calls))]).cpu(),
+            tokens=self.tokens,
+            texts=self.texts,
+        )
 
-    def watch_ffn(x_ntf: torch.Tensor, weight_df: torch.Tensor) -> None:
-        ffn.append(_sum(x_ntf.flatten(0, -2)[real_T].abs()) * weight_df.double().norm(dim=0))
-
-    def watch_heads(x_nth: torch.Tensor, weight_dh: torch.Tensor) -> None:
-        kv_heads.append(_sum(written_by_groups(x_nth.flatten(0, -2)[real_T], weight_dh, groups)))
-
-    def watch_call(_layer: torch.nn.Module, args: tuple[torch.Tensor], keywords: dict[str, Any]) -> None:
-        calls.append((args[0], keywords))
-
-    def seen(see: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[Any, Any, Any], None]:
-        return lambda linear, inputs, _output: see(inputs[0], linear.weight)
-
-    with ExitStack() as hooks:
-        for norm in [*readers, backbone.norm]:
-            hooks.callback(norm.register_forward_hook(lambda _norm, _inputs, output: watch_hidden(output)).remove)
-        for layer in layers:
-            hooks.callback(layer.mlp.down_proj.register_forward_hook(seen(watch_ffn)).remove)
-            hooks.callback(layer.self_attn.o_proj.register_forward_hook(seen(watch_heads)).remove)
-            hooks.callback(layer.register_forward_pre_hook(watch_call, with_kwargs=True).remove)
-        whole_nd = encode_pass(backbone, tokens)
-    moved = []
-    for skipped in range(len(layers)):
-        x_ntd = calls[skipped][0]
-        for layer, (_, keywords) in zip(layers[skipped + 1 :], calls[skipped + 1 :], strict=True):
+    def _moved(self, skipped: int) -> torch.Tensor:
+        """How far the vectors turn when a layer passes its input on unchanged."""
+        x_ntd, after = self.calls[skipped][0], slice(skipped + 1, None)
+        for layer, (_, keywords) in zip(self.backbone.layers[after], self.calls[after], strict=True):
             x_ntd = layer(x_ntd, **keywords)
-        without_nd = backbone.norm(x_ntd).flatten(0, -2)[ends_n]
-        moved.append((1 - cosine_similarity(whole_nd.double(), without_nd.double(), dim=-1)).sum())
-    return Sums(
-        hidden_rd=torch.stack(hidden).cpu(),
-        ffn_lf=torch.stack(ffn).cpu(),
-        kv_heads_lg=torch.stack(kv_heads).cpu(),
-        layers_l=torch.stack(moved).cpu(),
-        tokens=int(lengths.sum()),
-        texts=len(tokens),
-    )
+        without_nd = self.backbone.norm(x_ntd).flatten(0, -2)[self.ends_n]
+        return (1 - cosine_similarity(self.whole_nd.double(), without_nd.double(), dim=-1)).sum()
+
+    def _watching(self) -> ExitStack:
+        """Hooks on all that is scored; closing them takes them off."""
+        hooks, readers = ExitStack(), family_of(self.backbone.config).readers
+        for layer in self.backbone.layers:
+            hooks.callback(layer.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
+            for norm in readers:
+                hooks.callback(layer.get_submodule(norm).register_forward_hook(self._see_hidden).remove)
+            hooks.callback(layer.self_attn.o_proj.register_forward_hook(self._see_heads).remove)
+            hooks.callback(layer.mlp.down_proj.register_forward_hook(self._see_ffn).remove)
+        hooks.callback(self.backbone.norm.register_forward_hook(self._see_hidden).remove)
+        return hooks
+
+    def _see_call(self, _layer: torch.nn.Module, args: tuple[torch.Tensor], keywords: dict[str, Any]) -> None:
+        self.calls.append((args[0], keywords))
+
+    def _see_hidden(self, _norm: torch.nn.Module, _inputs: Any, x_ntd: torch.Tensor) -> None:
+        self.hidden.append(self._sum(x_ntd.flatten(0, -2).abs()))
+
+    def _see_ffn(self, down: torch.nn.Module, inputs: tuple[torch.Tensor], _output: Any) -> None:
+        reach_f = down.get_parameter("weight").double().norm(dim=0)
+        self.ffn.append(self._sum(inputs[0].flatten(0, -2).abs()) * reach_f)
+
+    def _see_heads(self, out: torch.nn.Module, inputs: tuple[torch.Tensor], _output: Any) -> None:
+        groups = self.backbone.config.num_key_value_heads
+        written_Tg = written_by_groups(inputs[0].flatten(0, -2), out.get_parameter("weight"), groups)
+        self.kv_heads.append(self._sum(written_Tg))
+
+    def _sum(self, x_Tc: torch.Tensor) -> torch.Tensor:
+        return x_Tc[self.real_T].sum(0, dtype=torch.float64)
 
 
 def written_by_groups(x_Th: torch.Tensor, weight_dh: torch.Tensor, groups: int) -> torch.Tensor:
-    """Length [T, g] of what each group of heads writes to the residual stream, from the output projection's input."""
+    """Length [T, g] of what each group of heads writes, from the input and weight of the output projection."""
     weight_gde = weight_dh.unflatten(1, (groups, -1)).transpose(0, 1)
     gram_gee = weight_gde.transpose(1, 2) @ weight_gde  # e * e per token instead of d * e
     x_gTe = x_Th.unflatten(1, (groups, -1)).transpose(0, 1)
@@ -166,7 +177,7 @@ def magnitude(backbone: PreTrainedModel) -> Importance:
         square = value.double().square().cpu()
         if len(axes) == 1:
             continue  # norms are of the residual stream's size, not of a part's
-        along = {axis: square.sum(1 - dimension) for dimension, axis in enumerate(axes)}
+        along: dict[str, torch.Tensor] = {axis: square.sum(1 - place) for place, axis in enumerate(axes)}
         squares["hidden"] += along["hidden"]
         if name.startswith("layers."):
             layer = int(name.split(".")[1])
@@ -188,7 +199,3 @@ def chance(config: PreTrainedConfig, seed: int) -> Importance:
         (layers,),
     )
     return Importance(*(torch.from_numpy(generator.random(shape)) for shape in shapes))
-
-
-def _sum(x_Tc: torch.Tensor) -> torch.Tensor:
-    return x_Tc.sum(0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Pruning: a smaller model of the same architecture from the parts that matter most.
 
 Kept parts stay in their order. The result computes what the parent would with the removed parts masked to zero
-(`model/families.py` says how that survives a smaller hidden size), so its config is stock and `AutoModel` loads it.
+(`model/families.py` says how that survives a smaller hidden size); its config is stock and `AutoModel` loads it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Scores of a parent model as files, measured over Ray workers where there is much to run.
 
-The calibration text is cut into pieces whatever the number of workers, and their float64 sums are added in order: the
-scores do not depend on who measured them.
+The calibration text is cut into pieces whatever the number of workers, and their float64 sums are added in order:
+the scores do not depend on who measured them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TENSORS, FACTS = "importance.safetensors", "importance.json"
 TOKENS_PER_PIECE = 65_536
-"""What one task measures, at least. A 2-layer model does it in seconds, so that one piece is not worth an actor."""
+"""What one task measures, at least. A 2-layer model does it in seconds, so one piece is not worth an actor."""
 TOKENS_PER_PASS = 4_096
 """The inputs of all layers are held for a pass: 0.5 GB for 28 layers of 1,024 channels."""
 

@@ -1,17 +1,18 @@
-"""A smaller vocabulary: the tokens that a corpus uses, with the tokenizer rewritten so that its texts read the same.
+"""A smaller vocabulary: the tokens that a corpus uses, with the tokenizer rewritten so that its texts read alike.
 
-Byte-pair encoding merges the pair of lowest rank first, and a final token is made by merges inside it alone. Where a
-token is kept with every token on the way to it, the tokenizer with the other merges taken out makes the same merges in
-the same order, so a text whose tokens are all kept gets the same tokens. What was dropped is spelt with smaller tokens,
-down to bytes, so no text becomes unknown.
+Byte-pair encoding merges the pair of lowest rank first, and a final token is made by merges inside it alone. Where
+a token is kept with every token on the way to it, the tokenizer with the other merges taken out makes the same
+merges in the same order, so a text whose tokens are all kept gets the same tokens. What was dropped is spelt with
+smaller tokens, down to bytes, so no text becomes unknown.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +44,9 @@ class TokenMap:
 def remap(tokens: Sequence[Tokens], table: TokenMap | None) -> list[Tokens]:
     """Texts in the prepared tokens as texts in a model's own; as they are where it has no map.
 
-    The token store holds the tokens of the recipe's tokenizer. A model with a pruned vocabulary reads the same store
-    through the map in its folder, and so does one that is trained from it. Equal to what the pruned tokenizer gives where all tokens of a text were kept; else some words may be spelt with
-    other pieces.
+    The token store holds the tokens of the recipe's tokenizer. A model with a pruned vocabulary reads the same
+    store through the map in its folder, and so does one that is trained from it. Equal to what the pruned tokenizer
+    gives where all tokens of a text were kept; else some words may be spelt with other pieces.
 
     Raises:
         RunError: a token that the pruned vocabulary cannot spell, such as a dropped special token.
@@ -101,8 +102,8 @@ class Vocabulary:
         model = self.content["model"]
         if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
             raise RecipeError(
-                f"prune.vocabulary: the tokenizer's model is {model['type']}; only byte-pair encoding (BPE) without "
-                "word prefixes and suffixes can be cut"
+                f"prune.vocabulary: the tokenizer's model is {model['type']}; only byte-pair encoding (BPE) "
+                "without word prefixes and suffixes can be cut"
             )
         self.entries: dict[str, int] = model["vocab"]
         self.added = {token["content"]: token for token in self.content["added_tokens"]}
@@ -121,8 +122,8 @@ class Vocabulary:
         found = bytes_named if byte_fallback else byte_level
         if len(found) != 256:
             raise RecipeError(
-                f"prune.vocabulary: the tokenizer has {len(found)} of the 256 bytes as tokens; without them a text "
-                "whose tokens were dropped could not be spelt"
+                f"prune.vocabulary: the tokenizer has {len(found)} of the 256 bytes as tokens; without them a "
+                "text whose tokens were dropped could not be spelt"
             )
         return found
 
@@ -172,7 +173,7 @@ class Vocabulary:
         pieces = list(name)
         seen = [piece for piece in pieces if piece in self.entries]
         while len(pieces) > 1:
-            best, place = min((ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(_pairs(pieces)))
+            best, place = min((ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(pairwise(pieces)))
             if best == len(self.ranks):
                 break
             pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
@@ -217,10 +218,6 @@ class Vocabulary:
                 spelt[index] = [number[part] for piece in pieces for part in _spell(piece, number)]
         first = np.cumsum([0, *map(len, spelt)], dtype=np.int64)
         return TokenMap(first, np.array([new for ids in spelt for new in ids], dtype=np.int64))
-
-
-def _pairs(pieces: list[str]) -> Iterable[tuple[str, str]]:
-    return zip(pieces, pieces[1:], strict=False)
 
 
 def _spell(piece: str, number: dict[str, int]) -> Iterator[str]:

@@ -10,7 +10,7 @@ VOCABULARY = 60
 
 
 def decoder(model_type: str, *, seed: int = 0, tied: bool = True) -> torch.nn.Module:
-    """Three layers, 32 channels, 4 query heads in 2 groups of 8, 48 FFN channels; two layers slide where it can."""
+    """Three layers, 32 channels, 4 query heads in 2 groups, 48 FFN channels; two layers slide where it can."""
     from transformers import AutoConfig, AutoModel
 
     sizes = {
