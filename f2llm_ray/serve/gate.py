@@ -5,7 +5,7 @@ Plain ASGI: a middleware of Starlette's own kind costs a task and a queue per re
 
 from __future__ import annotations
 
-import sys
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,5 +110,5 @@ def _log(scope: Scope, *, path: str, status: int, seconds: float, key: str | Non
     answer = scope.get("state", {}).get("answer")
     if isinstance(answer, Answer):
         line |= {"model": answer.model, "inputs": answer.inputs, "tokens": answer.tokens}
-    sys.stdout.write(orjson.dumps(line).decode() + "\n")
-    sys.stdout.flush()
+    # Not through sys.stdout: on a replica Serve copies what goes there into its own log, and again to stderr.
+    os.write(1, orjson.dumps(line) + b"\n")
