@@ -1,8 +1,8 @@
 """Bulk embedding beside the bare engine and `SentenceTransformer.encode`: same weights, texts and cores.
 
 Bulk runs one actor per core, each with one thread; the two others run in this process with a thread per core. All
-texts are distinct, so that nobody gains by leaving some out. Bulk reads parquet and writes shards; its rate is of the
-time after the first actor was ready, and `bulk_startup_s` is what came before.
+texts are distinct, so that nobody gains by leaving some out. Bulk reads parquet and writes shards; its rate is of
+the time after the first actor was ready, and `bulk_startup_s` is what came before.
 """
 
 from __future__ import annotations

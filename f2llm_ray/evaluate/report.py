@@ -1,4 +1,4 @@
-"""The report of a run: one JSON file, one HTML page that needs nothing else, and a table for the terminal.
+"""The report of a run: JSON, one HTML page that needs nothing else, model cards, and a table for the terminal.
 
 The report's dict may lack any part: a run that has not measured something says so in that place.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray import words
+from f2llm_ray.evaluate.model_card import write_cards
+from f2llm_ray.evaluate.resources import by_resources
 from f2llm_ray.evaluate.retrieval import METRICS
 from f2llm_ray.page import render_page
 from f2llm_ray.plots import bar_plot, line_plot
@@ -20,14 +22,17 @@ Cells = list[list[str]]
 
 TERMINAL_COLUMNS = 120
 LANGUAGES_PLOTTED = 40
+WEAKEST = 5
+"""Languages of a set that the headline names."""
 LANGUAGES_OPEN = 20
 """Rows of the per-language table that are seen without unfolding it."""
 
 
 def write_report(root: Folder, report: dict[str, Any]) -> None:
-    """Writes report.json and report.html into the run's root."""
+    """Writes report.json and report.html into the run's root, and a card into the folder of each model."""
     root.write_json("report.json", report)
     root.write_bytes("report.html", render(report).encode("utf-8"))
+    write_cards(root, report)
 
 
 def render(report: Report) -> str:
@@ -46,6 +51,8 @@ def render(report: Report) -> str:
         last=str(models[-1].get("name")) if models else "",
         against=against,
         languages=[(name, _languages(models[-1], teacher, name)) for name in _sets(models[-1:])],
+        resources=[(name, _resources(models[-1], report, teacher, name)) for name in _sets(models[-1:])],
+        missing=[str(stage) for stage in report.get("missing") or []],
         open_rows=LANGUAGES_OPEN,
         plotted=LANGUAGES_PLOTTED,
         steps=[_step(row) for row in report.get("rows") or []],
@@ -54,6 +61,7 @@ def render(report: Report) -> str:
         language_plot=_language_plot(report.get("languages") or {}),
         training=[_training(*item) for item in (report.get("training") or {}).items()],
         loss_plots=_loss_plots(report),
+        score_plots=_score_plots(report),
         seconds=_seconds(report),
         serving=[(key, str(value)) for key, value in (report.get("serving") or {}).items()],
         commands=list((report.get("commands") or {}).items()),
@@ -81,6 +89,11 @@ def headline(report: Report) -> list[str]:
             sentences.append(f"The {trained.get('name')} model reaches ndcg@10 {words.listed(results)}.")
     if teacher is not None and models[-1] is not teacher:
         sentences += _kept(models[-1], teacher)
+    if models:
+        sentences += _weakest(models[-1])
+    missing = report.get("missing") or []
+    if missing:
+        sentences.append(f"Not finished: {words.listed([str(stage) for stage in missing])}.")
     seconds = report.get("seconds") or {}
     if seconds:
         device = f" on {report['device']}" if report.get("device") else ""
@@ -214,6 +227,35 @@ def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
     return rows
 
 
+def _weakest(model: Model) -> list[str]:
+    """Which languages the model is weak in, by its score at the full dim."""
+    sentences = []
+    for name in _sets([model]):
+        found = _language_scores(model, name)
+        scored = sorted((scores.get("ndcg@10") or 0.0, language) for language, scores in found.items())
+        if len(scored) > WEAKEST:
+            named = [f"{language} {words.score(score)}" for score, language in scored[:WEAKEST]]
+            middle = scored[len(scored) // 2][0]
+            sentences.append(
+                f"It is weakest on {name} in {words.listed(named)}; "
+                f"the language in the middle of {len(scored)} has {words.score(middle)}."
+            )
+    return sentences
+
+
+def _resources(model: Model, report: Report, teacher: Model | None, name: str) -> Cells:
+    """Rows of resource class, languages, training rows of each, mean ndcg@10, and that against the teacher's."""
+    trained = report.get("languages") or {}
+    reference = {} if teacher is None else _language_scores(teacher, name)
+    rows = []
+    for group in by_resources(_language_scores(model, name), trained):
+        row = [group.name, str(len(group.languages)), group.rows(trained), words.score(group.mean(group.scores))]
+        if teacher is not None:
+            row.append(words.share(group.mean(group.scores), group.mean(reference)))
+        rows.append(row)
+    return rows
+
+
 def _language_scores(model: Model, name: str) -> Mapping[str, Mapping[str, Any]]:
     by_dim = (model.get("languages") or {}).get(name) or {}
     return by_dim[max(by_dim, key=int)] or {} if by_dim else {}
@@ -256,12 +298,25 @@ def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
 def _loss_plots(report: Report) -> list[tuple[str, str]]:
     plots = []
     for stage, facts in (report.get("training") or {}).items():
+        by_dim = sorted((key for key in facts if key.startswith("loss_at_")), key=lambda key: -int(key[8:]))
+        kinds = {"training": "loss", "validation": "validation", **{f"{key[8:]} dims": key for key in by_dim[-3:]}}
         lines = {
             kind: [(step, loss) for step, loss in facts.get(key) or [] if loss is not None]
-            for kind, key in (("training", "loss"), ("validation", "validation"))
+            for kind, key in kinds.items()
         }
         if any(lines.values()):
             plots.append((stage, line_plot(f"loss of {stage}", lines, x="step", y="loss", markers=False)))
+    return plots
+
+
+def _score_plots(report: Report) -> list[tuple[str, str]]:
+    """ndcg@10 on held-out rows while a stage trained."""
+    plots = []
+    for stage, facts in (report.get("training") or {}).items():
+        points = [(step, score) for step, score in facts.get("score") or [] if score is not None]
+        if points:
+            lines = {"held-out ndcg@10": points}
+            plots.append((stage, line_plot(f"score of {stage}", lines, x="step", y="ndcg@10", markers=True)))
     return plots
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from f2llm_ray.evaluate.model_card import model_card
 from f2llm_ray.evaluate.report import TERMINAL_COLUMNS, headline, render, terminal_table, write_report
+from f2llm_ray.evaluate.resources import by_resources
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run import Folder
+from tests.tiny import tiny_model
 
 LANGUAGES = [f"l{i:02}" for i in range(45)]
 HOSTILE = "<script>alert('$x^2$')</script>&\"_"
@@ -67,10 +72,13 @@ def full_report(sets: tuple[str, ...] = ("manual", "phrases")) -> dict[str, Any]
                 "tokens_per_second": 8123.4,
                 "final_loss": 1.2345,
                 "loss": [[step, 5 / step] for step in range(1, 901)],
+                "loss_at_64": [[step, 6 / step] for step in range(1, 901)],
+                "score": [[450, 0.5], [900, 0.6]],
                 "validation": [[450, 1.5], [900, None]],
             }
         },
         "models": [model(*facts, sets) for facts in models],
+        "missing": [],
         "serving": {"model": "distilled"},
         "commands": {"serve": "serve run app"},
     }
@@ -122,7 +130,78 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert of_languages[0] == ["l44", "51", "0.625", "0.500", "0.688", "95.7 %"]
     assert "the largest 40 of 45" in page
     assert "not measured" not in page
-    assert page.count("<svg") == 4, "two curves over dims, the languages, one loss"
+    assert page.count("<svg") == 5, "two curves over dims, the languages, one loss, one held-out score"
+    assert "64 dims" in page
+    # l00 has the most training rows and the best score of all: its third is the first.
+    assert ["high", "15", "1,860 to 2,000", "0.699", "96.1 %"] in rows
+    assert ["low", "15", "1,560 to 1,700", "0.639", "95.8 %"] in rows
+
+
+def test_weak_languages_and_missing_stages_are_said_first() -> None:
+    words = " ".join(headline({**full_report(), "missing": ["evaluate-pruned", "distilled"]}))
+    assert "weakest on manual in l44 0.625, l43 0.627, l42 0.629, l41 0.631 and l40 0.633" in words
+    assert "the language in the middle of 45 has 0.669" in words
+    assert "Not finished: evaluate-pruned and distilled." in words
+    page = render({**full_report(), "missing": ["evaluate-pruned"]})
+    assert "<li>evaluate-pruned</li>" in page
+    assert "Not finished" not in render(full_report())
+
+
+def test_resource_classes_share_out_all_languages() -> None:
+    scores = {name: {"ndcg@10": value} for name, value in zip("abcdefg", range(7), strict=True)}
+    groups = by_resources(scores, {"a": 5, "b": 50, "c": 5, "d": 500, "x": 9})
+    assert [(group.name, group.languages) for group in groups] == [
+        ("high", ("d", "b")),
+        ("mid", ("a",)),
+        ("low", ("c",)),
+        ("none", ("e", "f", "g")),
+    ]
+    assert [group.mean(scores) for group in groups] == [2, 0, 2, 5]
+    assert groups[0].mean({"d": {"ndcg@10": 1.0}}) is None, "not the mean of those that happen to be known"
+    assert by_resources({}, {"a": 1}) == []
+
+
+def test_a_model_folder_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> None:
+    report = full_report(("manual", "a|b"))
+    report |= {"backbone": "Qwen/Qwen3-0.6B", "languages": {"deu": 5, "zho-Hant": 2, "code:python": 3, "und": 1}}
+    report["models"][-1]["folder"] = "distilled/model"
+    tiny_model(tmp_path / "distilled" / "model")
+    write_report(Folder.at(str(tmp_path)), report)
+    card = (tmp_path / "distilled" / "model" / "README.md").read_text()
+    assert list(tmp_path.rglob("README.md")) == [tmp_path / "distilled" / "model" / "README.md"]
+    _, front, text = card.split("---\n", 2)
+    facts = yaml.safe_load(front)
+    assert facts["language"] == ["deu", "zho"]
+    assert facts["base_model"] == "Qwen/Qwen3-0.6B"
+    assert {"sentence-transformers", "feature-extraction", "code"} <= set(facts["tags"])
+    results = facts["model-index"][0]["results"]
+    assert [result["dataset"]["name"] for result in results] == ["manual", "a|b"]
+    first = {"type": "ndcg_at_10", "name": "ndcg@10, 192 dims", "value": 0.713}
+    assert results[0]["metrics"][0] == first
+    assert "| a\\|b | 192 | 0.713 |" in text
+    assert "- manual, 192 dims, of 45 languages: l44 0.625 (51 queries), l43" in text
+    assert "dims: 8, 16, 32" in text
+    hub = pytest.importorskip("huggingface_hub")
+    data = hub.ModelCard(card).data
+    assert data.model_name == "tiny"
+    assert data.eval_results[0].metric_value == 0.713
+    assert {"language", "license", "base_model", "tags", "metrics"} <= set(data.to_dict())
+
+
+def test_the_code_of_a_card_runs(tmp_path: Path) -> None:
+    """Both ways to load the model give the engine's vectors."""
+    from f2llm_ray.serve.engine import Engine
+
+    folder = tiny_model(tmp_path)
+    card = model_card(full_report(), full_report()["models"][-1], load_info(folder))
+    stock, plain = re.findall(r"```python\n(.*?)```", card.replace("MODEL_FOLDER", str(folder)), flags=re.DOTALL)
+    engine = Engine(folder)
+    query = engine.embed(["Passwort ändern"], prompt=engine.info.prompts["query"])
+    found: dict[str, Any] = {}
+    exec(plain, found)  # noqa: S102 - our own text
+    assert abs(found["vectors"].numpy() - query).max() < 1e-5
+    exec(stock, found)  # noqa: S102
+    assert abs(found["queries"] - query).max() < 1e-5
 
 
 def test_the_page_stands_alone() -> None:

@@ -1,0 +1,215 @@
+"""The model card: README.md of each exported model folder, with the front matter that the Hugging Face hub reads.
+
+It says what the report knows of the model, its weak languages first, and how to load it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from f2llm_ray import words
+from f2llm_ray.evaluate.retrieval import METRICS
+from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
+from f2llm_ray.run import Folder
+
+Facts = Mapping[str, Any]
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+WEAKEST = 10
+"""Languages of a set that the card names."""
+HUB_METRICS = {"ndcg@10": "ndcg_at_10", "acc@1": "accuracy", "recall@10": "recall_at_10"}
+
+
+def write_cards(root: Folder, report: Facts) -> list[str]:
+    """Writes README.md into the folder of every model of a report; returns the folders.
+
+    A folder that is not there any more, as of a run that was copied in part, is passed over: the report says
+    nothing about weights.
+    """
+    written = []
+    for model in report.get("models") or []:
+        folder = root / str(model.get("folder"))
+        if model.get("folder") and folder.exists(INFO_FILE):
+            info = read_info(folder.read_bytes(INFO_FILE), f"{folder.uri}/{INFO_FILE}")
+            folder.write_bytes("README.md", model_card(report, model, info).encode("utf-8"))
+            written.append(folder.uri)
+    return written
+
+
+def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:
+    """The text of a card.
+
+    Args:
+        report: the report of the run.
+        model: the entry of the model there.
+        info: the facts of its folder.
+    """
+    front = yaml.safe_dump(front_matter(report, model, info), sort_keys=False, allow_unicode=True)
+    parts = [
+        f"---\n{front}---",
+        f"# {info.name}",
+        _summary(report, model, info),
+        _usage(info),
+        _quality(model),
+        _weak(model),
+        _data(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front_matter(report: Facts, model: Facts, info: ModelInfo) -> dict[str, Any]:
+    """What the hub reads: languages, licence, base model, data sets, tags, metrics and results."""
+    languages = report.get("languages") or {}
+    spoken = sorted({tag.split("-")[0] for tag in languages if re.fullmatch(r"[a-z]{2,3}(-.*)?", tag)})
+    base = report.get("backbone")
+    tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka"]
+    # A licence cannot be worked out from those of the sources: whoever publishes the model names it.
+    front: dict[str, Any] = {
+        "language": [tag for tag in spoken if tag not in {"und", "zxx", "mul"}],
+        "license": "other",
+        "license_name": "to-be-stated-by-the-publisher",
+        "library_name": "sentence-transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": [*tags, "code"] if any(tag.startswith("code:") for tag in languages) else tags,
+    }
+    if isinstance(base, str) and HUB_NAME.fullmatch(base) and not Path(base).exists():
+        front["base_model"] = base
+    named = [facts.get("dataset") for facts in (report.get("sources") or {}).values()]
+    datasets = sorted({name for name in named if isinstance(name, str) and HUB_NAME.fullmatch(name)})
+    if datasets:
+        front["datasets"] = datasets
+    results = [
+        {
+            "task": {"type": "retrieval"},
+            "dataset": {"name": name, "type": name},
+            "metrics": [
+                {"type": HUB_METRICS[metric], "name": f"{metric}, {dim} dims", "value": scores[metric]}
+                for dim, scores in _by_dim(by_dim)
+                for metric in METRICS
+                if metric in scores
+            ],
+        }
+        for name, by_dim in (model.get("scores") or {}).items()
+        if by_dim
+    ]
+    if results:
+        front["metrics"] = [HUB_METRICS[metric] for metric in METRICS]
+        front["model-index"] = [{"name": info.name, "results": results}]
+    return front
+
+
+def _by_dim(by_dim: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
+    return [(dim, by_dim[dim]) for dim in sorted(by_dim, key=int, reverse=True)]
+
+
+def _summary(report: Facts, model: Facts, info: ModelInfo) -> str:
+    size = f"{words.count(model.get('parameters'))} parameters"
+    outside = model.get("non_embedding_parameters")
+    if outside is not None:
+        size += f", {words.count(outside)} of them outside the embeddings"
+    return (
+        f"A text-embedding model made with f2llm_ray by the method of F2LLM-v2 (arXiv 2603.19223): "
+        f"the model `{model.get('name')}` of the run `{report.get('name')}`, of {report.get('created')}.\n\n"
+        f"- {size}\n"
+        f"- dims: {', '.join(map(str, info.dims))}; shorter vectors are the first dims, normalised again\n"
+        f"- longest text: {info.max_tokens:,} tokens\n"
+        f"- last-token pooling, unit vectors, cosine"
+    )
+
+
+def _usage(info: ModelInfo) -> str:
+    prompt = ', prompt_name="query"' if info.prompts.get("query") else ""
+    before = info.prompts.get("query", "")
+    texts = f"[{before + 'Passwort ändern'!r}]"
+    return f"""## Use
+
+With sentence-transformers:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("MODEL_FOLDER", truncate_dim={info.dims[-1]})  # or any dim named above
+queries = model.encode(["Passwort ändern"]{prompt}, normalize_embeddings=True)
+passages = model.encode(["Change your password"], normalize_embeddings=True)
+print(queries @ passages.T)
+```
+
+With transformers:
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("MODEL_FOLDER")  # ends each text with EOS by itself
+model = AutoModel.from_pretrained("MODEL_FOLDER").eval()
+batch = tokenizer({texts}, return_tensors="pt", padding=True, return_token_type_ids=False)
+with torch.no_grad():
+    hidden = model(**batch).last_hidden_state
+last = batch["attention_mask"].sum(1) - 1
+vectors = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1)
+```
+
+Behind an OpenAI-compatible endpoint:
+
+```bash
+serve run f2llm_ray.serve.app:build model=MODEL_FOLDER
+curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
+  -d '{{"input": ["Passwort ändern"], "model": "{info.name}", "prompt_name": "query"}}'
+```"""
+
+
+def _quality(model: Facts) -> str:
+    lines = ["## Quality", ""]
+    sets = {name: by_dim for name, by_dim in (model.get("scores") or {}).items() if by_dim}
+    if not sets:
+        return "## Quality\n\nNot measured."
+    lines += [f"| set | dims | {' | '.join(METRICS)} |", f"|---|---|{'---|' * len(METRICS)}"]
+    for name, by_dim in sets.items():
+        for dim, scores in _by_dim(by_dim):
+            cells = " | ".join(words.score(scores.get(metric)) for metric in METRICS)
+            lines.append(f"| {_plain(name)} | {dim} | {cells} |")
+    return "\n".join(lines)
+
+
+def _weak(model: Facts) -> str:
+    parts = []
+    for name, by_dim in (model.get("languages") or {}).items():
+        if not by_dim:
+            continue
+        dim, scores = _by_dim(by_dim)[0]
+        by_language: Mapping[str, Mapping[str, Any]] = scores  # type: ignore[assignment]
+        weakest = sorted(by_language.items(), key=lambda item: (item[1].get("ndcg@10") or 0.0, item[0]))[:WEAKEST]
+        found = ", ".join(
+            f"{_plain(language)} {words.score(facts.get('ndcg@10'))} ({words.count(facts.get('queries'))} queries)"
+            for language, facts in weakest
+        )
+        parts.append(f"- {_plain(name)}, {dim} dims, of {len(by_language)} languages: {found}")
+    if not parts:
+        return "## Weak languages\n\nNot measured by language."
+    return (
+        "## Weak languages\n\nThe lowest ndcg@10 first; a score over few queries is a rough one.\n\n"
+        + "\n".join(parts)
+    )
+
+
+def _data(report: Facts) -> str:
+    sources = report.get("sources") or {}
+    if not sources:
+        return ""
+    lines = ["## Trained on", "", "| source | task | rows | licence |", "|---|---|---|---|"]
+    lines += [
+        f"| {_plain(name)} | {facts.get('task') or ''} | {words.count(facts.get('rows'))} "
+        f"| {_plain(str(facts.get('licence') or 'not stated'))} |"
+        for name, facts in sources.items()
+    ]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that neither ends a table's cell nor is markup."""
+    return re.sub(r"([|`*_<>\[\]\\])", r"\\\1", text.replace("\n", " "))
