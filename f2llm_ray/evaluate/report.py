@@ -237,7 +237,7 @@ def _weakest(model: Model) -> list[str]:
             named = [f"{language} {words.score(score)}" for score, language in scored[:WEAKEST]]
             middle = scored[len(scored) // 2][0]
             sentences.append(
-                f"It is weakest on {name} in {words.listed(named)}; "
+                f"The {model.get('name')} model is weakest on {name} in {words.listed(named)}; "
                 f"the language in the middle of {len(scored)} has {words.score(middle)}."
             )
     return sentences
