@@ -115,36 +115,27 @@ def test_pieces_hold_every_text_in_order() -> None:
     assert all(100 <= sum(map(len, piece)) < 120 for piece in pieces[:-1])
 
 
-def test_the_scores_are_those_of_one_process_on_any_number_of_actors(
+def test_the_scores_of_two_actors_are_those_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
 
     parent = Folder.at(str(tiny_model(tmp_path / "model")))
     given = texts(40)
-    settings = Prune(model="x", layers=1)
     monkeypatch.setattr(scores.pieces_of, "__defaults__", (120,))
     assert len(scores.pieces_of(given)) == 4
-    pieces = scores.pieces_of(given)
-    model = load_backbone(Path(parent.path)).eval()
-    total = measure(model, pieces[0], tokens_per_pass=scores.TOKENS_PER_PASS)
-    for piece in pieces[1:]:
-        total = total + measure(model, piece, tokens_per_pass=scores.TOKENS_PER_PASS)
-    whole = measure(model, given, tokens_per_pass=scores.TOKENS_PER_PASS).importance()
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        found = [
-            scores.score(parent, given, settings, Compute(workers=workers, cpus_per_worker=0.5), seed=0)
-            for workers in (1, 2)
-        ]
+        compute = Compute(workers=2, cpus_per_worker=0.5)
+        found = scores.score(parent, given, Prune(model="x", layers=1), compute, seed=0)
     finally:
         ray.shutdown()
+    model = load_backbone(Path(parent.path)).eval()
+    whole = measure(model, given, tokens_per_pass=scores.TOKENS_PER_PASS).importance()
     for name in NAMES:
-        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
-        torch.testing.assert_close(
-            getattr(found[0], name), getattr(total.importance(), name), rtol=1e-6, atol=1e-9
-        )
-        torch.testing.assert_close(getattr(found[0], name), getattr(whole, name), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
+    wanted = Prune(model="x", hidden=16, ffn=30, kv_heads=1)
+    assert choose(found, wanted) == choose(whole, wanted)
 
 
 def test_scores_are_read_back_and_what_is_no_score_is_refused(tmp_path: Path) -> None:
