@@ -139,7 +139,10 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
 
 def test_weak_languages_and_missing_stages_are_said_first() -> None:
     words = " ".join(headline({**full_report(), "missing": ["evaluate-pruned", "distilled"]}))
-    assert "The distilled model is weakest on manual in l44 0.625, l43 0.627, l42 0.629, l41 0.631 and l40 0.633" in words
+    assert (
+        "The distilled model is weakest on manual in l44 0.625, l43 0.627, l42 0.629, l41 0.631 and l40 0.633"
+        in words
+    )
     assert "the language in the middle of 45 has 0.669" in words
     assert "Not finished: evaluate-pruned and distilled." in words
     page = render({**full_report(), "missing": ["evaluate-pruned"]})
