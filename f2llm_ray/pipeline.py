@@ -32,11 +32,15 @@ class Pipeline:
 
     def everything(self) -> dict[str, Any]:
         """Runs all stages and returns the report."""
+        self.make()
+        return self.report()
+
+    def make(self) -> None:
+        """Makes and evaluates every model of the recipe."""
         self.prepare()
         for name in self.plan.models:
             self.model(name)
         self.evaluate()
-        return self.report()
 
     def prepare(self) -> None:
         """Runs the data steps."""

@@ -24,8 +24,12 @@ def builtin_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> Recipe:
     """Reads a recipe by built-in name or path, follows `extends`, applies `key=value` overrides, validates.
+
+    Changes are laid over it last, as over a recipe that is extended.
 
     Raises:
         RecipeError: unreadable file, unknown key or value (with the place and what is allowed), or an
@@ -34,6 +38,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     settings = _read(name_or_path, ())
     for override in overrides:
         _apply(settings, override)
+    settings = _merge(settings, changes or {})
     return parse(Recipe, settings, name_or_path)
 
 

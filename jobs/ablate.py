@@ -1,0 +1,43 @@
+"""Runs variants of a recipe and compares what they make: ablation.{json,md,html} in the root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main
+from f2llm_ray.errors import RunError
+from f2llm_ray.progress import say
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = job_parser(__doc__ or "")
+    parser.add_argument("--variants", required=True, metavar="FILE", help="a YAML file: variants by name")
+    parser.add_argument("--hours", type=float, help="begin no variant after so many hours")
+    return parser
+
+
+def ablate(arguments: argparse.Namespace) -> None:
+    """Checks all variants before any work starts, runs them, and prints the table.
+
+    Raises:
+        RecipeError: a variant that is no recipe.
+        RunError: at the end, if a variant failed.
+    """
+    from f2llm_ray.ablate import ablate, load_ablation
+    from f2llm_ray.evaluate.ablation import markdown
+    from f2llm_ray.session import connect
+
+    ablation = load_ablation(arguments.recipe, arguments.variants, arguments.set)
+    connect()
+    told = ablate(ablation, arguments.root, hours=arguments.hours)
+    say(f"\n{markdown(told['rows'])}")
+    say(f"table: {arguments.root}/ablation.html")
+    failed = [row["name"] for row in told["rows"] if "error" in row]
+    if failed:
+        raise RunError(f"not finished: {', '.join(failed)}; the table says why, and a second run goes on")
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser(), ablate))

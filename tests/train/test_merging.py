@@ -1,0 +1,108 @@
+"""Merging a stage: its model and the checkpoints before it, whatever the number of workers that wrote them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from f2llm_ray.data.tokens import tokenize
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
+from f2llm_ray.model.encoder import encode
+from f2llm_ray.run import Folder
+from f2llm_ray.train.merging import merge_stage
+from f2llm_ray.train.settings import Merge, TrainStage
+from tests.tiny import LINES, tiny_model
+
+STEPS = 30
+
+
+def write_checkpoint(stage: Path, step: int, state: dict[str, torch.Tensor], world: int) -> Path:
+    """A checkpoint as `world` workers write it."""
+    folder = stage / "ray_train" / f"checkpoint_{step:06d}"
+    folder.mkdir(parents=True)
+    for rank in range(world):
+        own = {f"weight/backbone.{name}": state[name].contiguous() for name in sorted(state)[rank::world]}
+        part = folder / f"part-{rank:05d}-of-{world:05d}"
+        save_file({**own, "random/cpu": torch.get_rng_state()}, f"{part}.safetensors")
+        content = Path(f"{part}.safetensors").read_bytes()
+        seal = {"step": step, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "history": {}}
+        Path(f"{part}.json").write_text(json.dumps(seal))
+    return folder
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    """A finished stage whose weights grow by a tenth from checkpoint to checkpoint."""
+    model = tiny_model(tmp_path / "stage" / "model")
+    state = load_file(model / "model.safetensors")
+    for step, scale, world in ((10, 0.8, 1), (20, 0.9, 2)):
+        write_checkpoint(tmp_path / "stage", step, {name: scale * value for name, value in state.items()}, world)
+    (tmp_path / "stage" / "training.json").write_text(json.dumps({"steps": STEPS}))
+    return tmp_path / "stage"
+
+
+def merge(stage: Path, settings: Merge) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    out = stage.parent / f"merged-{settings.last}"
+    facts = merge_stage(settings, Folder.at(str(stage)), "tiny-merged", Folder.at(str(out)))
+    return load_file(out / "model" / "model.safetensors"), facts
+
+
+def test_the_last_ones_are_averaged(stage: Path) -> None:
+    last = load_file(stage / "model" / "model.safetensors")
+    for count, scale in ((2, 0.95), (3, 0.9)):
+        merged, facts = merge(stage, Merge(last=count))
+        assert facts == {"merging": {"method": "average", "steps": [10, 20, 30][-count:]}}
+        assert merged.keys() == last.keys()
+        for name, value in merged.items():
+            torch.testing.assert_close(value, scale * last[name], rtol=1e-6, atol=0)
+
+
+def test_an_arc_between_two(stage: Path) -> None:
+    last = load_file(stage / "model" / "model.safetensors")
+    merged, facts = merge(stage, Merge(last=2, method="slerp"))
+    assert facts["merging"] == {"method": "slerp", "steps": [20, 30]}
+    for name, value in merged.items():  # of one direction: the line
+        torch.testing.assert_close(value, 0.95 * last[name], rtol=1e-5, atol=1e-9)
+
+
+def test_equal_checkpoints_merge_to_the_model_bit_for_bit(stage: Path) -> None:
+    last = load_file(stage / "model" / "model.safetensors")
+    shutil.rmtree(stage / "ray_train")
+    for step in (10, 20):
+        write_checkpoint(stage, step, last, 3)
+    merged, _ = merge(stage, Merge(last=3))
+    assert all(torch.equal(value, last[name]) for name, value in merged.items())
+    folders = (stage / "model", stage.parent / "merged-3" / "model")
+    assert [load_info(folder).name for folder in folders] == ["tiny", "tiny-merged"]
+    vectors = [
+        encode(load_backbone(folder).eval(), tokenize(load_tokenizer(folder), LINES, None), tokens_per_pass=256)
+        for folder in folders
+    ]
+    assert torch.equal(*vectors)
+
+
+def test_too_few_or_damaged_checkpoints_are_told(stage: Path) -> None:
+    with pytest.raises(RunError, match=r"merge.last is 4, but .* step 30 .* steps \[10, 20\]"):
+        merge(stage, Merge(last=4))
+    part = stage / "ray_train" / "checkpoint_000020" / "part-00001-of-00002.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(RunError, match=r"checkpoint of step 20 is damaged: part-00001.* is not what was written"):
+        merge(stage, Merge(last=2))
+
+
+def test_what_cannot_be_merged_is_refused_in_the_recipe() -> None:
+    with pytest.raises(ValueError, match="keep_best"):
+        TrainStage(merge=Merge(last=2), keep_best=True)
+    with pytest.raises(ValueError, match="need keep_checkpoints 3 or more; it is 2"):
+        TrainStage(merge=Merge(last=4))
+    with pytest.raises(ValueError, match="slerp is between 2"):
+        Merge(method="slerp")
