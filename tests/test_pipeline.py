@@ -38,12 +38,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    """Stage 1 is long enough, some 100 steps, to be killed twice on its way.
+    """Stage 1 is long enough, some 50 steps of two batches, to be killed twice on its way.
 
     Checkpoints are few: Ray Train registers one in about two seconds, however small (ray 2.60).
     """
     corpus = write_corpus(folder)
-    corpus["stages"]["stage1"] |= {"epochs": 6, "checkpoint_every": 16}
+    corpus["stages"]["stage1"] |= {"epochs": 6, "accumulate": 2, "checkpoint_every": 8}
     # Ever wilder steps: the best checkpoint is not the last one.
     corpus["distill"] |= {"checkpoint_every": 2, "keep_best": True, "lr": 100, "warmup_steps": 6}
     return write_recipe(folder, corpus)
@@ -230,6 +230,8 @@ def test_an_undisturbed_run_ends_with_the_same_weights(
     files = [next(run.glob("stage1-*/training.json")) for run in (root, finished["root"])]
     losses = [json.loads(file.read_text())["loss"] for file in files]
     assert losses[0] == losses[1]
+    steps, batches = len(losses[0]), len(np.load(next(root.glob("stage1-*/batches/train/order.npy"))))
+    assert steps == -(-batches // 2)
     assert np.mean([loss for _, loss in losses[0][-5:]]) < np.mean([loss for _, loss in losses[0][:5]])
 
 
@@ -282,9 +284,10 @@ def test_a_loss_that_is_no_number_stops_at_once(
     assert "goes on" not in capsys.readouterr().out
     seen = json.loads(next(root.glob("stage1-*/failure.json")).read_text())
     order = np.load(next(root.glob("stage1-*/batches/train/order.npy")))
-    entry = order[seen["step"]]
-    assert (seen["epoch"], seen["batch"]) == (int(entry["epoch"]), int(entry["batch"]))
-    assert seen["source"] == ["pairs", "labels", "clusters"][int(entry["source"])]
+    sources = ["pairs", "labels", "clusters"]
+    entries = order[2 * seen["step"] : 2 * seen["step"] + 2]
+    batches = [(int(e["epoch"]), int(e["batch"]), sources[int(e["source"])]) for e in entries]
+    assert (seen["epoch"], seen["batch"], seen["source"]) in batches
     assert not list(root.glob("stage1-*/model"))
 
 

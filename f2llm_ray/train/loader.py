@@ -219,12 +219,18 @@ class _Feeder:
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_unhurried()]
         load = partial(
-            _load, table=table, store=store, taught=taught, first_step=first_step, rank=rank, world=world
+            _load,
+            steps=steps,
+            table=table,
+            store=store,
+            taught=taught,
+            first_step=first_step,
+            rank=rank,
+            world=world,
         )
-        # Not ray.data.range: its reads book a core each, and wait for ever where trainers hold all of them.
-        ids = np.arange(steps)
-        blocks = [pa.table({"id": ids[at : at + STEPS_PER_TASK]}) for at in range(0, steps, STEPS_PER_TASK)]
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        # Not ray.data.range or from_arrow: their tasks book a core each, and trainers may hold all.
+        chunks = range(0, steps, STEPS_PER_TASK)
+        dataset = ray.data.from_items(list(chunks), override_num_blocks=len(chunks)).map_batches(
             load,
             batch_format="pyarrow",
             num_cpus=0,
@@ -254,10 +260,19 @@ def _unhurried() -> type:
 
 
 def _load(
-    steps: pa.Table, *, table: BatchTable, store: Path, taught: Path | None, first_step: int, rank: int, world: int
+    chunks: pa.Table,
+    *,
+    steps: int,
+    table: BatchTable,
+    store: Path,
+    taught: Path | None,
+    first_step: int,
+    rank: int,
+    world: int,
 ) -> Iterator[pa.Table]:
-    for step in steps["id"].to_pylist():
-        yield _collate(table, store, taught, first_step + step, rank, world)
+    for chunk in chunks["item"].to_pylist():
+        for step in range(chunk, min(chunk + STEPS_PER_TASK, steps)):
+            yield _collate(table, store, taught, first_step + step, rank, world)
 
 
 @lru_cache(maxsize=4)

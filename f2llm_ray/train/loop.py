@@ -16,11 +16,12 @@ from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train import checkpoints
 from f2llm_ray.train.board import post, tell
-from f2llm_ray.train.loader import Batch, read, stream
-from f2llm_ray.train.meters import Displays, Meters
+from f2llm_ray.train.displays import Displays
+from f2llm_ray.train.loader import read, stream
+from f2llm_ray.train.meters import HELD_OUT, Meters, Seen
 from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.trackers import open_trackers
 from f2llm_ray.train.zero import learning_rate, set_learning_rate, start_engine
-from f2llm_ray.train.zero import step as optimizer_step
 
 if TYPE_CHECKING:
     from f2llm_ray.train.objective import StageLoss
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 RAY_TRAIN = "ray_train"
 """Folder of Ray Train's run, and of the checkpoints, in the stage's."""
 FAILURE = "failure.json"
+BEST = {"loss": ("validation", 1), "score": ("score", -1)}
+"""For each `best_by`, what a validation calls it, and the sign that makes less the better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,15 +109,16 @@ class Worker:
         from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.train.objective import Student
+        from f2llm_ray.train.throughput import Flops, peak_flops_per_second
 
         self.job, self.rank, self.world, self.loss = job, rank, world, loss
         self.store, self.taught = store, taught
         self.table = BatchTable(batches / "train", job.sources)
         self.validation = BatchTable(batches / "validation", job.sources)
         self.order = self.table.order()
-        self.steps = len(self.order)
-        self.meters = Meters()
-        self.validation_losses: list[tuple[int, float]] = []
+        self.steps = -(-len(self.order) // job.stage.accumulate)
+        peak = peak_flops_per_second(job.stage.engine.precision)
+        self.meters = Meters(None if peak is None else peak * world)
         self.first = 0
         written = checkpoints.listed(job.out / RAY_TRAIN) if rank == 0 else []
         with checkpoints.opened(written, rank=rank, world=world, tell=self._tell) as opened:
@@ -123,7 +127,7 @@ class Worker:
             self.batches = stream(
                 self.table,
                 store,
-                first_step=self.first,
+                first_step=self.first * job.stage.accumulate,
                 rank=rank,
                 world=world,
                 prefetch=job.stage.engine.loader_prefetch,
@@ -131,79 +135,58 @@ class Worker:
             )
             self.info, self.tokenizer = load_info(student), load_tokenizer(student)
             backbone = load_backbone(student)
+            self.flops = Flops(backbone)
             if job.stage.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
+            if job.stage.engine.compile:
+                for layer in backbone.layers:
+                    layer.compile(dynamic=True)
             module = Student(backbone, job.stage.engine.tokens_per_pass, load_map(student), loss.projected_dims)
             self.engine = start_engine(module, job.stage, world)
             self.engine.train()
             if opened is not None:
                 self._restore(opened)
-        local = job.out.local
-        self.displays = Displays(job.name, local and local / "tensorboard", self.first) if rank == 0 else None
+        self.displays: Displays | None = None
+        if rank == 0:
+            trackers = open_trackers(job.recipe, job.name, job.stage, job.out, first=self.first, tell=self._tell)
+            self.displays = Displays(job.name, trackers)
 
     def run(self) -> None:
         """Trains from where it is to the end, and exports the model."""
         for step in range(self.first, self.steps):
-            asked = time.monotonic()
-            batch = next(self.batches)
-            waited = time.monotonic() - asked
-            self._step(step, batch)
-            self.meters.spent(seconds=time.monotonic() - asked, waited=waited)
-            self._show(step + 1, batch)
+            self._step(step)
+            self._show(step + 1)
             if (step + 1) % self.job.stage.checkpoint_every == 0 and step + 1 < self.steps:
                 self._checkpoint(step + 1)
         self._validate(self.steps)
         exported = self._back_to_best() if self.job.stage.keep_best else self.steps
         self._export(exported)
 
-    def _step(self, step: int, batch: Batch) -> None:
-        import torch
+    def _step(self, step: int) -> None:
+        from f2llm_ray.train.step import train_step
 
-        from f2llm_ray.train.cache import cached_backward, engine_backward
-        from f2llm_ray.train.objective import chunks_of, encoder_of, mean_over_ranks
-
+        started = time.monotonic()
         rate = learning_rate(self.job.stage, step, self.steps)
         set_learning_rate(self.engine, rate)
-        loss, parts = cached_backward(
-            encoder_of(self.engine, batch),
-            chunks_of(self.engine, self.job.stage, batch),
-            lambda v_nd: self.loss(v_nd, batch),
-            engine_backward(self.engine),
-        )
-        norm = optimizer_step(self.engine)
-        own = sum(len(text) for text in batch.tokens)
-        named = dict(zip([f"loss_at_{dim}" for dim in self._dims()], parts.total_m, strict=True))
-        named |= {f"teacher_{name}": term for name, term in parts.distillation.items()}
-        seen = torch.stack([loss, loss.new_tensor(own), *named.values()]).double()
-        mean, tokens, *values = mean_over_ranks(seen, self.world)
-        if not (math.isfinite(mean) and math.isfinite(norm)):
-            self._stop(step, batch, loss=mean, gradient_norm=norm, rate=rate)
-        self.meters.record(
-            step + 1,
-            source=batch.source,
-            task=self.job.recipe.sources[batch.source].task,
-            tokens=round(tokens * self.world),
-            values={
-                "loss": mean,
-                "gradient_norm": norm,
-                "learning_rate": rate,
-                **dict(zip(named, values, strict=True)),
-            },
-        )
+        accumulate = self.job.stage.accumulate
+        count = len(self.order[step * accumulate : (step + 1) * accumulate])
+        done = train_step(self.engine, self.loss, self.batches, count, flops=self.flops, world=self.world)
+        norm = done.values["gradient_norm"]
+        if not (math.isfinite(done.values["loss"]) and math.isfinite(norm)):
+            self._stop(step, done.batches, gradient_norm=norm, rate=rate)
+        self.meters.record(step + 1, done.batches, {**done.values, "learning_rate": rate})
+        self.meters.spent(seconds=time.monotonic() - started, waited=done.waited)
 
-    def _dims(self) -> list[int]:
-        """The matryoshka dims, largest first, as the parts of a loss have them."""
-        from f2llm_ray.model.checkpoint import matryoshka_dims
-
-        hidden = self.engine.module.backbone.config.hidden_size
-        return sorted(matryoshka_dims(hidden, self.job.stage.matryoshka_min_dim), reverse=True)
-
-    def _stop(self, step: int, batch: Batch, *, loss: float, gradient_norm: float, rate: float) -> None:
+    def _stop(self, step: int, batches: list[Seen], *, gradient_norm: float, rate: float) -> None:
         """Writes down what was seen and ends the stage; all ranks see the same numbers and come here together."""
         import torch
 
-        entry = self.order[step]
-        place = f"epoch {int(entry['epoch'])}, batch {int(entry['batch'])} of source {batch.source!r}"
+        # The first batch whose loss is no number; where only the gradient is none, the one with the largest loss.
+        losses = [batch.loss for batch in batches]
+        broken = [place for place, loss in enumerate(losses) if not math.isfinite(loss)]
+        place = broken[0] if broken else losses.index(max(losses))
+        batch, entry = batches[place], self.order[step * self.job.stage.accumulate + place]
+        where = f"epoch {int(entry['epoch'])}, batch {int(entry['batch'])} of source {batch.source!r}"
         if self.rank == 0:
             seen = {
                 "stage": self.job.name,
@@ -212,7 +195,7 @@ class Worker:
                 "epoch": int(entry["epoch"]),
                 "batch": int(entry["batch"]),
                 # JSON has no name for what is no number.
-                "loss": str(loss),
+                "loss": str(batch.loss),
                 "gradient_norm": str(gradient_norm),
                 "learning_rate": rate,
                 "loss_before": self.meters.curves.get("loss", [])[-20:],
@@ -221,22 +204,24 @@ class Worker:
         if self.world > 1:
             torch.distributed.barrier()  # the first rank has written before any ends the group
         raise RunError(
-            f"stage {self.job.name!r}, step {step}: the loss is {loss} and the gradient's norm {gradient_norm} on "
-            f"{place}; lower the learning rate, or look at that source. What was seen is in "
+            f"stage {self.job.name!r}, step {step}: the loss is {batch.loss} and the gradient's norm "
+            f"{gradient_norm} on {where}; lower the learning rate, or look at that source. What was seen is in "
             f"{self.job.out.uri}/{FAILURE}, the last checkpoint stays"
         )
 
     def _validate(self, step: int) -> None:
-        from f2llm_ray.train.objective import validate
+        from f2llm_ray.train.validation import validate
 
+        started = time.monotonic()
         batches = read(self.validation, self.store, rank=self.rank, world=self.world, taught=self.taught)
-        loss = validate(self.engine, self.loss, batches, self.world)
-        if loss is not None:
-            self.validation_losses.append((step, round(loss, 6)))
-
-    def _show(self, step: int, batch: Batch) -> None:
+        found = validate(self.engine, self.loss, batches, self.world)
+        self.meters.validation(step, found, time.monotonic() - started)
         if self.displays is not None:
-            self.displays.show(step, batch.source, self.meters)
+            self.displays.show_held_out(step, self.meters)
+
+    def _show(self, step: int) -> None:
+        if self.displays is not None:
+            self.displays.show(step, self.meters)
             post(self.job.run_id, first=self.first, step=step, steps=self.steps, line=self.meters.line())
 
     def _tell(self, line: str) -> None:
@@ -249,37 +234,38 @@ class Worker:
 
         self._validate(step)
         folder = Path(tempfile.mkdtemp(prefix="f2llm-"))
-        checkpoints.save(self.engine, folder, rank=self.rank, world=self.world, step=step, history=self._history())
+        checkpoints.save(
+            self.engine,
+            folder,
+            rank=self.rank,
+            world=self.world,
+            step=step,
+            history={"meters": self.meters.state()},
+        )
         # The upload goes on beside the next steps; Ray Train removes the local folder after it, registers
         # checkpoints in order, and ends the worker only when all are there.
         ray.train.report(
-            {"step": step, "validation_loss": self._last_validation()},
+            {"step": step, **{name: self.meters.last_held_out(name) for name in HELD_OUT}},
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
 
-    def _history(self) -> checkpoints.History:
-        return {"meters": self.meters.state(), "validation": self.validation_losses}
-
-    def _last_validation(self) -> float | None:
-        return self.validation_losses[-1][1] if self.validation_losses else None
-
     def _restore(self, opened: checkpoints.Opened) -> None:
         checkpoints.restore(self.engine, opened, rank=self.rank, world=self.world)
-        history = opened.checkpoint.history
-        self.meters.load(history["meters"])
-        self.validation_losses = [(step, loss) for step, loss in history["validation"]]
+        self.meters.load(opened.checkpoint.history["meters"])
 
     def _back_to_best(self) -> int:
-        """Puts the checkpoint with the lowest validation loss back, unless the last step is as good."""
+        """Puts the best checkpoint back, unless the last step is as good."""
         import ray.train
 
         ray.train.get_all_reported_checkpoints()  # waits for uploads
-        last = self._last_validation()
+        name, sign = BEST[self.job.stage.best_by]
+        last = self.meters.last_held_out(name)
         if last is None:
             return self.steps
-        scored = [(c.history["validation"][-1][1], c) for c in checkpoints.listed(self.job.out / RAY_TRAIN)]
-        best_first = [c for loss, c in sorted(scored, key=lambda pair: pair[0]) if loss < last]
+        written = checkpoints.listed(self.job.out / RAY_TRAIN)
+        scored = [(sign * c.history["meters"]["held_out"][name][-1][1], c) for c in written]
+        best_first = [c for value, c in sorted(scored, key=lambda pair: pair[0]) if value < sign * last]
         with checkpoints.opened(best_first, rank=self.rank, world=self.world, tell=self._tell) as opened:
             if opened is None:
                 return self.steps
@@ -300,7 +286,6 @@ class Worker:
                 "exported_step": step,
                 "workers": self.world,
                 **self.meters.summary(),
-                "validation": self.validation_losses,
             },
             rank=self.rank,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,6 @@ from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.model.encoder import Tokens, encode, plan
 from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.recipe import Recipe
-from f2llm_ray.train.cache import encode_chunks
 from f2llm_ray.train.distillation import Lesson, distillation
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
@@ -137,15 +136,3 @@ def mean_over_ranks(values: torch.Tensor, world: int) -> list[float]:
         torch.distributed.all_reduce(values)
     means: list[float] = (values / world).tolist()
     return means
-
-
-def validate(engine: DeepSpeedEngine, loss: StageLoss, batches: Iterable[Batch], world: int) -> float | None:
-    """Mean loss over held-out batches, taken as in training; None without any."""
-    engine.eval()
-    with torch.no_grad():
-        losses = [
-            loss(encode_chunks(encoder_of(engine, batch), chunks_of(engine, loss.stage, batch)), batch)[0]
-            for batch in batches
-        ]
-    engine.train()
-    return mean_over_ranks(torch.stack(losses).mean(0, keepdim=True), world)[0] if losses else None

@@ -10,7 +10,7 @@ from f2llm_ray.run import Folder
 from f2llm_ray.train.board import watched
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.loader import build_batches
-from f2llm_ray.train.loop import FAILURE, RAY_TRAIN, Job, work
+from f2llm_ray.train.loop import BEST, FAILURE, RAY_TRAIN, Job, work
 from f2llm_ray.train.settings import Compute, Distill, TrainStage
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
 from f2llm_ray.train.zero import deepspeed_config
@@ -76,7 +76,8 @@ def train(
         out.filesystem.delete_file(f"{out.path}/{FAILURE}")
     out.write_json("deepspeed.json", deepspeed_config(stage, compute.workers))
     settle(out / RAY_TRAIN, stage.keep_checkpoints)
-    best = {"checkpoint_score_attribute": "validation_loss", "checkpoint_score_order": "min"}
+    name_of_best, sign = BEST[stage.best_by]
+    best = {"checkpoint_score_attribute": name_of_best, "checkpoint_score_order": "min" if sign > 0 else "max"}
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": job},

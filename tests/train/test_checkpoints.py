@@ -37,11 +37,11 @@ def texts(step: int) -> list[np.ndarray[Any, Any]]:
 
 
 def start(name: str, world: int) -> Any:
-    from f2llm_ray.train.loop import _encoder_module
+    from f2llm_ray.train.objective import Student
     from f2llm_ray.train.zero import start_engine
 
     stage = TrainStage.model_validate({"global_batch": BATCH, "engine": ENGINES[name]})
-    return start_engine(_encoder_module(random_backbone(SHAPE, 50, seed=0), stage), stage, world)
+    return start_engine(Student(random_backbone(SHAPE, 50, seed=0), 4096, None, None), stage, world)
 
 
 def train(engine: Any, steps: range, rank: int, world: int, noise: float = 0.1) -> list[float]:

@@ -7,14 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from f2llm_ray.train.meters import DECAY, POINTS, Meters
+from f2llm_ray.train.meters import DECAY, POINTS, Meters, Seen
+from f2llm_ray.train.validation import HeldOut
 
 
 def filled(meters: Meters, steps: range) -> Meters:
     for step in steps:
         source, task = [("pairs", "retrieval"), ("labels", "classification")][step % 3 == 0]
         values = {"loss": 1 / (step + 1), "gradient_norm": 2.0, "learning_rate": 8e-6 / (step + 1)}
-        meters.record(step + 1, source=source, task=task, tokens=10, values=values)
+        seen = Seen(source=source, task=task, loss=values["loss"], tokens=10, positions=15, flops=4.0)
+        meters.record(step + 1, [seen], values)
+        meters.validation(step + 1, HeldOut(values["loss"], None if step % 2 else 0.5), 0.25)
     return meters
 
 
@@ -49,4 +52,20 @@ def test_running_losses_are_of_their_own_source_and_task() -> None:
     assert summary["source_loss"]["pairs"] == pytest.approx(wanted)
     assert summary["task_loss"]["retrieval"] == pytest.approx(wanted)
     assert summary["tokens"] == 50
+    assert summary["padding_share"] == pytest.approx(1 / 3, abs=1e-4)
+    assert summary["score"] == [(1, 0.5), (3, 0.5), (5, 0.5)]
     assert "classification" in meters.line()[0]
+
+
+def test_batches_of_one_step_count_each_for_its_own_source() -> None:
+    meters = Meters(peak_flops_per_second=100.0)
+    seen = [
+        Seen(source=source, task="retrieval", loss=loss, tokens=1, positions=1, flops=10.0)
+        for source, loss in (("a", 1.0), ("b", 3.0), ("a", 2.0))
+    ]
+    meters.record(1, seen, {"loss": 2.0, "gradient_norm": 1.0, "learning_rate": 1.0})
+    meters.spent(seconds=0.5, waited=0.1)
+    assert meters.running["sources"] == {"a": pytest.approx(DECAY + (1 - DECAY) * 2), "b": 3.0}
+    assert [loss for _, loss in meters.curves["loss"]] == [2.0]
+    assert meters.mfu == pytest.approx(30 / 0.5 / 100)
+    assert "MFU 60.0%" in meters.line()

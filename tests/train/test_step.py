@@ -1,0 +1,197 @@
+"""A step of several batches moves the weights as the mean of their gradients, taken by hand, does.
+
+Two processes train with every ZeRO stage; the reference is plain torch over whole batches, one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from f2llm_ray.model.encoder import encode
+from f2llm_ray.model.sizes import Shape, random_backbone
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import parse
+from f2llm_ray.train.loader import Batch
+from f2llm_ray.train.objective import StageLoss, Student
+from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.throughput import Flops, positions
+
+SHAPE = Shape(hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=32)
+VOCABULARY, ROWS, WORLD = 60, 4, 2
+STEPS = (("pairs", "labels", "pairs"), ("pairs", "pairs"))
+"""Sources of the batches of each step; the last one has fewer."""
+RATE = 1e-2
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"zero{zero}": {"zero_stage": zero} for zero in (0, 1, 2, 3)},
+    "gradcache": {"zero_stage": 2, "tokens_per_chunk": 64},
+}
+
+
+def recipe_of(engine: dict[str, Any]) -> Recipe:
+    paths = {"format": "parquet", "paths": ["none.parquet"]}
+    stage = {
+        "global_batch": ROWS,
+        "accumulate": 3,
+        "clip": 1e9,
+        "engine": {"precision": "fp32", "tokens_per_pass": 256, **engine},
+    }
+    settings = {
+        "name": "step",
+        "sources": {"pairs": paths, "labels": {**paths, "task": "classification"}},
+        "tokenizer": {"train_vocab": 300},
+        "backbone": {"shape": SHAPE.model_dump()},
+        "stages": {"only": stage},
+    }
+    return parse(Recipe, settings, "test")
+
+
+def batch_of(number: int, source: str, rows: slice) -> Batch:
+    """Some rows of a batch, each text its own, of lengths from 2 to 20 tokens."""
+    generator = np.random.default_rng(number)
+    texts = [
+        generator.integers(0, VOCABULARY, generator.integers(2, 20)).astype(np.uint32) for _ in range(3 * ROWS)
+    ]
+    places = [place for row in range(ROWS)[rows] for place in (3 * row, 3 * row + 1, 3 * row + 2)]
+    own = np.arange(len(places)).reshape(-1, 3)
+    ids = np.array(places).reshape(-1, 3)
+    return Batch(
+        step=number,
+        source=source,
+        tokens=[texts[place] for place in places],
+        query=own[:, 0],
+        passage=own[:, 1],
+        negative=own[:, 2:],
+        passage_id=ids[:, 1],
+        query_id=ids[:, 0],
+    )
+
+
+def batches(rows: slice) -> list[list[Batch]]:
+    numbers = iter(range(100))
+    return [[batch_of(next(numbers), source, rows) for source in sources] for sources in STEPS]
+
+
+def worker(rank: int, folder: str) -> None:
+    import torch.distributed
+
+    from f2llm_ray.train.export import gathered
+    from f2llm_ray.train.step import train_step
+    from f2llm_ray.train.zero import set_learning_rate, start_engine
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    share = ROWS // WORLD
+    found: dict[str, Any] = {}
+    for kind, settings in KINDS.items():
+        recipe = recipe_of(settings)
+        stage = recipe.stages["only"]
+        backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
+        loss, flops = StageLoss(recipe, stage, SHAPE.hidden), Flops(backbone)
+        engine = start_engine(Student(backbone, stage.engine.tokens_per_pass, None, None), stage, WORLD)
+        engine.train()
+        steps = batches(slice(rank * share, (rank + 1) * share))
+        coming = chain.from_iterable(steps)
+        seen = []
+        for step in steps:
+            set_learning_rate(engine, RATE)
+            seen.append(train_step(engine, loss, coming, len(step), flops=flops, world=WORLD))
+        found[kind] = {"seen": seen, "weights": gathered(engine, engine.module.backbone)}
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("step")
+    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return torch.load(folder / "found.pt", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> dict[str, Any]:
+    """The same steps in one process, every batch whole and by itself."""
+    recipe = recipe_of({})
+    stage: TrainStage = recipe.stages["only"]
+    loss = StageLoss(recipe, stage, SHAPE.hidden)
+    backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
+    decayed = [p for p in backbone.parameters() if p.ndim > 1]
+    plain = [p for p in backbone.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=stage.betas)
+    parameters = list(backbone.parameters())
+    norms, losses = [], []
+    for step in batches(slice(None)):
+        gradients = []
+        for batch in step:
+            v_nd = encode(backbone, batch.tokens, tokens_per_pass=4096)
+            value = loss(v_nd, batch)[0]
+            losses.append(value.item())
+            gradients.append(torch.autograd.grad(value, parameters))
+        for parameter, *of_batches in zip(parameters, *gradients, strict=True):
+            parameter.grad = torch.stack(of_batches).mean(0)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+        optimizer.step()
+    weights = {name: value.detach() for name, value in backbone.state_dict().items()}
+    return {"norms": norms, "losses": losses, "weights": weights}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_takes_the_mean_of_its_batches_gradients(
+    found: dict[str, Any], by_hand: dict[str, Any], kind: str
+) -> None:
+    seen, weights = found[kind]["seen"], found[kind]["weights"]
+    assert [done.values["gradient_norm"] for done in seen] == pytest.approx(by_hand["norms"], rel=1e-4)
+    assert [batch.loss for done in seen for batch in done.batches] == pytest.approx(by_hand["losses"], rel=1e-4)
+    assert [done.values["loss"] for done in seen] == pytest.approx(
+        [np.mean(by_hand["losses"][:3]), np.mean(by_hand["losses"][3:])], rel=1e-4
+    )
+    for name, value in by_hand["weights"].items():
+        # Steps of 1e-2; AdamW blows up the last bits of the smallest gradients.
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=3e-4)
+
+
+def test_counts_are_of_both_workers(found: dict[str, Any]) -> None:
+    whole = batches(slice(None))
+    flops = Flops(random_backbone(SHAPE, VOCABULARY, seed=0))
+    for done, step in zip(found["zero2"]["seen"], whole, strict=True):
+        assert [batch.source for batch in done.batches] == [batch.source for batch in step]
+        assert [batch.tokens for batch in done.batches] == [sum(map(len, batch.tokens)) for batch in step]
+        assert [batch.flops for batch in done.batches] == pytest.approx([flops(batch.tokens) for batch in step])
+        assert all(batch.positions >= batch.tokens for batch in done.batches)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """All matrix products of a forward and backward pass; attention is counted whole there, and half by us."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
+    backbone.set_attn_implementation("eager")
+    tokens = [np.arange(40, dtype=np.uint32)]
+    with FlopCounterMode(display=False) as counter:
+        encode(backbone, tokens, tokens_per_pass=64).sum().backward()
+    pairs = Flops(backbone).per_pair * 40 * 40
+    # Norm weights are parameters but no matrix products, and the first layer's input needs no gradient.
+    assert counter.get_total_flops() == pytest.approx(Flops(backbone)(tokens) + pairs, rel=0.05)
+
+
+def test_positions_are_those_the_encoder_computes() -> None:
+    backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
+    batch = batch_of(0, "pairs", slice(None))
+    seen = []
+    hook = backbone.embed_tokens.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].numel()))
+    for chunks in ([list(range(12))], [[0, 5, 7], [1, 2, 3, 4, 6], [8, 9, 10, 11]]):
+        seen.clear()
+        for chunk in chunks:
+            encode(backbone, [batch.tokens[place] for place in chunk], tokens_per_pass=64)
+        assert positions(backbone, batch.tokens, chunks, 64) == sum(seen)
+    hook.remove()
