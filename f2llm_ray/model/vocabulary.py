@@ -45,8 +45,8 @@ def remap(tokens: Sequence[Tokens], table: TokenMap | None) -> list[Tokens]:
     """Texts in the prepared tokens as texts in a model's own; as they are where it has no map.
 
     The token store holds the tokens of the recipe's tokenizer. A model with a pruned vocabulary reads the same
-    store through the map in its folder, and so does one that is trained from it. Equal to what the pruned tokenizer
-    gives where all tokens of a text were kept; else some words may be spelt with other pieces.
+    store through the map in its folder, and so does one that is trained from it. Equal to what the pruned
+    tokenizer gives where all tokens of a text were kept; else some words may be spelt with other pieces.
 
     Raises:
         RunError: a token that the pruned vocabulary cannot spell, such as a dropped special token.

@@ -1,6 +1,6 @@
 """Two models behind one URL: the router, one application each asked directly, and Serve's multiplexing.
 
-    python -m benchmarks.family --seconds 10 --clients 16
+    python -m benchmarks.routing --seconds 10 --clients 16
 
 The same two tiny models and the same number of replicas throughout; clients take turns between the models, with
 stock requests (`model` in the body, no header). The last line is one JSON object: requests/s and milliseconds by
