@@ -127,8 +127,6 @@ class WandbRun:
     ) -> None:
         import wandb
 
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         self.run = wandb.init(
             project=settings.project,
             entity=settings.entity,
@@ -148,7 +146,10 @@ class WandbRun:
 
     def close(self) -> None:
         """Waits for what is on its way."""
+        import wandb
+
         self.run.finish()
+        wandb.teardown()  # its process writes an offline run out only now (wandb 0.31), and a worker may be killed
 
 
 def open_trackers(
@@ -182,10 +183,12 @@ def open_trackers(
                 )
             )
         if settings.wandb is not None:
-            folder = out.local and out.local / "wandb"
-            trackers.append(WandbRun(settings.wandb, folder=folder, name=title, run_id=run_id, facts=facts))
+            trackers.append(WandbRun(settings.wandb, folder=out.local, name=title, run_id=run_id, facts=facts))
     except ImportError as error:
-        raise RunError(f"tracking: {error}; pip install 'f2llm-ray[mlflow]' or 'f2llm-ray[wandb]'") from None
+        raise RunError(
+            f"tracking: {error}; the extras mlflow and wandb bring what trackers need, but for a store that is a "
+            "database, which takes the whole package mlflow"
+        ) from None
     except Exception as error:  # each library has errors of its own
         raise RunError(f"tracking: cannot be opened: {type(error).__name__}: {error}") from error
     return trackers
