@@ -26,13 +26,14 @@ from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.data.tokenizer import load_tokenizer
 from f2llm_ray.data.tokens import tokenize
-from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model, with_eos
+from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
 from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.families import shape_parameters
 from f2llm_ray.model.importance import Importance, chance, magnitude, measure
 from f2llm_ray.model.prune import choose, prune
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY, count_parameters, parameters, random_backbone
+from f2llm_ray.progress import say
 
 SMOLLM2 = {
     "small": Prune(model="smollm2", layers=20, hidden=432, ffn=1024, kv_heads=2),
@@ -109,10 +110,12 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name).model.save_pretrained(folder)
+        whole = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name).model
+        del whole.config.quantization_config  # how the weights lay in the file; they are float32 now
+        whole.save_pretrained(folder)
         backbone, tokenizer = load_backbone(Path(folder)).eval(), load_tokenizer(folder)
     load_s = time.perf_counter() - started
-    tokens = tokenize(with_eos(tokenizer, "<|im_end|>"), texts, MAX_TOKENS)
+    tokens = tokenize(tokenizer, texts, MAX_TOKENS)
     calibration, held = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
     started = time.perf_counter()
     kinds: dict[str, Importance] = {
@@ -121,14 +124,16 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
         "random": chance(backbone.config, 0),
     }
     importance_s = time.perf_counter() - started
-    whole = encode(backbone, held, tokens_per_pass=4096)
+    say(f"importance of {len(calibration)} texts: {importance_s:.0f} s")
+    parent_nd = encode(backbone, held, tokens_per_pass=4096)
     kept: dict[str, dict[str, float]] = {}
     for kind, importance in kinds.items():
         for name, wanted in SMOLLM2.items():
             chosen = choose(importance, wanted)
             vectors = encode(prune(backbone, chosen), held, tokens_per_pass=4096)
-            expected = whole[:, list(chosen.hidden)]
+            expected = parent_nd[:, list(chosen.hidden)]
             kept.setdefault(name, {})[kind] = round(float(cosine_similarity(vectors, expected).mean()), 4)
+        say(f"{kind}: {json.dumps({name: row[kind] for name, row in kept.items()})}")
     small = prune(backbone, choose(kinds["activation"], SMOLLM2["small"]))
     return {
         "parent_parameters": count_parameters(backbone)[0],
