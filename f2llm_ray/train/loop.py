@@ -138,9 +138,6 @@ class Worker:
             self.flops = Flops(backbone)
             if job.stage.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
-            if job.stage.engine.compile:
-                for layer in backbone.layers:
-                    layer.compile(dynamic=True)
             module = Student(backbone, job.stage.engine.tokens_per_pass, load_map(student), loss.projected_dims)
             self.engine = start_engine(module, job.stage, world)
             self.engine.train()

@@ -34,13 +34,16 @@ def deepspeed_config(stage: TrainStage, world: int) -> dict[str, Any]:
 
 
 def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> DeepSpeedEngine:
-    """Makes the engine around a module, inside a worker whose process group is up."""
+    """Makes the engine around a module with a `backbone`, inside a worker whose process group is up."""
     import torch
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    if stage.engine.compile:
+        for layer in module.backbone.layers:  # in place: names of weights stay
+            layer.compile(dynamic=True)
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for parameter in module.parameters():

@@ -33,6 +33,10 @@ KINDS: dict[str, dict[str, Any]] = {
     **{f"zero{zero}": {"zero_stage": zero} for zero in (0, 1, 2, 3)},
     "gradcache": {"zero_stage": 2, "tokens_per_chunk": 64},
 }
+COMPILED: dict[str, dict[str, Any]] = {
+    "compiled": {"zero_stage": 2, "compile": True},
+    "compiled-checkpointing": {"zero_stage": 1, "compile": True, "gradient_checkpointing": True},
+}
 
 
 def recipe_of(engine: dict[str, Any]) -> Recipe:
@@ -79,7 +83,7 @@ def batches(rows: slice) -> list[list[Batch]]:
     return [[batch_of(next(numbers), source, rows) for source in sources] for sources in STEPS]
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
     import torch.distributed
 
     from f2llm_ray.train.export import gathered
@@ -91,11 +95,13 @@ def worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     share = ROWS // WORLD
     found: dict[str, Any] = {}
-    for kind, settings in KINDS.items():
+    for kind, settings in kinds.items():
         recipe = recipe_of(settings)
         stage = recipe.stages["only"]
         backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
         loss, flops = StageLoss(recipe, stage, SHAPE.hidden), Flops(backbone)
+        if stage.engine.gradient_checkpointing:
+            backbone.gradient_checkpointing_enable()
         engine = start_engine(Student(backbone, stage.engine.tokens_per_pass, None, None), stage, WORLD)
         engine.train()
         steps = batches(slice(rank * share, (rank + 1) * share))
@@ -113,8 +119,13 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("step")
-    mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
-    return torch.load(folder / "found.pt", weights_only=False)
+    return trained(folder, KINDS)
+
+
+def trained(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    mp.spawn(worker, args=(str(folder), kinds), nprocs=WORLD)
+    found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=False)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +160,18 @@ def by_hand() -> dict[str, Any]:
 def test_a_step_takes_the_mean_of_its_batches_gradients(
     found: dict[str, Any], by_hand: dict[str, Any], kind: str
 ) -> None:
-    seen, weights = found[kind]["seen"], found[kind]["weights"]
+    equal(found[kind], by_hand)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_layers_learn_the_same(tmp_path: Path, by_hand: dict[str, Any]) -> None:
+    for found in trained(tmp_path, COMPILED).values():
+        equal(found, by_hand)
+
+
+def equal(found: dict[str, Any], by_hand: dict[str, Any]) -> None:
+    seen, weights = found["seen"], found["weights"]
     assert [done.values["gradient_norm"] for done in seen] == pytest.approx(by_hand["norms"], rel=1e-4)
     assert [batch.loss for done in seen for batch in done.batches] == pytest.approx(by_hand["losses"], rel=1e-4)
     assert [done.values["loss"] for done in seen] == pytest.approx(
