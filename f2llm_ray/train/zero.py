@@ -42,7 +42,8 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
     import deepspeed
 
     if stage.engine.compile:
-        for layer in module.backbone.layers:  # in place: names of weights stay
+        backbone: Any = module.backbone
+        for layer in backbone.layers:  # in place: names of weights stay
             layer.compile(dynamic=True)
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
