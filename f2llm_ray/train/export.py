@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
+from f2llm_ray.model.vocabulary import TokenMap, save_map
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train.settings import TrainStage
@@ -25,15 +26,21 @@ def export(
     *,
     tokenizer: Tokenizer,
     info: ModelInfo,
+    token_map: TokenMap | None,
     training: dict[str, Any],
     rank: int,
 ) -> None:
-    """Writes the engine's model and the facts of its training, on the first rank; every rank must call it."""
+    """Writes the engine's model and the facts of its training, on the first rank; every rank must call it.
+
+    A model whose vocabulary was cut keeps its map of the prepared tokens, by which later stages read them.
+    """
     state = gathered(engine, engine.module.backbone)
     if rank != 0:
         return
     with (out / "model").writing() as folder:
         save_model(folder, engine.module.backbone, tokenizer, info, state=state)
+        if token_map is not None:
+            save_map(token_map, folder)
     out.write_json("training.json", training)
 
 

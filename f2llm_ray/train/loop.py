@@ -278,6 +278,7 @@ class Worker:
             self.job.out,
             tokenizer=self.tokenizer,
             info=trained_info(self.info, self.job.recipe, self.job.name, self.job.stage, self.job.sources, hidden),
+            token_map=self.engine.module.tokens,
             training={
                 "steps": self.steps,
                 "exported_step": step,
