@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,9 +23,11 @@ from safetensors.torch import load_file
 
 from f2llm_ray.data.tokens import TokenStore
 from f2llm_ray.errors import RunError
+from f2llm_ray.model.vocabulary import load_map, remap
 from f2llm_ray.pipeline import Pipeline
 from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.run import Folder
+from f2llm_ray.serve.engine import Engine
 from f2llm_ray.session import connect
 from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
@@ -44,6 +48,7 @@ def recipe(folder: Path) -> Path:
     """
     corpus = write_corpus(folder)
     corpus["stages"]["stage1"] |= {"epochs": 6, "accumulate": 2, "checkpoint_every": 8}
+    corpus["prune"] |= {"vocabulary": "used"}
     # Ever wilder steps: the best checkpoint is not the last one.
     corpus["distill"] |= {"checkpoint_every": 2, "keep_best": True, "lr": 100, "warmup_steps": 6}
     return write_recipe(folder, corpus)
@@ -133,6 +138,17 @@ def test_a_killed_run_goes_on_and_reports(finished: dict[str, Any]) -> None:
     assert json.loads(next(root.glob("stage1-*/deepspeed.json")).read_text())["train_batch_size"] == 16
     assert (root / "report.html").stat().st_size > 10_000
     assert "distilled" in output
+
+
+def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str, Any]) -> None:
+    root = finished["root"]
+    parent, taught = (Engine(next(root.glob(f"{name}-*/model"))) for name in ("stage1", "distilled"))
+    texts = pq.read_table(next(root.glob("prepare-*/rows"))).filter(pc.field("drop").is_null())
+    passages = texts["passage"].to_pylist()
+    mapped = remap(parent.tokenize(passages), load_map(next(root.glob("distilled-*/model"))))
+    assert [ids.tolist() for ids in mapped] == [ids.tolist() for ids in taught.tokenize(passages)]
+    assert taught.backbone.config.vocab_size < parent.backbone.config.vocab_size
+    assert (next(root.glob("distilled-*/model")) / "calibration.safetensors").is_file()
 
 
 def test_the_best_checkpoint_is_exported_where_it_is_asked_for(finished: dict[str, Any]) -> None:

@@ -41,6 +41,9 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    # DeepSpeed would compile an all-reduce for inference on CPU, which training has no use for: a minute on the
+    # first run, and a run killed meanwhile leaves a lock for which every later one waits without end.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if stage.engine.compile:
         backbone: Any = module.backbone
         for layer in backbone.layers:  # in place: names of weights stay
