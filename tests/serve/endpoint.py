@@ -80,11 +80,12 @@ def main(port: int, folder: Path) -> None:
         # As in the configs: Serve's own access log would name every path.
         logging = {"enable_access_log": False}
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=logging)
+        apps = {"/": ("tiny", app.build(one)), KEYED: ("keyed", app.build(keyed))}
+        apps[ROUTER] = ("family", family.build(router))
         serve.run_many(
             [
-                serve.RunTarget(app.build(one), name="tiny", route_prefix="/"),
-                serve.RunTarget(app.build(keyed), name="keyed", route_prefix=KEYED),
-                serve.RunTarget(family.build(router), name="family", route_prefix=ROUTER),
+                serve.RunTarget(built, name=name, route_prefix=route, logging_config=logging)
+                for route, (name, built) in apps.items()
             ]
         )
         print(READY, flush=True)
