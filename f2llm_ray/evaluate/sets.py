@@ -7,8 +7,6 @@ Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +17,10 @@ import pyarrow.parquet as pq
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError
+from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.run import Folder
 
-Columns = dict[str, list[Any]]
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
-
-UNKNOWN_LANGUAGE = "und"
-"""ISO 639-3 for "undetermined": the language of a query that comes without one."""
 
 # How the layouts in use spell a column, most usual first.
 QUERY_ID = ("_id", "id", "query-id", "query_id", "qid")
@@ -34,8 +29,7 @@ JUDGED_QUERY = ("query-id", "query_id", "qid")
 JUDGED_PASSAGE = ("corpus-id", "corpus_id", "pid")
 QUERY_TEXT = ("text", "query")
 CORPUS_TEXT = ("text", "passage")
-LANGUAGE = ("language", "lang")
-KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, "title", "score"}
+KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, SCORE}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,30 +148,26 @@ def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int
 
 
 def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | None) -> RetrievalSet:
-    place, columns = _columns(folder, "queries.parquet", "queries.jsonl")
-    ids, texts = _ids(place, columns, QUERY_ID), _texts(place, columns, QUERY_TEXT)
-    spelling = next((spelling for spelling in LANGUAGE if spelling in columns), None)
-    found = columns[spelling] if spelling else [None] * len(ids)
-    languages = [str(language) if language else UNKNOWN_LANGUAGE for language in found]
-    queries = _by_id(place, ids, list(zip(texts, languages, strict=True)))
+    table = read_table(folder, "queries.parquet", "queries.jsonl", known=KNOWN)
+    texts = list(zip(table.texts(*QUERY_TEXT), table.languages(), strict=True))
+    queries = by_id(table.place, table.ids(*QUERY_ID), texts)
 
-    place, columns = _columns(folder, "corpus.parquet", "corpus.jsonl")
-    corpus = _by_id(place, _ids(place, columns, CORPUS_ID), _texts(place, columns, CORPUS_TEXT))
+    table = read_table(folder, "corpus.parquet", "corpus.jsonl", known=KNOWN)
+    corpus = by_id(table.place, table.ids(*CORPUS_ID), table.texts(*CORPUS_TEXT))
 
-    place, columns = _columns(folder, "qrels.parquet", "qrels.jsonl", "qrels/test.tsv")
-    judged = _ids(place, columns, JUDGED_QUERY)
-    passages = _ids(place, columns, JUDGED_PASSAGE)
-    counts = _positive(place, columns["score"]) if "score" in columns else [True] * len(judged)
-    if place.endswith(".tsv"):
+    table = read_table(folder, "qrels.parquet", "qrels.jsonl", "qrels/test.tsv", known=KNOWN)
+    judged, passages = table.ids(*JUDGED_QUERY), table.ids(*JUDGED_PASSAGE)
+    scores = table.numbers(SCORE) if SCORE in table.columns else [1.0] * len(judged)
+    if table.place.endswith(".tsv"):
         split = set(judged)
         queries = {query_id: query for query_id, query in queries.items() if query_id in split}
     return _assemble(
-        place,
+        table.place,
         name=name,
         instruction=instruction,
         queries=queries,
         corpus=corpus,
-        relevant=(pair for *pair, counted in zip(judged, passages, counts, strict=True) if counted),
+        relevant=(pair for *pair, score in zip(judged, passages, scores, strict=True) if score > 0),
         max_queries=max_queries,
     )
 
@@ -242,97 +232,3 @@ def _draw(queries: Mapping[str, tuple[str, str]], count: int) -> list[int]:
 def _query_key(text: str, language: str) -> str:
     """The same text in two languages is two queries: each counts for its own language."""
     return text_key(f"{language}\t{text}").hex()
-
-
-def _columns(folder: Folder, *names: str) -> tuple[str, Columns]:
-    """Where the first of these files lies, and its columns of a known name."""
-    name = next((name for name in names if folder.exists(name)), None)
-    if name is None:
-        raise DataError(f"{folder.uri}: no file {' or '.join(names)}")
-    place = f"{folder.uri}/{name}"
-    if name.endswith(".parquet"):
-        return place, _parquet_columns(folder, name, place)
-    # Not str.splitlines: it also cuts at U+2028 and its like, which may stand inside a text.
-    lines = [line.removesuffix(b"\r") for line in folder.read_bytes(name).split(b"\n")]
-    rows = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    try:
-        decoded = [(number, line.decode("utf-8-sig")) for number, line in rows]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8: {error.reason}") from None
-    return place, _tsv_columns(decoded) if name.endswith(".tsv") else _jsonl_columns(decoded, place)
-
-
-def _parquet_columns(folder: Folder, name: str, place: str) -> Columns:
-    try:
-        with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
-            file = pq.ParquetFile(stream)
-            names = [column for column in file.schema_arrow.names if column in KNOWN]
-            columns: Columns = file.read(columns=names).to_pydict()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{place}: not a parquet file: {error}") from None
-    return columns
-
-
-def _jsonl_columns(lines: list[tuple[int, str]], place: str) -> Columns:
-    rows = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{place}, line {number}: found {type(row).__name__}, expected an object")
-        rows.append(row)
-    names = {name for row in rows for name in row if name in KNOWN}
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _tsv_columns(lines: list[tuple[int, str]]) -> Columns:
-    rows = [line.split("\t") for _, line in lines]
-    header = rows[0] if rows else []
-    return {
-        name: [row[column] if column < len(row) else None for row in rows[1:]]
-        for column, name in enumerate(header)
-    }
-
-
-def _column(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[Any]:
-    name = next((spelling for spelling in spellings if spelling in columns), None)
-    if name is None:
-        raise DataError(f"{place}: no column {' or '.join(spellings)}; found {sorted(columns) or 'none'}")
-    return columns[name]
-
-
-def _ids(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[str]:
-    ids = _column(place, columns, spellings)
-    for row, found in enumerate(ids, start=1):
-        if not isinstance(found, str | int) or found == "":
-            raise DataError(f"{place}, row {row}: found {found!r} as {spellings[0]}, expected an id")
-    return list(map(str, ids))
-
-
-def _texts(place: str, columns: Columns, spellings: tuple[str, ...]) -> list[str]:
-    texts = _column(place, columns, spellings)
-    for row, text in enumerate(texts, start=1):
-        if not isinstance(text, str):
-            raise DataError(f"{place}, row {row}: found {text!r} as {spellings[0]}, expected a text")
-    titles = columns.get("title", [None] * len(texts))
-    return [f"{title} {text}".strip() if title else text for title, text in zip(titles, texts, strict=True)]
-
-
-def _by_id(place: str, ids: list[str], values: list[Any]) -> dict[str, Any]:
-    by_id = dict(zip(ids, values, strict=True))
-    if len(by_id) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise DataError(f"{place}: id {twice!r} appears twice")
-    return by_id
-
-
-def _positive(place: str, scores: list[Any]) -> list[bool]:
-    counts = []
-    for row, score in enumerate(scores, start=1):
-        try:
-            counts.append(float(score) > 0)
-        except (TypeError, ValueError):
-            raise DataError(f"{place}, row {row}: found {score!r} as score, expected a number") from None
-    return counts
