@@ -371,7 +371,7 @@ def _evaluate(model: Folder, sets: Folder, recipe: Recipe) -> dict[str, Any]:
     with model.as_local() as path:
         engine = Engine(path)
     results = {
-        name: evaluate(engine, read_set(sets / name), recipe.evaluation.divisors)
+        name: evaluate(engine, read_set(sets / name), recipe.evaluation.divisors).scores
         for name in recipe.evaluation.sets
     }
     return {"results": results}

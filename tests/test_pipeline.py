@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_and_reports(finished: dict[str, Any]) -> None:
         scores = model["scores"]["held"]
         full = {"untrained": 32, "stage1": 32, "pruned": 24, "distilled": 24}[model["name"]]
         assert list(map(int, scores)) == [full, full // 2, full // 4, full // 8]
-        assert set(scores[str(full)]) == {"ndcg@10", "acc@1", "recall@10"}
+        assert set(scores[str(full)]) == {"ndcg@10", "acc@1", "recall@10", "ci", "macro", "macro_ci"}
     assert json.loads(next(root.glob("stage1-*/deepspeed.json")).read_text())["train_batch_size"] == 16
     assert (root / "report.html").stat().st_size > 10_000
     assert "distilled" in output

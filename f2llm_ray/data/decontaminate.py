@@ -15,7 +15,7 @@ from f2llm_ray.data.clean import normalize
 from f2llm_ray.data.ragged import Ints, ranges
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.data.shingles import Hashes, shingle
-from f2llm_ray.evaluate.sets import RetrievalSet
+from f2llm_ray.evaluate.task import Task
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,15 @@ class Screen:
         return np.where(found < len(self.sets), found, -1)
 
 
-def make_screen(sets: Iterable[RetrievalSet], settings: Decontamination) -> Screen | None:
-    """Indexes the queries of sets and their passages of an n-gram's length; None when there is no text."""
+def make_screen(sets: Iterable[Task], settings: Decontamination) -> Screen | None:
+    """Indexes what sets ask, and their answers of an n-gram's length; None when there is no text."""
     names: list[str] = []
     set_of: list[int] = []
     texts: list[str] = []
     for found in sets:
-        queries = [normalize(text) for text in found.query_texts]
-        passages = [normalize(text) for text in found.corpus_texts] if settings.passages else []
+        asked, answers = found.screened()
+        queries = [normalize(text) for text in asked]
+        passages = [normalize(text) for text in answers] if settings.passages else []
         long = shingle(passages, settings.ngram).tokens >= settings.ngram
         kept = [*queries, *(text for text, enough in zip(passages, long, strict=True) if enough)]
         set_of += [len(names)] * len(kept)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from f2llm_ray.data.schema import query_text
-from f2llm_ray.errors import RunError
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.evaluate.encode import Positions, encode_distinct, instructed
+from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.summary import Metric, Units, measured
+from f2llm_ray.evaluate.task import Measured
 
 if TYPE_CHECKING:
     import torch
@@ -26,14 +27,10 @@ if TYPE_CHECKING:
 K = 10
 METRICS = ("ndcg@10", "acc@1", "recall@10")
 
-Positions = np.ndarray[Any, np.dtype[np.int64]]
-Values = np.ndarray[Any, np.dtype[np.float64]]
-
 # A block's scores and keys take about 16 bytes per entry. Measured on two cores: 1M entries at a time (16 MB)
 # are faster than 4M, for which the memory must come fresh from the system each time.
 BLOCK_ENTRIES = 1 << 20
 BLOCK_QUERIES = 256
-TEXTS_PER_CALL = 8192
 
 # A key holds a score above and a position below, so that the order of keys is the order of results.
 POSITION_BITS = 32
@@ -41,21 +38,7 @@ POSITION_MASK = (1 << POSITION_BITS) - 1
 NO_RESULT = -(1 << 63)
 
 
-class Scores(TypedDict):
-    """What a model scores on a set, as JSON values; dims are strings."""
-
-    scores: dict[str, dict[str, float]]
-    """By dim: the mean of each metric over all queries."""
-    languages: dict[str, dict[str, dict[str, float]]]
-    """By dim and language of the query: "queries", their number, and the mean of each metric over them."""
-    queries: int
-    corpus: int
-    seconds: float
-    tokens: int
-    """Tokens encoded, each distinct text once."""
-
-
-def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Scores:
+def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:
     """Encodes a set once and scores it at several dims.
 
     Queries carry the set's instruction where the model was trained with instructions.
@@ -69,31 +52,24 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
         RunError: the model gives vectors that are not numbers.
     """
     started = time.perf_counter()
-    instruction = retrieval_set.instruction if engine.info.instructions else ""
-    inputs = [query_text(text, instruction) for text in retrieval_set.query_texts]
-    inputs += retrieval_set.corpus_texts
-    number = {text: index for index, text in enumerate(dict.fromkeys(inputs))}
-    vectors_ud, tokens = _encode(engine, list(number))
-    numbers = np.array([number[text] for text in inputs], dtype=np.int64)
-    query_q, corpus_c = np.split(numbers, [len(retrieval_set.query_texts)])
-
-    scores: Scores = {
-        "scores": {},
-        "languages": {},
-        "queries": len(query_q),
-        "corpus": len(corpus_c),
-        "seconds": 0.0,
-        "tokens": tokens,
+    queries = instructed(engine, retrieval_set.query_texts, retrieval_set.instruction)
+    encoded = encode_distinct(engine, [*queries, *retrieval_set.corpus_texts])
+    query_q, corpus_c = encoded.of(queries), encoded.of(retrieval_set.corpus_texts)
+    by_dim = {
+        dim: metrics(
+            top_positions(cut_ud, query_q, corpus_c, device=engine.device), retrieval_set.relevant, len(corpus_c)
+        )
+        for dim, cut_ud in encoded.at_dims(divisors)
     }
-    hidden = vectors_ud.shape[1]
-    for dim in sorted({max(1, hidden // divisor) for divisor in divisors}, reverse=True):
-        cut_ud = cut_dims(vectors_ud, dim)
-        top_qk = top_positions(cut_ud, query_q, corpus_c, device=engine.device)
-        values = metrics(top_qk, retrieval_set.relevant, len(corpus_c))
-        scores["scores"][str(dim)] = {name: _mean(value_q) for name, value_q in values.items()}
-        scores["languages"][str(dim)] = by_language(values, retrieval_set.query_languages)
-    scores["seconds"] = round(time.perf_counter() - started, 2)
-    return scores
+    return measured(
+        "retrieval",
+        Units(retrieval_set.query_ids, retrieval_set.query_languages),
+        {name: Metric(np.column_stack([values[name] for values in by_dim.values()])) for name in METRICS},
+        list(by_dim),
+        corpus=len(corpus_c),
+        tokens=encoded.tokens,
+        started=started,
+    )
 
 
 def top_positions(
@@ -169,41 +145,6 @@ def metrics(top_qk: Positions, relevant_r2: Pairs, corpus: int) -> dict[str, Val
         "acc@1": hit_qk[:, 0].astype(np.float64),
         "recall@10": hit_qk.sum(axis=1) / relevant_q,
     }
-
-
-def by_language(values: dict[str, Values], languages: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The number of queries and the mean of each metric over the queries of each language, sorted by it."""
-    names, of_q = np.unique(np.array(languages, dtype=np.str_), return_inverse=True)
-    counts = np.bincount(of_q, minlength=len(names))
-    sums = {metric: np.bincount(of_q, weights=value_q) for metric, value_q in values.items()}
-    return {
-        str(name): {
-            "queries": int(counts[index]),
-            **{metric: round(float(sums[metric][index] / counts[index]), 6) for metric in values},
-        }
-        for index, name in enumerate(names)
-    }
-
-
-def _encode(engine: Engine, texts: Sequence[str]) -> tuple[Vectors, int]:
-    """Unit vectors [u, d] of texts and the number of their tokens, a bounded number of texts at a time."""
-    vectors, tokens = [], 0
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        ids = engine.tokenize(texts[start : start + TEXTS_PER_CALL], max_tokens=engine.info.max_tokens)
-        tokens += sum(map(len, ids))
-        vectors.append(engine.embed_tokens(ids))
-    vectors_ud = np.concatenate(vectors)
-    broken = int(np.sum(~np.isfinite(vectors_ud).all(axis=1)))
-    if broken:
-        raise RunError(
-            f"{engine.info.name}: the vectors of {broken} of {len(texts)} texts are not numbers; "
-            "the training has diverged"
-        )
-    return vectors_ud, tokens
-
-
-def _mean(values: Values) -> float:
-    return round(float(values.mean()), 6)
 
 
 def _first_positions(corpus_c: Positions, k: int) -> Positions:

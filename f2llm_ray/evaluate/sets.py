@@ -7,9 +7,9 @@ Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,11 @@ import pyarrow.parquet as pq
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
+from f2llm_ray.evaluate.task import Kind, Measured, Screened
 from f2llm_ray.run import Folder
+
+if TYPE_CHECKING:
+    from f2llm_ray.serve.engine import Engine
 
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -48,6 +52,17 @@ class RetrievalSet:
     relevant: Pairs
     """[r, 2]: (query, passage) as positions in the lists above, distinct and sorted: one array that whole
     result tables are looked up in at once."""
+    kind: ClassVar[Kind] = "retrieval"
+
+    def screened(self) -> Screened:
+        """Queries, and the passages as their answers."""
+        return Screened(self.query_texts, self.corpus_texts)
+
+    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+        """As `Task.measure`: nDCG@10 and others of exact search."""
+        from f2llm_ray.evaluate.retrieval import evaluate
+
+        return evaluate(engine, self, divisors)
 
 
 def write_set(folder: Folder, retrieval_set: RetrievalSet) -> None:

@@ -1,0 +1,72 @@
+"""Texts of an evaluation as vectors: each distinct text once, at the dims that are measured.
+
+Shapes: n texts, u distinct ones, d dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from f2llm_ray.data.schema import query_text
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.dims import Vectors, cut_dims
+
+if TYPE_CHECKING:
+    from f2llm_ray.serve.engine import Engine
+
+Positions = np.ndarray[Any, np.dtype[np.int64]]
+
+TEXTS_PER_CALL = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Distinct texts and their vectors."""
+
+    vectors_ud: Vectors
+    number: dict[str, int]
+    """Which vector each text has."""
+    tokens: int
+    """How many were encoded."""
+
+    def of(self, texts: Sequence[str]) -> Positions:
+        """Which vector each of these texts has [n]."""
+        return np.array([self.number[text] for text in texts], dtype=np.int64)
+
+    def at_dims(self, divisors: Sequence[int]) -> Iterator[tuple[int, Vectors]]:
+        """The dims that are d divided by each of these, largest first, and the vectors cut to them."""
+        hidden = self.vectors_ud.shape[1]
+        dims = sorted({max(1, hidden // divisor) for divisor in divisors}, reverse=True)
+        return ((dim, cut_dims(self.vectors_ud, dim)) for dim in dims)
+
+
+def instructed(engine: Engine, texts: Sequence[str], instruction: str) -> list[str]:
+    """Texts as the query side's input, for a model that was trained with instructions; else as they are."""
+    return [query_text(text, instruction) for text in texts] if engine.info.instructions else list(texts)
+
+
+def encode_distinct(engine: Engine, texts: Sequence[str]) -> Encoded:
+    """Unit vectors of the distinct texts, a bounded number of texts at a time.
+
+    Raises:
+        RunError: the model gives vectors that are not numbers.
+    """
+    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(number)
+    vectors, tokens = [], 0
+    for start in range(0, len(distinct), TEXTS_PER_CALL):
+        ids = engine.tokenize(distinct[start : start + TEXTS_PER_CALL], max_tokens=engine.info.max_tokens)
+        tokens += sum(map(len, ids))
+        vectors.append(engine.embed_tokens(ids))
+    vectors_ud = np.concatenate(vectors)
+    broken = int(np.sum(~np.isfinite(vectors_ud).all(axis=1)))
+    if broken:
+        raise RunError(
+            f"{engine.info.name}: the vectors of {broken} of {len(distinct)} texts are not numbers; "
+            "the training has diverged"
+        )
+    return Encoded(vectors_ud, number, tokens)
