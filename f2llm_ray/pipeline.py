@@ -124,7 +124,8 @@ class Pipeline:
             say(f"{stage.name}: started")
         started = time.time()
         pending = {
-            measure.remote(self.run.folder(model) / "model", sets, self.recipe): stage for stage, model in waiting
+            measure.remote(self.run.folder(model) / "model", sets, self.recipe, self.run.folder(stage)): stage
+            for stage, model in waiting
         }
         while pending:
             (done,), _ = ray.wait(list(pending))
@@ -359,21 +360,22 @@ def _command(stage: str) -> str:
     return jobs.get(stage, "jobs/train.py")
 
 
-def _evaluate(model: Folder, sets: Folder, recipe: Recipe) -> dict[str, Any]:
-    """Measures one model on every set, inside a Ray task."""
+def _evaluate(model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None) -> dict[str, Any]:
+    """Measures one model on every set, inside a Ray task; `out` gets what a comparison needs of each unit."""
     import torch
 
-    from f2llm_ray.evaluate.retrieval import evaluate
-    from f2llm_ray.evaluate.sets import read_set
+    from f2llm_ray.evaluate.kinds import read_task
     from f2llm_ray.serve.engine import Engine
 
     torch.set_num_threads(1)
     with model.as_local() as path:
         engine = Engine(path)
-    results = {
-        name: evaluate(engine, read_set(sets / name), recipe.evaluation.divisors).scores
-        for name in recipe.evaluation.sets
-    }
+    results = {}
+    for name in recipe.evaluation.sets:
+        scores, units = read_task(sets / name).measure(engine, recipe.evaluation.divisors)
+        results[name] = scores
+        if out is not None:
+            (out / "units").write_table(f"{name}.parquet", [units], units.schema)
     return {"results": results}
 
 

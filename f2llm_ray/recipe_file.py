@@ -130,7 +130,11 @@ def _allowed(section: type[Section], path: Sequence[str | int]) -> list[str]:
     kinds = [section]
     for part in map(str, path):
         below = [leaf for kind in kinds for leaf in _leaves(kind.model_fields.get(part))]
-        tagged = [kind for kind in kinds if part == getattr(kind.model_fields.get("format"), "default", None)]
+        tagged = [
+            kind
+            for kind in kinds
+            if part in (kind.__name__, getattr(kind.model_fields.get("format"), "default", None))
+        ]
         kinds = below or tagged or kinds
     return sorted({name for kind in kinds for name in kind.model_fields})
 

@@ -83,8 +83,16 @@ def _sections(place: str, kind: Kind) -> Iterator[tuple[str, Kind]]:
         if typing.get_origin(field.annotation) is dict:
             path += ".NAME"
         for part in below:
-            tag = part.model_fields.get("format") if len(below) > 1 else None
-            yield from _sections(f"{path} (format: {tag.default})" if tag is not None else path, part)
+            yield from _sections(f"{path}{_tag(part)}" if len(below) > 1 else path, part)
+
+
+def _tag(kind: Kind) -> str:
+    """What tells a section from the others that may stand in its place."""
+    for key in ("format", "kind"):
+        if key in kind.model_fields:
+            values = typing.get_args(kind.model_fields[key].annotation)
+            return f" ({key}: {' or '.join(map(str, values))})"
+    return ""
 
 
 def _kinds(annotation: Any) -> Iterator[Kind]:

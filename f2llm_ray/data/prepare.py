@@ -24,8 +24,11 @@ from f2llm_ray.data.store import write_store
 from f2llm_ray.data.table import samples, write_table
 from f2llm_ray.data.tokenizer import load_tokenizer, train_tokenizer
 from f2llm_ray.errors import DataError
-from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, write_set
-from f2llm_ray.evaluate.settings import FolderSet
+from f2llm_ray.evaluate.bitext import bitext_of_pairs
+from f2llm_ray.evaluate.kinds import task_of
+from f2llm_ray.evaluate.sets import from_pairs
+from f2llm_ray.evaluate.settings import SourceSet
+from f2llm_ray.evaluate.task import Task
 from f2llm_ray.model.checkpoint import save_tokenizer
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
@@ -54,8 +57,8 @@ def prepare(recipe: Recipe, folder: Folder) -> dict[str, Any]:
     clock = _Clock()
     sets = [_evaluation_set(recipe, name) for name in recipe.evaluation.sets]
     for found in sets:
-        write_set(folder / "sets" / found.name, found)
-    clock.lap("sets", sum(len(found.query_texts) + len(found.corpus_texts) for found in sets))
+        found.write(folder / "sets" / found.name)
+    clock.lap("sets", sum(len(texts) for found in sets for texts in found.screened()))
     parts = parts_of(recipe.sources)
     account = write_rows(recipe, parts, make_screen(sets, recipe.data.decontaminate), folder / "rows")
     clock.lap("read", account.rows)
@@ -118,16 +121,13 @@ class _Clock:
         self._last = now
 
 
-def _evaluation_set(recipe: Recipe, name: str) -> RetrievalSet:
+def _evaluation_set(recipe: Recipe, name: str) -> Task:
     setting = recipe.evaluation.sets[name]
-    if isinstance(setting, FolderSet):
-        return read_beir(
-            setting.folder, name=name, instruction=setting.instruction, max_queries=setting.max_queries
-        )
+    if not isinstance(setting, SourceSet):
+        return task_of(name, setting)
     pairs = read_pairs(name, setting.source, recipe.data)
-    return from_pairs(
-        pairs, name=name, instruction=setting.source.query_instruction, max_queries=setting.max_queries
-    )
+    make = bitext_of_pairs if setting.kind == "bitext" else from_pairs
+    return make(pairs, name=name, instruction=setting.source.query_instruction, max_queries=setting.max_queries)
 
 
 def _tokenizer(recipe: Recipe, folder: Folder) -> Tokenizer:

@@ -13,6 +13,7 @@ import numpy as np
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.errors import RunError
+from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:
@@ -70,3 +71,12 @@ def encode_distinct(engine: Engine, texts: Sequence[str]) -> Encoded:
             "the training has diverged"
         )
     return Encoded(vectors_ud, number, tokens)
+
+
+def cosines(vectors_ud: Vectors, a_n: Positions, b_n: Positions) -> Values:
+    """Cosines of pairs of unit vectors, said by their places [n], a bounded number of pairs at a time."""
+    found = []
+    for start in range(0, len(a_n), TEXTS_PER_CALL):
+        some = slice(start, start + TEXTS_PER_CALL)
+        found.append(np.einsum("nd,nd->n", vectors_ud[a_n[some]], vectors_ud[b_n[some]], dtype=np.float64))
+    return np.concatenate(found)

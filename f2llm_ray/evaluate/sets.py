@@ -1,7 +1,7 @@
 """Retrieval sets: queries, a corpus, and which passages answer which query.
 
 A set comes from a user's folder in the BEIR layout (`read_beir`) or from pairs of a source (`from_pairs`), and
-lies in a run as parquet (`write_set`, `read_set`).
+lies in a run as parquet (`RetrievalSet.write`, `read_set`).
 Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 """
 
@@ -54,6 +54,28 @@ class RetrievalSet:
     result tables are looked up in at once."""
     kind: ClassVar[Kind] = "retrieval"
 
+    def write(self, folder: Folder) -> None:
+        """As `Task.write`: queries, corpus and qrels as parquet."""
+        query_r, passage_r = self.relevant.T
+        corpus_ids = pa.array(self.corpus_ids, pa.string())
+        query_ids = pa.array(self.query_ids, pa.string())
+        tables = {
+            "queries.parquet": {
+                "id": query_ids,
+                "text": pa.array(self.query_texts, pa.string()),
+                "language": pa.array(self.query_languages, pa.string()),
+            },
+            "corpus.parquet": {"id": corpus_ids, "text": pa.array(self.corpus_texts, pa.string())},
+            "qrels.parquet": {
+                "query_id": query_ids.take(pa.array(query_r)),
+                "corpus_id": corpus_ids.take(pa.array(passage_r)),
+            },
+        }
+        folder.create()
+        for name, columns in tables.items():
+            pq.write_table(pa.table(columns), f"{folder.path}/{name}", filesystem=folder.filesystem)
+        folder.write_json("set.json", {"kind": self.kind, "name": self.name, "instruction": self.instruction})
+
     def screened(self) -> Screened:
         """Queries, and the passages as their answers."""
         return Screened(self.query_texts, self.corpus_texts)
@@ -65,31 +87,8 @@ class RetrievalSet:
         return evaluate(engine, self, divisors)
 
 
-def write_set(folder: Folder, retrieval_set: RetrievalSet) -> None:
-    """Writes queries, corpus and qrels as parquet, and name and instruction as set.json, the last file."""
-    query_r, passage_r = retrieval_set.relevant.T
-    corpus_ids = pa.array(retrieval_set.corpus_ids, pa.string())
-    query_ids = pa.array(retrieval_set.query_ids, pa.string())
-    tables = {
-        "queries.parquet": {
-            "id": query_ids,
-            "text": pa.array(retrieval_set.query_texts, pa.string()),
-            "language": pa.array(retrieval_set.query_languages, pa.string()),
-        },
-        "corpus.parquet": {"id": corpus_ids, "text": pa.array(retrieval_set.corpus_texts, pa.string())},
-        "qrels.parquet": {
-            "query_id": query_ids.take(pa.array(query_r)),
-            "corpus_id": corpus_ids.take(pa.array(passage_r)),
-        },
-    }
-    folder.create()
-    for name, columns in tables.items():
-        pq.write_table(pa.table(columns), f"{folder.path}/{name}", filesystem=folder.filesystem)
-    folder.write_json("set.json", {"name": retrieval_set.name, "instruction": retrieval_set.instruction})
-
-
 def read_set(folder: Folder) -> RetrievalSet:
-    """Reads what `write_set` wrote.
+    """Reads what `RetrievalSet.write` wrote.
 
     Raises:
         RunError: set.json is not there.

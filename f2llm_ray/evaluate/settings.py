@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Discriminator, Field, Tag
 
 from f2llm_ray.data.sources import Source
 from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
@@ -12,22 +14,141 @@ from f2llm_ray.section import Section
 class FolderSet(Section):
     """A retrieval set on disk in the BEIR layout: queries, corpus and qrels, each .parquet or .jsonl."""
 
+    kind: Literal["retrieval"] = "retrieval"
     folder: str
     instruction: str = DEFAULT_INSTRUCTION["retrieval"]
+    """Said before each query to models trained with instructions."""
     max_queries: int | None = Field(default=None, ge=1)
+    """At most this many queries, drawn by content hash; the corpus stays whole."""
 
 
 class SourceSet(Section):
-    """A retrieval set made of a source that is never trained on: its queries against all its passages."""
+    """A set made of the pairs of a source that is never trained on."""
 
+    kind: Literal["retrieval", "bitext"] = "retrieval"
+    """Retrieval: its queries against all its passages. Bitext: a query's passage is its translation, to be found
+    among those of its language."""
     source: Source
     max_queries: int | None = Field(default=None, ge=1)
-    """At most this many queries, drawn by content hash; the corpus stays whole."""
+    """At most this many queries, drawn by content hash; a retrieval corpus stays whole, of bitext the pairs go."""
+
+
+class LabelledFile(Section):
+    """A labelled set in a table, .parquet or .jsonl, by path or URI.
+
+    A column `language` (ISO 639-3), where there is one, gives the scores by language.
+    """
+
+    kind: Literal["bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
+    test: str
+    instruction: str
+
+
+class BitextSet(LabelledFile):
+    """Texts (text_a), each with its translation (text_b), to be found among those of its language."""
+
+    kind: Literal["bitext"]
+    test: str
+    """Table with the columns text_a and text_b."""
+    instruction: str = "Retrieve translations of the following text."
+    """Said before each text_a to models trained with instructions."""
+
+
+class ClassificationSet(LabelledFile):
+    """Labelled texts to fit a probe on and others to test it with."""
+
+    kind: Literal["classification"]
+    train: str
+    """Table with the columns text and label, which the probes are fitted on."""
+    test: str
+    """Table with the columns text and label, which the probes are tested with; `train` has all its labels."""
+    instruction: str = DEFAULT_INSTRUCTION["classification"]
+    """Said before each text to models trained with instructions."""
+
+
+class ClusteringSet(LabelledFile):
+    """Labelled texts whose clusters are compared with their labels."""
+
+    kind: Literal["clustering"]
+    test: str
+    """Table with the columns text and label; a language has at least two labels."""
+    instruction: str = DEFAULT_INSTRUCTION["clustering"]
+    """Said before each text to models trained with instructions."""
+
+
+class StsSet(LabelledFile):
+    """Pairs of texts with a grade of how alike they are."""
+
+    kind: Literal["sts"]
+    test: str
+    """Table with the columns text_a, text_b and score, higher for more alike, on any scale."""
+    instruction: str = "Retrieve semantically similar text."
+    """Said before both texts to models trained with instructions."""
+
+
+class PairClassificationSet(LabelledFile):
+    """Pairs of texts that belong together or do not."""
+
+    kind: Literal["pair_classification"]
+    test: str
+    """Table with the columns text_a, text_b and label, 1 or 0; a language has both."""
+    instruction: str = "Retrieve semantically similar text."
+    """Said before both texts to models trained with instructions."""
+
+
+class RerankingSet(LabelledFile):
+    """Queries, each with texts that answer it and texts that do not."""
+
+    kind: Literal["reranking"]
+    test: str
+    """Table with the columns query, positive and negative, the latter two lists of texts."""
+    instruction: str = DEFAULT_INSTRUCTION["retrieval"]
+    """Said before each query to models trained with instructions."""
+
+
+LABELLED = (BitextSet, ClassificationSet, ClusteringSet, StsSet, PairClassificationSet, RerankingSet)
+
+
+def _section(value: Any) -> str | None:
+    """Name of the section that an entry is: by what it reads from, else by its kind."""
+    if not isinstance(value, dict):
+        return type(value).__name__ if isinstance(value, Section) else None
+    for key, section in (("folder", FolderSet), ("source", SourceSet)):
+        if key in value:
+            return section.__name__
+    wanted = (
+        found.__name__
+        for found in LABELLED
+        if value.get("kind") in get_args(found.model_fields["kind"].annotation)
+    )
+    return next(wanted, None)
+
+
+EvaluationSet = Annotated[
+    Annotated[FolderSet, Tag("FolderSet")]
+    | Annotated[SourceSet, Tag("SourceSet")]
+    | Annotated[BitextSet, Tag("BitextSet")]
+    | Annotated[ClassificationSet, Tag("ClassificationSet")]
+    | Annotated[ClusteringSet, Tag("ClusteringSet")]
+    | Annotated[StsSet, Tag("StsSet")]
+    | Annotated[PairClassificationSet, Tag("PairClassificationSet")]
+    | Annotated[RerankingSet, Tag("RerankingSet")],
+    Discriminator(
+        _section,
+        custom_error_type="evaluation_set",
+        custom_error_message=(
+            "expected a folder or a source, or a test file and its kind: bitext, classification, clustering, sts, "
+            "pair_classification or reranking"
+        ),
+    ),
+]
 
 
 class Evaluation(Section):
     """What every model of the run is measured on."""
 
-    sets: dict[str, FolderSet | SourceSet] = {}
+    sets: dict[str, EvaluationSet] = {}
+    """By name. Tables are .parquet or .jsonl, by path or URI; a column `language` (ISO 639-3) gives the scores by
+    language."""
     divisors: tuple[int, ...] = (1, 2, 4, 8)
     """The dims measured, as d divided by these."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.evaluate import statistic
+from f2llm_ray.evaluate.encode import Positions
 from f2llm_ray.evaluate.intervals import Difference, Values, bootstrap, difference, interval
 from f2llm_ray.evaluate.statistic import Builder
 from f2llm_ray.evaluate.task import Kind, Measured, Scores
@@ -91,7 +92,7 @@ def measured(
     """
     main = next(iter(metrics))
     target_n = units.target()
-    of_language = _by_language(units.languages)
+    of_language = by_language(units.languages)
     weight_l = np.array([len(at_k) for at_k in of_language.values()]) / len(units.ids)
     points = {
         name: np.stack(
@@ -152,7 +153,7 @@ def compare(kind: Kind, a: Measured | pa.Table, b: Measured | pa.Table, dims: tu
     value_n2 = np.column_stack(
         [table[str(dim)].to_numpy() for table, dim in zip((table_a, table_b), dims, strict=True)]
     )
-    of_language = _by_language(table_a["language"].to_pylist())
+    of_language = by_language(table_a["language"].to_pylist())
     point_l2 = np.stack(
         [MAIN[kind](target_n[at_k], value_n2[at_k])(np.ones((1, len(at_k))))[0] for at_k in of_language.values()]
     )
@@ -168,9 +169,7 @@ def compare(kind: Kind, a: Measured | pa.Table, b: Measured | pa.Table, dims: tu
     return Comparison(overall, macro, languages)
 
 
-def _samples(
-    kind: Kind, target_n: Values, value_nm: Values, of_language: Mapping[str, np.ndarray[Any, Any]]
-) -> Values:
+def _samples(kind: Kind, target_n: Values, value_nm: Values, of_language: Mapping[str, Positions]) -> Values:
     """The main metric of each language over its resamples [l, r, m]: the same ones for every model."""
     return np.stack(
         [
@@ -180,7 +179,7 @@ def _samples(
     )
 
 
-def _by_language(languages: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+def by_language(languages: Sequence[str]) -> dict[str, Positions]:
     """Places of the units of each language, sorted by it."""
     names, of_n = np.unique(np.array(languages, dtype=np.str_), return_inverse=True)
     order_n = np.argsort(of_n, kind="stable")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from f2llm_ray.run import Folder
     from f2llm_ray.serve.engine import Engine
 
 Kind = Literal["retrieval", "bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
@@ -63,6 +64,9 @@ class Task(Protocol):
 
     def screened(self) -> Screened:
         """The texts that must not be trained on."""
+
+    def write(self, folder: Folder) -> None:
+        """Writes the task for `kinds.read_task`: its tables, and kind, name and instruction as set.json, last."""
 
     def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
         """Encodes the task's texts once and scores them at several dims.

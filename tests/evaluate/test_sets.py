@@ -14,7 +14,7 @@ import pytest
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError, F2LLMError
-from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, read_set, write_set
+from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, read_set
 from f2llm_ray.run import Folder
 
 PAIRS = [
@@ -75,7 +75,7 @@ def test_a_draw_keeps_the_corpus_and_grows_with_its_size() -> None:
 def test_round_trip(tmp_path: Path) -> None:
     found = from_pairs(pairs_table(PAIRS), name="päirs", instruction="Find it.")
     folder = Folder.at(str(tmp_path / "sets" / "pairs"))
-    write_set(folder, found)
+    found.write(folder)
     assert same(read_set(folder), found)
     assert folder.files() == ["corpus.parquet", "qrels.parquet", "queries.parquet", "set.json"]
 

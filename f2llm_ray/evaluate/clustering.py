@@ -1,0 +1,81 @@
+"""Clustering: do k-means clusters of a model's vectors fall together with the labels?
+
+Each language is clustered by itself, into as many clusters as it has labels, and scored by V-measure (as mteb's).
+
+Shapes: n texts, m dims.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.data.optional import require
+from f2llm_ray.evaluate import statistic
+from f2llm_ray.evaluate.encode import encode_distinct, instructed
+from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.labelled import IDS, LabelledSet, codes
+from f2llm_ray.evaluate.summary import Metric, measured
+from f2llm_ray.evaluate.task import Kind, Measured, Screened
+
+if TYPE_CHECKING:
+    from f2llm_ray.model.dims import Vectors
+    from f2llm_ray.serve.engine import Engine
+
+STARTS = 5
+"""K-means keeps the best of this many starts."""
+
+
+class Clustering(LabelledSet):
+    """Texts and the label of each."""
+
+    kind: ClassVar[Kind] = "clustering"
+    columns: ClassVar[dict[str, pa.DataType]] = {"text": pa.string(), "label": IDS}
+
+    def check(self) -> None:
+        """Raises DataError where a language has one label only, so that there is nothing to tell apart."""
+        labels = np.array(self.values("label"), dtype=np.str_)
+        for language, rows_k in self.by_language().items():
+            if len(np.unique(labels[rows_k])) < 2:
+                self.refuse(f"language {language!r}: found 1 label, expected at least 2")
+
+    def screened(self) -> Screened:
+        """The texts."""
+        return Screened(self.values(), [])
+
+    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+        """V-measure. Texts carry the instruction."""
+        started = time.perf_counter()
+        texts = instructed(engine, self.values(), self.instruction)
+        encoded = encode_distinct(engine, texts)
+        text_n = encoded.of(texts)
+        label_n = codes(self.values("label"), self.values("label"))
+        dims, clusters = [], []
+        for dim, cut_ud in encoded.at_dims(divisors):
+            cluster_n = np.empty(len(text_n))
+            for rows_k in self.by_language().values():
+                cluster_n[rows_k] = _clusters(cut_ud[text_n[rows_k]], len(np.unique(label_n[rows_k])))
+            dims.append(dim)
+            clusters.append(cluster_n)
+        return measured(
+            self.kind,
+            self.units(label_n),
+            {"v_measure": Metric(np.column_stack(clusters), statistic.v_measure)},
+            dims,
+            corpus=0,
+            tokens=encoded.tokens,
+            started=started,
+        )
+
+
+def _clusters(vectors_nd: Vectors, count: int) -> Values:
+    means = require("sklearn.cluster", extra="eval").KMeans(count, n_init=STARTS, random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct vectors than clusters: some stay empty
+        found: Values = means.fit_predict(vectors_nd).astype(np.float64)
+    return found
