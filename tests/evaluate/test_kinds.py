@@ -66,7 +66,7 @@ def bitexts(draw: st.DrawFn) -> tuple[Planted, list[tuple[str, str, str]]]:
 
 
 @given(bitexts())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_bitext_is_scikit_learns_weighted_f1_of_the_nearest(
     problem: tuple[Planted, list[tuple[str, str, str]]],
 ) -> None:

@@ -1,0 +1,245 @@
+"""Users' labelled tables: what is wrong is named; what is right is measured in a run and not trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from f2llm_ray.data.decontaminate import make_screen
+from f2llm_ray.data.settings import Decontamination
+from f2llm_ray.errors import DataError, F2LLMError, RecipeError
+from f2llm_ray.evaluate.kinds import read_task, task_of
+from f2llm_ray.evaluate.summary import compare
+from f2llm_ray.pipeline import Pipeline
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe_file import load_recipe, parse
+from f2llm_ray.run import Folder
+from f2llm_ray.session import connect
+from tests.corpus import write_corpus, write_recipe
+
+Rows = list[dict[str, Any]]
+
+TEXTS: Rows = [
+    {"text": "one", "label": "odd", "language": "eng"},
+    {"text": "two", "label": "even", "language": "eng"},
+    {"text": "drei", "label": "odd", "language": "deu"},
+    {"text": "vier", "label": "even", "language": "deu"},
+]
+GRADED: Rows = [
+    {"text_a": "one", "text_b": "two", "score": 1, "lang": None},
+    {"text_a": "one", "text_b": "uno", "score": 4.5, "lang": None},
+]
+BINARY: Rows = [{"text_a": "one", "text_b": "uno", "label": 1}, {"text_a": "one", "text_b": "two", "label": 0}]
+BITEXT: Rows = [{"text_a": "uno", "text_b": "one", "language": "spa"}]
+RANKED: Rows = [{"query": "which?", "positive": ["1"], "negative": ["2", "3"]}]
+FILES: dict[str, Rows] = {
+    "bitext": BITEXT,
+    "classification": TEXTS,
+    "clustering": TEXTS,
+    "sts": GRADED,
+    "pair_classification": BINARY,
+    "reranking": RANKED,
+}
+
+
+def write(path: Path, rows: Rows) -> str:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def setting(entry: dict[str, Any]) -> Any:
+    """The entry as a recipe's set."""
+    recipe = {
+        "name": "r",
+        "sources": {"s": {"format": "jsonl", "paths": ["s"]}},
+        "backbone": {"path": "b"},
+        "stages": {"stage1": {"engine": {"precision": "fp32"}}},
+        "evaluation": {"sets": {"mine": entry}},
+    }
+    return parse(Recipe, recipe, "r").evaluation.sets["mine"]
+
+
+def read(folder: Path, kind: str, rows: Rows, train: Rows | None = None, suffix: str = "jsonl") -> Any:
+    entry = {"kind": kind, "test": write(folder / f"test.{suffix}", rows)}
+    if kind == "classification":
+        entry["train"] = write(folder / f"train.{suffix}", TEXTS if train is None else train)
+    return task_of("mine", setting(entry))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", FILES)
+def test_a_users_table_becomes_a_task(kind: str, suffix: str, tmp_path: Path) -> None:
+    task = read(tmp_path, kind, FILES[kind], suffix=suffix)
+    assert (task.name, task.kind) == ("mine", kind)
+    assert len(task.test) == len(FILES[kind])
+    languages = [row.get("language") or "und" for row in FILES[kind]]
+    assert task.languages() == languages
+
+
+LONG = "a text that is long enough to have an n-gram of eight"
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_no_text_that_is_tested_may_be_trained_on(kind: str, tmp_path: Path) -> None:
+    """Queries and labelled texts, short ones too; answers where they are long. Labels and negatives may be."""
+    rows = FILES[kind]
+    if kind == "reranking":
+        rows = [{**RANKED[0], "positive": ["1", LONG], "negative": [f"not {LONG[::-1]}"]}]
+    if kind == "bitext":
+        rows = [*BITEXT, {"text_a": "largo", "text_b": LONG}]
+    train = [{"text": "five", "label": "odd"}, {"text": "six", "label": "even"}]
+    screen = make_screen([read(tmp_path, kind, rows, train)], Decontamination())
+    assert screen is not None
+    asked = {
+        "bitext": ["uno"],
+        "classification": ["one", "vier", "five", "six"],
+        "clustering": ["one", "vier"],
+        "sts": ["one", "uno"],
+        "pair_classification": ["two", "uno"],
+        "reranking": ["which?"],
+    }[kind]
+    assert (screen.find([text.upper() for text in asked]) == 0).all()
+    if kind in {"bitext", "reranking"}:
+        assert screen.find([LONG, "one", "1"]).tolist() == [0, -1, -1]
+    assert (screen.find(["odd", "another text", f"not {LONG[::-1]}"]) == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "message"),
+    [
+        ("sts", [], "test.jsonl: no column text_a; found none"),
+        ("bitext", [{"text_a": "x"}], r"test.jsonl: no column text_b; found \['text_a'\]"),
+        ("bitext", [*BITEXT, {"text_a": 3, "text_b": "y"}], "row 2: found 3 as text_a, expected a text"),
+        (
+            "clustering",
+            [{"text": "x", "label": 1.5}],
+            "row 1: found 1.5 as label, expected a text or a whole number",
+        ),
+        ("clustering", TEXTS[:3], "test.jsonl: language 'deu': found 1 label, expected at least 2"),
+        (
+            "classification",
+            [*TEXTS, {"text": "pi", "label": "no"}],
+            "row 5: found 'no' as label, .* the 2 of .*train",
+        ),
+        ("sts", [*GRADED, {**GRADED[0], "score": "high"}], "row 3: found 'high' as score, expected a number"),
+        ("sts", [{**GRADED[0], "score": float("nan")}], "row 1: found nan as score, expected a number"),
+        ("sts", GRADED[:1] * 2, "language 'und': found one score for all its pairs, expected at least 2"),
+        ("pair_classification", [*BINARY, {**BINARY[0], "label": 2}], "row 3: found 2 as label, expected 0 or 1"),
+        ("pair_classification", BINARY[:1], "language 'und': found only label 1, expected 0 and 1"),
+        ("reranking", [{**RANKED[0], "positive": []}], r"row 1: found \[\] as positive, expected a list of texts"),
+        ("reranking", [{**RANKED[0], "negative": "2"}], "row 1: found '2' as negative, expected a list of texts"),
+        ("reranking", [{**RANKED[0], "negative": ["1"]}], "row 1: found '1' in positive and in negative"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(kind: str, rows: Rows, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, kind, rows)
+
+
+def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"train\.jsonl: found 1 labels to fit on, expected at least 2"):
+        read(tmp_path, "classification", TEXTS[:1], TEXTS[:1])
+    for test, message in (("t.csv", "t.csv: expected a .parquet or .jsonl file"), ("t.jsonl", "no file t.jsonl")):
+        with pytest.raises(F2LLMError, match=message):
+            task_of("mine", setting({"kind": "sts", "test": str(tmp_path / test)}))
+    empty = pa.table({"text_a": pa.array([], pa.string()), "text_b": pa.array([], pa.string())})
+    pq.write_table(empty, tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"empty\.parquet: found no rows, expected at least one"):
+        task_of("mine", setting({"kind": "bitext", "test": str(tmp_path / "empty.parquet")}))
+    (tmp_path / "set.json").write_text('{"kind": "poetry", "name": "n", "instruction": ""}')
+    with pytest.raises(DataError, match="found kind 'poetry', expected retrieval or"):
+        read_task(Folder.at(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"kind": "sts", "tset": "t"},
+            "sets.mine.StsSet.tset: unknown key; allowed here: instruction, kind, test",
+        ),
+        ({"kind": "classification", "test": "t"}, "ClassificationSet.train: Field required"),
+        ({"folder": "f", "kind": "sts"}, "FolderSet.kind: Input should be 'retrieval'; found 'sts'"),
+        ({"kind": "poetry", "test": "t"}, "sets.mine: expected a folder or a source, or a test file and its kind"),
+        ({"test": "t"}, "sets.mine: expected a folder or a source, or a test file and its kind"),
+    ],
+)
+def test_an_entry_that_is_no_set_is_refused(entry: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        setting(entry)
+
+
+def test_retrieval_is_the_kind_of_entries_without_one() -> None:
+    assert setting({"folder": "f"}).kind == "retrieval"
+    source = {"format": "jsonl", "paths": ["p"]}
+    assert setting({"source": source}).kind == "retrieval"
+    assert setting({"source": source, "kind": "bitext"}).kind == "bitext"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, Path]]:
+    """A run up to the evaluation of its untrained model, with sets of three kinds."""
+    folder = tmp_path_factory.mktemp("labelled")
+    corpus = write_corpus(folder, rows=60)
+    held = corpus["evaluation"]["sets"]["held"]["source"]
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    asked = [{"text": row["q"], "label": row["lang"]} for row in lines[:20]]
+    corpus["evaluation"]["sets"] |= {
+        "bitext": {"source": held, "kind": "bitext"},
+        "topics": {"kind": "classification", "train": write(folder / "train.jsonl", asked[10:])}
+        | {"test": write(folder / "test.jsonl", asked[:10])},
+    }
+    connect()
+    pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
+    pipeline.prepare()
+    pipeline.model("untrained")
+    pipeline.evaluate()
+    yield pipeline, folder
+    import ray
+
+    ray.shutdown()
+
+
+def test_a_run_measures_sets_of_all_kinds_and_trains_on_none(
+    evaluated: tuple[Pipeline, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline, folder = evaluated
+    stage = pipeline.plan.evaluations["untrained"]
+    manifest = pipeline.run.manifest(stage)
+    assert manifest is not None
+    kinds = {name: (found["kind"], found["metric"]) for name, found in manifest["results"].items()}
+    assert kinds == {
+        "held": ("retrieval", "ndcg@10"),
+        "bitext": ("bitext", "f1"),
+        "topics": ("classification", "accuracy"),
+    }
+    for name, found in manifest["results"].items():
+        assert list(found["scores"]) == list(found["languages"]) == ["32", "16", "8", "4"]
+        units = (pipeline.run.folder(stage) / "units").read_table(f"{name}.parquet")
+        assert units.column_names == ["id", "language", "target", "32", "16", "8", "4"]
+        assert len(units) == found["queries"]
+        difference = compare(found["kind"], units, units, (32, 4)).all.difference
+        wanted = found["scores"]["32"][found["metric"]] - found["scores"]["4"][found["metric"]]
+        assert difference == pytest.approx(wanted, abs=2e-6)
+    assert set(manifest["results"]["bitext"]["languages"]["32"]) == {"deu", "fra", "rus", "jpn"}
+    asked = [json.loads(line)["text"] for name in ("test", "train") for line in (folder / f"{name}.jsonl").open()]
+    prepared = pipeline.run.folder(pipeline.plan.prepare) / "rows"
+    rows = [row for file in prepared.files(".parquet") for row in prepared.read_table(file).to_pylist()]
+    dropped = {row["query"] for row in rows if row["drop"] == "decontaminate: topics"}
+    assert dropped == set(asked)
+    again = pipeline.evaluate_folder(
+        str(Path(pipeline.run.folder(pipeline.plan.models["untrained"]).path) / "model")
+    )
+    assert again == {name: found["scores"] for name, found in manifest["results"].items()}
+    capsys.readouterr()
+    pipeline.evaluate()
+    assert "evaluate-untrained: finished before, skipped" in capsys.readouterr().out
