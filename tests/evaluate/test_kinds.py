@@ -94,7 +94,8 @@ def test_any_translation_of_a_text_is_right_and_only_the_text_is_instructed() ->
         dict(zip(texts, [[1, 0], [0, 1], [1, 0.1], [0.9, 0], [0, 1]], strict=True)), instructions=True
     )
     task = made(Bitext, text_a=["a", "a", "x"], text_b=["b", "c", "y"], language=["eng"] * 3)
-    assert scores_of(task, engine)["all"]["accuracy"] == 1
+    found = scores_of(task, engine)["all"]
+    assert found["accuracy"] == found["f1"] == 1
     assert sorted(engine.asked) == sorted(texts)
 
 
@@ -177,6 +178,23 @@ def test_clusters_are_of_a_language_and_scored_by_v_measure() -> None:
     }, "the same again"
     easy, columns = labelled(np.random.default_rng(2), 100, 0.05)
     assert scores_of(made(Clustering, **columns), easy)["all"]["v_measure"] == 1
+
+
+def test_a_model_that_sets_languages_apart_is_scored_within_each() -> None:
+    """Two labels, two languages: all texts together would fall into two clusters by language."""
+    rng = np.random.default_rng(0)
+    texts, label, language = ([f"t{n}" for n in range(80)], [n % 2 for n in range(80)], ["deu", "eng"] * 20)
+    language = sorted(language * 2)
+    centres = {
+        (0, "deu"): [1, 0, 0.3],
+        (1, "deu"): [1, 0, -0.3],
+        (0, "eng"): [0, 1, 0.3],
+        (1, "eng"): [0, 1, -0.3],
+    }
+    vectors = [np.array(centres[key]) + rng.normal(0, 0.02, 3) for key in zip(label, language, strict=True)]
+    engine = Planted(dict(zip(texts, vectors, strict=True)))
+    task = made(Clustering, text=texts, label=[str(n) for n in label], language=language)
+    assert scores_of(task, engine)["all"]["v_measure"] == 1
 
 
 def test_a_model_of_one_vector_is_clustered_without_complaint() -> None:
