@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -31,25 +32,46 @@ if TYPE_CHECKING:
     from f2llm_ray.serve.engine import Engine
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Bitext(LabelledSet):
     """Pairs of a text and its translation."""
 
     kind: ClassVar[Kind] = "bitext"
     columns: ClassVar[dict[str, pa.DataType]] = {"text_a": pa.string(), "text_b": pa.string()}
 
+    others: pa.Table | None = None
+    """Further translations (text_b, language) that are searched and that no text of `test` asks for."""
+
     def check(self) -> None:
         """Nothing: any pair can be scored."""
 
+    def tables(self) -> dict[str, pa.Table]:
+        """The pairs, and the further translations where there are some."""
+        return {"test": self.test} if self.others is None else {"test": self.test, "others": self.others}
+
     def screened(self) -> Screened:
-        """The texts, and their translations as answers."""
-        return Screened(self.values("text_a"), self.values("text_b"))
+        """The texts, and all translations as answers."""
+        others = [] if self.others is None else self.others["text_b"].to_pylist()
+        return Screened(self.values("text_a"), [*self.values("text_b"), *others])
+
+    def pools(self) -> dict[str, list[str]]:
+        """The distinct translations of each language, sorted."""
+        pools: dict[str, set[str]] = {}
+        for table in (self.test, self.others):
+            for row in [] if table is None else table.select(["text_b", "language"]).to_pylist():
+                pools.setdefault(row["language"], set()).add(row["text_b"])
+        return {language: sorted(pool) for language, pool in pools.items()}
 
     def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
         """F1 of the class of each text, and accuracy. Only the text carries the instruction."""
         started = time.perf_counter()
         asked, found = instructed(engine, self.values("text_a"), self.instruction), self.values("text_b")
-        encoded = encode_distinct(engine, [*asked, *found])
-        searches = [_Search(encoded, asked, found, rows_k) for rows_k in self.by_language().values()]
+        pools = self.pools()
+        encoded = encode_distinct(engine, [*asked, *(text for pool in pools.values() for text in pool)])
+        searches = [
+            _Search(encoded, [(asked[row], found[row]) for row in rows_k], pools[language], rows_k)
+            for language, rows_k in self.by_language().items()
+        ]
         dims, f1, right = [], [], []
         for dim, cut_ud in encoded.at_dims(divisors):
             f1_n, right_n = np.empty(len(asked)), np.empty(len(asked))
@@ -72,13 +94,14 @@ class Bitext(LabelledSet):
 class _Search:
     """The pairs of one language: k rows, a pool of c distinct translations."""
 
-    def __init__(self, encoded: Encoded, asked: Sequence[str], found: Sequence[str], rows_k: Positions) -> None:
-        pool = sorted({found[row] for row in rows_k})
+    def __init__(
+        self, encoded: Encoded, pairs: Sequence[tuple[str, str]], pool: Sequence[str], rows_k: Positions
+    ) -> None:
         place = {text: index for index, text in enumerate(pool)}
         self.rows_k = rows_k
-        self.query_k = encoded.of([asked[row] for row in rows_k])
+        self.query_k = encoded.of([text for text, _ in pairs])
         self.pool_c = encoded.of(pool)
-        self.gold_k = np.array([place[found[row]] for row in rows_k])
+        self.gold_k = np.array([place[translation] for _, translation in pairs])
         # A text that has several translations may be given any of them.
         self.pairs = np.unique(self.query_k * len(pool) + self.gold_k)
 
@@ -90,17 +113,20 @@ class _Search:
         classes = len(self.pool_c)
         hits_c = np.bincount(self.gold_k[right_k], minlength=classes)
         both_c = np.bincount(self.gold_k, minlength=classes) + np.bincount(given_k, minlength=classes)
-        return (2 * hits_c / both_c)[self.gold_k], right_k.astype(np.float64)
+        return 2 * hits_c[self.gold_k] / both_c[self.gold_k], right_k.astype(np.float64)
 
 
 def bitext_of_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int | None = None) -> Bitext:
-    """Makes a set of a source's pairs; those of two equal texts are left out, and each counts once.
+    """Makes a set of a source's pairs: each text against all the translations of its language.
+
+    A pair of two equal texts is left out, and each pair counts once, so the order of the rows does not matter.
 
     Args:
         pairs: a table with string columns query, passage and language (null where it is not known).
         name: the set's name in the report.
         instruction: said before texts to models trained with instructions.
-        max_queries: at most this many pairs, drawn by content hash.
+        max_queries: at most this many texts, drawn by content hash, with all their translations; the others'
+            translations stay in the search.
 
     Raises:
         DataError: no pair is left.
@@ -113,7 +139,22 @@ def bitext_of_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries
     }
     if not rows:
         raise DataError(f"{name}: none of {len(pairs)} pairs is of two different texts")
-    kept = sorted(rows, key=lambda row: text_key("\t".join(row)))[:max_queries]
-    names = ("text_a", "text_b", "language")
-    test = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in kept])
-    return Bitext(name=name, instruction=instruction, test=test, place=name)
+    asked = sorted({(text, language) for text, _, language in rows}, key=_content)
+    drawn = set(asked[:max_queries])
+    test = [row for row in sorted(rows, key=_content) if (row[0], row[2]) in drawn]
+    others = {row[1:] for row in rows} - {row[1:] for row in test}
+    return Bitext(
+        name=name,
+        instruction=instruction,
+        test=_table(("text_a", "text_b", "language"), test),
+        others=_table(("text_b", "language"), sorted(others)) if others else None,
+        place=name,
+    )
+
+
+def _content(texts: tuple[str, ...]) -> bytes:
+    return text_key("\t".join(texts))
+
+
+def _table(names: Sequence[str], rows: Sequence[tuple[str, ...]]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])

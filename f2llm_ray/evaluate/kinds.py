@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pyarrow as pa
+
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.bitext import Bitext
 from f2llm_ray.evaluate.classification import Classification
@@ -34,8 +38,10 @@ def task_of(name: str, setting: FolderSet | LabelledFile) -> Task:
         return read_beir(
             setting.folder, name=name, instruction=setting.instruction, max_queries=setting.max_queries
         )
-    train = setting.train if isinstance(setting, ClassificationSet) else None
-    return _labelled(LABELLED[setting.kind], name, setting.instruction, setting.test, train)
+    files = {"test": setting.test}
+    if isinstance(setting, ClassificationSet):
+        files["train"] = setting.train
+    return _labelled(setting.kind, name, setting.instruction, files)
 
 
 def read_task(folder: Folder) -> Task:
@@ -52,22 +58,25 @@ def read_task(folder: Folder) -> Task:
         raise DataError(
             f"{folder.uri}/set.json: found kind {facts['kind']!r}, expected retrieval or {list(LABELLED)}"
         )
-    train = f"{folder.uri}/train.parquet" if folder.exists("train.parquet") else None
-    return _labelled(
-        LABELLED[facts["kind"]], facts["name"], facts["instruction"], f"{folder.uri}/test.parquet", train
-    )
+    files = {file.removesuffix(".parquet"): f"{folder.uri}/{file}" for file in folder.files(".parquet")}
+    return _labelled(facts["kind"], facts["name"], facts["instruction"], files)
 
 
-def _labelled(kind: type[LabelledSet], name: str, instruction: str, test: str, train: str | None) -> Task:
-    table = read_labelled(test, kind.columns)
-    if issubclass(kind, Classification):
-        assert train is not None  # noqa: S101 - the recipe and `write` both have it
-        return kind(
+def _labelled(kind: str, name: str, instruction: str, files: Mapping[str, str]) -> Task:
+    """A labelled set of the files of its tables, each by its field of the class."""
+    if kind == "classification":
+        columns = Classification.columns
+        test, train = (read_labelled(files[table], columns) for table in ("test", "train"))
+        return Classification(
             name=name,
             instruction=instruction,
-            test=table,
-            place=test,
-            train=read_labelled(train, kind.columns),
-            train_place=train,
+            test=test,
+            place=files["test"],
+            train=train,
+            train_place=files["train"],
         )
-    return kind(name=name, instruction=instruction, test=table, place=test)
+    test = read_labelled(files["test"], LABELLED[kind].columns)
+    if kind == "bitext" and "others" in files:
+        others = read_labelled(files["others"], {"text_b": pa.string()})
+        return Bitext(name=name, instruction=instruction, test=test, place=files["test"], others=others)
+    return LABELLED[kind](name=name, instruction=instruction, test=test, place=files["test"])

@@ -30,7 +30,7 @@ class SourceSet(Section):
     among those of its language."""
     source: Source
     max_queries: int | None = Field(default=None, ge=1)
-    """At most this many queries, drawn by content hash; a retrieval corpus stays whole, of bitext the pairs go."""
+    """At most this many queries, drawn by content hash; the passages of the others stay in the search."""
 
 
 class LabelledFile(Section):

@@ -102,7 +102,7 @@ def test_any_translation_of_a_text_is_right_and_only_the_text_is_instructed() ->
 def test_a_source_becomes_bitext_whatever_the_order_of_its_rows() -> None:
     rows = [(f"q{n % 20}", f"p{n % 30}", ["deu", None][n % 2]) for n in range(60)] + [("OK", "OK", "deu")]
     names = ("query", "passage", "language")
-    made_of = [
+    whole, drawn, whole_too, drawn_too = (
         bitext_of_pairs(
             pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in order]),
             name="p",
@@ -110,13 +110,36 @@ def test_a_source_becomes_bitext_whatever_the_order_of_its_rows() -> None:
             max_queries=limit,
         )
         for order in (rows, rows[::-1])
-        for limit in (None, 10)
-    ]
-    assert made_of[0].test.equals(made_of[2].test)
-    assert made_of[1].test.equals(made_of[3].test)
-    assert made_of[1].test.equals(made_of[0].test.slice(0, 10))
-    assert len(made_of[0].test) == 60
-    assert set(made_of[0].languages()) == {"deu", "und"}
+        for limit in (None, 8)
+    )
+    assert whole.test.equals(whole_too.test)
+    assert drawn.test.equals(drawn_too.test)
+    assert drawn.others is not None
+    assert drawn.others.equals(drawn_too.others)
+    assert len(whole.test) == 60
+    assert whole.others is None
+    assert set(whole.languages()) == {"deu", "und"}
+    assert len(set(drawn.values("text_a"))) == 8
+    assert len(drawn.test) == 24, "with all their translations"
+    assert (
+        whole.pools()
+        == drawn.pools()
+        == {language: sorted(f"p{n}" for n in range(first, 30, 2)) for language, first in (("deu", 0), ("und", 1))}
+    )
+    assert drawn.screened() == (
+        drawn.values("text_a"),
+        [*drawn.values("text_b"), *drawn.others["text_b"].to_pylist()],
+    )
+
+
+def test_translations_that_are_not_asked_for_are_found_all_the_same() -> None:
+    others = pa.table({"text_b": ["other", "far"], "language": ["eng", "deu"]})
+    test = pa.table({"text_a": ["a", "x"], "text_b": ["b", "y"], "language": ["eng", "eng"]})
+    engine = Planted({"a": [1, 0], "b": [0.8, 0.6], "other": [1, 0], "x": [0, 1], "y": [0, 1], "far": [0, 1]})
+    task = Bitext(name="s", instruction="", test=test, others=others)
+    found = scores_of(task, engine)
+    assert found["all"]["f1"] == found["eng"]["accuracy"] == 0.5
+    assert set(found) == {"all", "eng"}
 
 
 # Classification.
@@ -330,7 +353,12 @@ def every_kind() -> list[Any]:
     pairs = {"text_a": texts, "text_b": texts[::-1], "language": languages}
     labelled_texts = pa.table({"text": texts, "label": labels, "language": languages})
     return [
-        made(Bitext, **pairs),
+        Bitext(
+            name="s",
+            instruction="Do it.",
+            test=pa.table(pairs),
+            others=pa.table({"text_b": ["x", "y"], "language": ["deu", "eng"]}),
+        ),
         Classification(name="s", instruction="Do it.", test=labelled_texts, train=labelled_texts),
         made(Clustering, text=texts, label=labels, language=languages),
         made(Sts, **pairs, score=[float(n) for n in range(12)]),
