@@ -21,7 +21,7 @@ from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.encode import Encoded, Positions, encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import LabelledSet
+from f2llm_ray.evaluate.labelled import Column, LabelledSet
 from f2llm_ray.evaluate.retrieval import top_positions
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
@@ -37,7 +37,7 @@ class Bitext(LabelledSet):
     """Pairs of a text and its translation."""
 
     kind: ClassVar[Kind] = "bitext"
-    columns: ClassVar[dict[str, pa.DataType]] = {"text_a": pa.string(), "text_b": pa.string()}
+    columns: ClassVar[dict[str, Column]] = {"text_a": "text", "text_b": "text"}
 
     others: pa.Table | None = None
     """Further translations (text_b, language) that are searched and that no text of `test` asks for."""

@@ -22,7 +22,7 @@ from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import IDS, LabelledSet, codes
+from f2llm_ray.evaluate.labelled import Column, LabelledSet, codes
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
@@ -39,7 +39,7 @@ class Classification(LabelledSet):
     """Labelled texts to fit on and others to tell."""
 
     kind: ClassVar[Kind] = "classification"
-    columns: ClassVar[dict[str, pa.DataType]] = {"text": pa.string(), "label": IDS}
+    columns: ClassVar[dict[str, Column]] = {"text": "text", "label": "label"}
 
     train: pa.Table
     """What the probes are fitted on; columns as those of `test`."""

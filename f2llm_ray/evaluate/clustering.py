@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pyarrow as pa
 
 from f2llm_ray.data.optional import require
 from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import IDS, LabelledSet, codes
+from f2llm_ray.evaluate.labelled import Column, LabelledSet, codes
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
@@ -35,7 +34,7 @@ class Clustering(LabelledSet):
     """Texts and the label of each."""
 
     kind: ClassVar[Kind] = "clustering"
-    columns: ClassVar[dict[str, pa.DataType]] = {"text": pa.string(), "label": IDS}
+    columns: ClassVar[dict[str, Column]] = {"text": "text", "label": "label"}
 
     def check(self) -> None:
         """Raises DataError where a language has one label only, so that there is nothing to tell apart."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pyarrow as pa
-
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.bitext import Bitext
 from f2llm_ray.evaluate.classification import Classification
@@ -77,6 +75,6 @@ def _labelled(kind: str, name: str, instruction: str, files: Mapping[str, str]) 
         )
     test = read_labelled(files["test"], LABELLED[kind].columns)
     if kind == "bitext" and "others" in files:
-        others = read_labelled(files["others"], {"text_b": pa.string()})
+        others = read_labelled(files["others"], {"text_b": "text"})
         return Bitext(name=name, instruction=instruction, test=test, place=files["test"], others=others)
     return LABELLED[kind](name=name, instruction=instruction, test=test, place=files["test"])

@@ -7,9 +7,9 @@ the table does not say it; languages are scored apart.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,14 @@ from f2llm_ray.run import Folder
 if TYPE_CHECKING:
     from f2llm_ray.serve.engine import Engine
 
-TEXTS = pa.list_(pa.string())
-IDS = pa.dictionary(pa.int32(), pa.string())
-"""Type of a column of labels, which may be texts or whole numbers."""
+Column = Literal["text", "label", "number", "texts"]
+"""What a column holds; a label is a text or a whole number."""
+READ: dict[Column, tuple[Callable[[Table, str], Sequence[Any]], pa.DataType]] = {
+    "text": (Table.texts, pa.string()),
+    "label": (Table.ids, pa.string()),
+    "number": (Table.numbers, pa.float64()),
+    "texts": (Table.text_lists, pa.list_(pa.string())),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +46,7 @@ class LabelledSet(ABC):
     """
 
     kind: ClassVar[Kind]
-    columns: ClassVar[dict[str, pa.DataType]]
+    columns: ClassVar[dict[str, Column]]
     """Of the table, but for the language."""
 
     name: str
@@ -102,7 +107,7 @@ class LabelledSet(ABC):
         raise DataError(f"{self.place}{'' if row is None else f', row {row + 1}'}: {problem}")
 
 
-def read_labelled(uri: str, columns: dict[str, pa.DataType]) -> pa.Table:
+def read_labelled(uri: str, columns: dict[str, Column]) -> pa.Table:
     """Reads a user's table, or one of ours, into these columns and `language`.
 
     Raises:
@@ -110,7 +115,7 @@ def read_labelled(uri: str, columns: dict[str, pa.DataType]) -> pa.Table:
         DataError: no such file, not what its suffix says, a missing column or a value of another type.
     """
     table = read_file(uri, {*columns, *LANGUAGE})
-    arrays = {name: _array(table, name, kind) for name, kind in columns.items()}
+    arrays = {name: pa.array(READ[kind][0](table, name), READ[kind][1]) for name, kind in columns.items()}
     return pa.table({**arrays, "language": pa.array(table.languages(), pa.string())})
 
 
@@ -118,13 +123,3 @@ def codes(labels: Sequence[str], of: Sequence[str]) -> Values:
     """The place of each label among the distinct ones, sorted."""
     place = {label: float(index) for index, label in enumerate(sorted(set(of)))}
     return np.array([place[label] for label in labels])
-
-
-def _array(table: Table, name: str, kind: pa.DataType) -> pa.Array:
-    if kind == TEXTS:
-        return pa.array(table.text_lists(name), TEXTS)
-    if kind == IDS:
-        return pa.array(table.ids(name), pa.string())
-    if kind == pa.float64():
-        return pa.array(table.numbers(name), kind)
-    return pa.array(table.texts(name), pa.string())

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pyarrow as pa
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.encode import Positions, cosines, encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import TEXTS, LabelledSet
+from f2llm_ray.evaluate.labelled import Column, LabelledSet
 from f2llm_ray.evaluate.retrieval import K
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
@@ -31,7 +30,7 @@ class Reranking(LabelledSet):
     """Queries, each with texts that answer it and texts that do not."""
 
     kind: ClassVar[Kind] = "reranking"
-    columns: ClassVar[dict[str, pa.DataType]] = {"query": pa.string(), "positive": TEXTS, "negative": TEXTS}
+    columns: ClassVar[dict[str, Column]] = {"query": "text", "positive": "texts", "negative": "texts"}
 
     def check(self) -> None:
         """Raises DataError where a text is both positive and negative of its query."""

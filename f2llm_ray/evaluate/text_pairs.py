@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import pyarrow as pa
 
 from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import cosines, encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import LabelledSet
+from f2llm_ray.evaluate.labelled import Column, LabelledSet
 from f2llm_ray.evaluate.statistic import Builder
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
@@ -62,11 +61,7 @@ class Sts(TextPairs):
     """Semantic textual similarity: pairs with a grade, higher for more alike, on any scale."""
 
     kind: ClassVar[Kind] = "sts"
-    columns: ClassVar[dict[str, pa.DataType]] = {
-        "text_a": pa.string(),
-        "text_b": pa.string(),
-        "score": pa.float64(),
-    }
+    columns: ClassVar[dict[str, Column]] = {"text_a": "text", "text_b": "text", "score": "number"}
     metrics: ClassVar[dict[str, Builder]] = {"spearman": statistic.spearman, "pearson": statistic.pearson}
 
     def check(self) -> None:
@@ -85,11 +80,7 @@ class PairClassification(TextPairs):
     """Pairs that belong together (label 1), as paraphrases do, and pairs that do not (label 0)."""
 
     kind: ClassVar[Kind] = "pair_classification"
-    columns: ClassVar[dict[str, pa.DataType]] = {
-        "text_a": pa.string(),
-        "text_b": pa.string(),
-        "label": pa.float64(),
-    }
+    columns: ClassVar[dict[str, Column]] = {"text_a": "text", "text_b": "text", "label": "number"}
     metrics: ClassVar[dict[str, Builder]] = {
         "ap": statistic.average_precision,
         "accuracy": statistic.best_accuracy,
