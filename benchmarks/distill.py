@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ class Run:
             last, _ = cached_backward(
                 encoder_of(self.engine, batch),
                 chunks_of(self.engine, self.stage, batch),
-                lambda v, batch=batch: self.loss(v, batch),
+                partial(self.loss, batch=batch),
                 engine_backward(self.engine),
             )
             self.engine.step()

@@ -32,7 +32,6 @@ from tests.tiny import tiny_model
 MODELS = ("small", "large")
 
 
-@serve.deployment(num_replicas=2, max_ongoing_requests=1000)
 class Multiplexed:
     """Both models in every replica, loaded when asked for."""
 
@@ -110,7 +109,8 @@ def main() -> None:
             for name, given in args.items():
                 serve.run(app.build(given), name=name, route_prefix=f"/{name}")
             serve.run(family.build({"models": args}), name="router", route_prefix="/router")
-            serve.run(Multiplexed.bind(served), name="multiplexed", route_prefix="/multiplexed")
+            multiplexed = serve.deployment(Multiplexed).options(num_replicas=2, max_ongoing_requests=1000)
+            serve.run(multiplexed.bind(served), name="multiplexed", route_prefix="/multiplexed")
             paths = {
                 "direct": [f"/{name}/embed" for name in MODELS],
                 "router": ["/router/embed"] * 2,

@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
 def embed(arguments: argparse.Namespace) -> None:
     """Embeds what is not embedded yet."""
-    from f2llm_ray.serve.bulk import Job, run
+    from f2llm_ray.serve.bulk import run
+    from f2llm_ray.serve.shards import Job
 
     names = (
         *("input", "column", "output", "id_column", "dimensions"),

@@ -26,7 +26,7 @@ CLIENTS = 512
 
 def megabytes(server: Running) -> float:
     """Resident memory of the replicas."""
-    return sum(process.memory_info().rss for process in server.replicas()) / 1e6
+    return float(sum(process.memory_info().rss for process in server.replicas())) / 1e6
 
 
 def milliseconds(latencies: list[float]) -> dict[str, float]:

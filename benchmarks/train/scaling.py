@@ -65,6 +65,7 @@ def run(root: Path, out: Path, workers: int, rows: int, negatives: int) -> dict[
         mined=None,
         student=Folder.at(str(root)) / "model",
         teacher=None,
+        taught=None,
         out=Folder.at(str(out)),
     )
     events = EventAccumulator(str(out / "tensorboard"))
