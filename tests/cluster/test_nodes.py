@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from ray.cluster_utils import Cluster
 
 from f2llm_ray.serve.app import build
 from tests.corpus import write_corpus, write_recipe
+from tests.ports import free_port
 from tests.tiny import tiny_model
 
 REPO = Path(__file__).parents[2]
@@ -166,12 +166,6 @@ class Load:
         for thread in self.threads:
             thread.join()
         return self.seen
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def deploy(model: Path, port: int, replicas: int) -> None:

@@ -15,16 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.corpus import write_corpus, write_recipe
+from tests.ports import free_port
 
 REPO = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

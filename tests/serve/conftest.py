@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -16,14 +15,9 @@ from f2llm_ray.run import Folder
 from f2llm_ray.serve.calibrate import calibrate, save_calibration
 from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.keys import new_key
+from tests.ports import free_port
 from tests.serve.endpoint import READY, Server
 from tests.tiny import LINES, tiny_model
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def calibrated(folder: Path) -> Engine:
