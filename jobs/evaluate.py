@@ -1,4 +1,4 @@
-"""Evaluates every finished model of a run, or one model folder, on the recipe's sets."""
+"""Evaluates every finished model of a run, or one model folder, on the recipe's sets or on mteb's tasks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,36 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", metavar="FOLDER", help="measure this model folder instead, and print its scores as JSON"
     )
+    mteb = parser.add_argument_group("mteb's tasks instead of the recipe's sets (extra: mteb)")
+    mteb.add_argument("--mteb", nargs="+", metavar="BENCHMARK", help='such as "MTEB(Multilingual, v2)"')
+    mteb.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks, of the benchmarks or of all")
+    mteb.add_argument("--languages", nargs="+", metavar="ISO639-3", help="only these languages, such as deu fra")
+    mteb.add_argument(
+        "--output", metavar="FOLDER", help="where mteb's result files go (default: mteb/ in the root)"
+    )
+    mteb.add_argument(
+        "--workers", type=int, metavar="N", help="actors (default: one per GPU, else one per CPU core)"
+    )
     return parser
+
+
+def on_mteb(arguments: argparse.Namespace) -> None:
+    """Runs mteb's tasks that have no result yet."""
+    from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
+
+    pipeline = pipeline_of(arguments)
+    model = arguments.model or pipeline.served_model().uri
+    output = arguments.output or f"{arguments.root}/mteb"
+    tasks = find_tasks(arguments.mteb or (), arguments.tasks or (), arguments.languages or ())
+    scores = run_mteb(model, tasks, output, workers=arguments.workers)
+    say(json.dumps({"results": output, "scores": scores}, indent=2))
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Runs the evaluations."""
+    if arguments.mteb or arguments.tasks:
+        on_mteb(arguments)
+        return
     pipeline = pipeline_of(arguments)
     if arguments.model is not None:
         say(json.dumps(pipeline.evaluate_folder(arguments.model), indent=2, ensure_ascii=False))

@@ -130,7 +130,7 @@ def test_a_real_run_exports_every_metric_and_label_that_is_asked_for(tmp_path: P
     from f2llm_ray.serve.app import build
 
     recipe = write_corpus(tmp_path)
-    recipe["stages"]["stage1"] |= {"epochs": 12}
+    recipe["stages"]["stage1"] |= {"epochs": 3, "checkpoint_every": 8}
     for section in ("prune", "distill", "evaluation"):
         del recipe[section]
     arguments = ["--recipe", str(write_recipe(tmp_path, recipe)), "--root", str(tmp_path / "root")]

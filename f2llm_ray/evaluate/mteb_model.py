@@ -1,0 +1,154 @@
+"""A model folder as mteb's encoder, with the instructions of the paper.
+
+Shapes: n texts, d dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from f2llm_ray.data.schema import query_text
+from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
+from f2llm_ray.model.checkpoint import ModelInfo, load_info
+from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.run import Folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.models.model_meta import ModelMeta
+    from mteb.types import PromptType
+
+    from f2llm_ray.model.dims import Vectors
+
+SIMILAR = "Retrieve semantically similar text."
+BY_TYPE: dict[str, str] = {
+    "Retrieval": DEFAULT_INSTRUCTION["retrieval"],
+    "InstructionRetrieval": DEFAULT_INSTRUCTION["retrieval"],
+    "Reranking": DEFAULT_INSTRUCTION["retrieval"],
+    "BitextMining": "Retrieve translations of the following text.",
+    "STS": SIMILAR,
+    "PairClassification": SIMILAR,
+    "Summarization": SIMILAR,
+    "Classification": DEFAULT_INSTRUCTION["classification"],
+    "MultilabelClassification": DEFAULT_INSTRUCTION["classification"],
+    "Clustering": DEFAULT_INSTRUCTION["clustering"],
+}
+"""Instructions by mteb's type of task, where the task has none of its own (paper)."""
+
+
+def instruction_of(task: TaskMetadata, prompt_type: PromptType | None) -> str:
+    """What is said before the texts of a task: the task's own prompt, else that of its type; "" before documents.
+
+    A type that the paper has no instruction for gets the one for similar text.
+    """
+    if prompt_type is not None and prompt_type.value == "document":
+        return ""
+    own = task.prompt
+    if isinstance(own, Mapping):
+        own = own.get("query")
+    return str(own or BY_TYPE.get(task.type, SIMILAR))
+
+
+def model_meta(folder: Path) -> ModelMeta:
+    """What mteb files a model's results under: the name of the model, and its fingerprint as the revision.
+
+    Raises:
+        RunError: the folder is not a model folder.
+    """
+    from mteb.models.model_meta import ModelMeta
+
+    info, place = load_info(folder), Folder.at(str(folder))
+    config = place.read_json("config.json")
+    return ModelMeta(
+        loader=None,
+        name=f"f2llm_ray/{info.name}",
+        revision=fingerprint(place),
+        release_date=None,
+        languages=None,
+        n_parameters=_parameters(folder),
+        n_embedding_parameters=config["vocab_size"] * config["hidden_size"],
+        memory_usage_mb=None,
+        max_tokens=info.max_tokens,
+        embed_dim=info.dims[-1],
+        license=None,
+        open_weights=None,
+        public_training_code=None,
+        public_training_data=None,
+        framework=["PyTorch"],
+        similarity_fn_name="cosine",
+        use_instructions=info.instructions,
+        training_datasets=None,
+    )
+
+
+class MtebEncoder:
+    """mteb's `EncoderProtocol` over the engine that serves: the same vectors, whatever mteb's batches are."""
+
+    def __init__(
+        self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            model_name: path of a model folder.
+            revision: not used; the folder says what it is.
+            device: not used; the engine takes the GPU where there is one.
+        """
+        from f2llm_ray.serve.engine import Engine
+
+        del revision, device
+        self.engine = Engine(Path(model_name))
+        self.mteb_model_meta = model_meta(Path(model_name))
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's facts."""
+        return self.engine.info
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        **_: Any,
+    ) -> Vectors:
+        """Unit vectors [n, d] of the texts of all batches, in their order."""
+        texts = [str(text) for batch in inputs for text in batch["text"]]
+        if self.info.instructions:
+            instruction = instruction_of(task_metadata, prompt_type)
+            texts = [query_text(text, instruction) for text in texts]
+        if not texts:
+            return np.empty((0, self.info.dims[-1]), dtype=np.float32)
+        return self.engine.embed(texts)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosines of all pairs [n, m], as mteb computes them."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosines of the pairs [n], as mteb computes them."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in the weight files, int8 scales included."""
+    from math import prod
+
+    from safetensors import safe_open
+
+    count = 0
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return count

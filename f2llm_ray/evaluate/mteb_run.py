@@ -1,0 +1,113 @@
+"""mteb's own tasks on a Ray cluster: an actor per GPU or core, a task at a time, results in mteb's own files.
+
+The output folder is a cache of mteb's (`mteb.ResultCache`): `results/<model>/<revision>/<task>.json`. A task whose
+file is there is not run again, so a second run goes on where the first ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.progress import Progress
+from f2llm_ray.session import connect
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+
+def find_tasks(benchmarks: Sequence[str], names: Sequence[str], languages: Sequence[str]) -> list[AbsTask]:
+    """The tasks of mteb: those of the benchmarks, or the named ones, or the named ones among the benchmarks'.
+
+    Args:
+        benchmarks: mteb's names of benchmarks, such as "MTEB(Multilingual, v2)".
+        names: mteb's names of tasks.
+        languages: ISO 639-3; only these subsets are run, and tasks without any are left out. All where empty.
+
+    Raises:
+        RunError: mteb is not installed, or does not know a name, or nothing is left.
+    """
+    try:
+        import mteb
+    except ModuleNotFoundError as error:
+        raise RunError(f"mteb is not installed ({error.name}); it comes with the extra `mteb`") from None
+    try:
+        wanted = list(names)
+        if benchmarks:
+            of_all = [task.metadata.name for name in benchmarks for task in mteb.get_benchmark(name).tasks]
+            missing = sorted(set(names) - set(of_all))
+            if missing:
+                raise RunError(f"--tasks: {missing} are not in {list(benchmarks)}")
+            wanted = [name for name in of_all if not names or name in names]
+        tasks = mteb.get_tasks(tasks=list(dict.fromkeys(wanted)), languages=list(languages) or None)
+    except (KeyError, ValueError) as error:
+        raise RunError(f"mteb: {error.args[0] if error.args else error}") from None
+    if not tasks:
+        raise RunError(f"mteb: none of {wanted} has one of the languages {list(languages)}")
+    return list(tasks)
+
+
+def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None) -> dict[str, float]:
+    """Runs the tasks that have no result yet.
+
+    Args:
+        model: a model folder that every node can read.
+        tasks: what to run.
+        output: folder for the results, one that every node writes to.
+        workers: actors; by default one per GPU, else one per CPU core, at most one per task.
+
+    Returns:
+        mteb's main score of each task, also of those that were there already.
+
+    Raises:
+        RunError: the folder is not a model folder; or, after all other tasks are done, the tasks that failed, each
+            with its error.
+    """
+    import ray
+    from ray.util import ActorPool
+
+    connect()
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    cores = int(ray.cluster_resources()["CPU"])
+    size = max(1, min(workers or gpus or cores, len(tasks)))
+    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker)
+    pool = ActorPool([remote.remote(model, output) for _ in range(size)])
+    progress, scores, failed = Progress("mteb", len(tasks), "tasks"), {}, []
+    found = pool.map_unordered(lambda actor, task: actor.run.remote(task), list(tasks))
+    for done, (name, score, error) in enumerate(found, start=1):
+        if error is None:
+            scores[name] = score
+            progress.update(done, f"{name} {score:.4f}")
+        else:
+            failed.append(f"{name}: {error}")
+            progress.update(done, f"{name} failed")
+    if failed:
+        raise RunError("\n".join(["mteb: these tasks failed, the others are written", *sorted(failed)]))
+    return dict(sorted(scores.items()))
+
+
+class _Worker:
+    """An actor with the model in memory."""
+
+    def __init__(self, model: str, output: str) -> None:
+        import mteb
+
+        from f2llm_ray.evaluate.mteb_model import MtebEncoder
+
+        self.model = MtebEncoder(model)
+        self.cache = mteb.ResultCache(Path(output))
+
+    def run(self, task: AbsTask) -> tuple[str, float, str | None]:
+        """The task's name, its main score, and what went wrong, in one line."""
+        import mteb
+
+        name = task.metadata.name
+        try:
+            result: Any = mteb.evaluate(
+                self.model, task, cache=self.cache, show_progress_bar=False, co2_tracker=False
+            )
+            return name, float(result.task_results[0].get_score()), None
+        except Exception as error:  # noqa: BLE001 -- of any kind: the other tasks go on, and all are told at the end
+            return name, 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:300]

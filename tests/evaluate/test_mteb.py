@@ -1,0 +1,124 @@
+"""A model through mteb: its vectors are the engine's, its prompts the paper's, and mteb reads its results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from mteb.mocks.mock_tasks.bitext_mining import MockBitextMiningTask
+from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+from mteb.mocks.mock_tasks.sts import MockSTSTask
+from mteb.models.models_protocols import EncoderProtocol
+from mteb.types import PromptType
+from ray import cloudpickle
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta
+from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
+from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.run import Folder
+from f2llm_ray.serve.engine import Engine
+from f2llm_ray.session import connect
+from tests.tiny import LINES, tiny_model
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
+
+
+class Broken(MockSTSTask):
+    """A task whose data cannot be had."""
+
+    metadata = MockSTSTask().metadata.model_copy(update={"name": "Broken"})
+
+    def load_data(self, *_: Any, **__: Any) -> None:
+        raise OSError("no such data set")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("mteb") / "model")
+
+
+def task(kind: str, prompt: Any = None) -> Any:
+    return SimpleNamespace(type=kind, prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt_type", "said"),
+    [
+        (task("STS"), None, "Retrieve semantically similar text."),
+        (task("BitextMining"), None, "Retrieve translations of the following text."),
+        (task("Classification"), None, "Classify the topic of the given text."),
+        (
+            task("Retrieval"),
+            PromptType.query,
+            "Given a question, retrieve passages that can help answer the question.",
+        ),
+        (task("Retrieval"), PromptType.document, ""),
+        (task("Retrieval", {"query": "Find the law"}), PromptType.query, "Find the law"),
+        (task("Retrieval", {"query": "Find the law"}), PromptType.document, ""),
+        (task("Classification", "Name the feeling"), None, "Name the feeling"),
+    ],
+)
+def test_prompts_are_the_tasks_own_or_the_papers(asked: Any, prompt_type: Any, said: str) -> None:
+    assert instruction_of(asked, prompt_type) == said
+
+
+def test_vectors_are_the_engines(folder: Path) -> None:
+    model, engine = MtebEncoder(str(folder)), Engine(folder)
+    assert isinstance(model, EncoderProtocol)
+    batches = [{"text": LINES[:4]}, {"text": LINES[4:]}]
+    queries = model.encode(batches, task_metadata=task("STS"), prompt_type=None)
+    prompt = "Instruct: Retrieve semantically similar text.\nQuery: "
+    np.testing.assert_allclose(queries, engine.embed(LINES, prompt=prompt), atol=1e-6)
+    documents = model.encode(batches, task_metadata=task("Retrieval"), prompt_type=PromptType.document)
+    np.testing.assert_allclose(documents, engine.embed(LINES), atol=1e-6)
+    assert np.abs(queries - documents).max() > 1e-3
+
+
+def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path, tmp_path: Path) -> None:
+    import ray
+
+    connect()
+    try:
+        tasks = [MockRetrievalTask(), Broken(), MockBitextMiningTask(), MockSTSTask()]
+        with pytest.raises(RunError, match=r"failed.*\nBroken: OSError: no such data set$"):
+            run_mteb(str(folder), tasks, str(tmp_path), workers=2)
+        files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("Mock*.json")}
+        scores = run_mteb(str(folder), [task for task in tasks if task.metadata.name != "Broken"], str(tmp_path))
+    finally:
+        ray.shutdown()
+    assert {file: file.stat().st_mtime_ns for file in files} == files
+    assert list(scores) == ["MockBitextMiningTask", "MockRetrievalTask", "MockSTSTask"]
+    meta, cache = model_meta(folder), mteb.ResultCache(tmp_path)
+    assert (meta.name, meta.revision) == ("f2llm_ray/tiny", fingerprint(Folder.at(str(folder))))
+    for name, score in scores.items():
+        loaded = cache.load_task_result(name, meta)
+        assert loaded is not None
+        assert loaded.get_score() == pytest.approx(score)
+
+
+def test_meta_counts_parameters(folder: Path) -> None:
+    from f2llm_ray.model.checkpoint import load_backbone
+
+    meta = model_meta(folder)
+    assert meta.n_parameters == sum(weight.numel() for weight in load_backbone(folder).parameters())
+    assert meta.embed_dim == 32
+
+
+def test_unknown_names_get_one_line() -> None:
+    with pytest.raises(RunError, match="NoSuchTask"):
+        find_tasks([], ["NoSuchTask"], [])
+    with pytest.raises(RunError, match="NoSuchBenchmark"):
+        find_tasks(["NoSuchBenchmark"], [], [])
+    with pytest.raises(RunError, match=r"none of \['STS12'\] has one of the languages \['deu'\]"):
+        find_tasks([], ["STS12"], ["deu"])
+
+
+def test_benchmarks_are_cut_by_language_and_by_name() -> None:
+    names = [task.metadata.name for task in find_tasks(["MTEB(Multilingual, v2)"], ["STS22.v2", "STS17"], ["deu"])]
+    assert sorted(names) == ["STS17", "STS22.v2"]
