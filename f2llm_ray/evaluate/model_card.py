@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from f2llm_ray import words
-from f2llm_ray.evaluate.retrieval import METRICS
+from f2llm_ray.evaluate.scored import by_dim, by_language, interval, main_metric, metrics_of, sets_of
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
 from f2llm_ray.run import Folder
 
@@ -22,7 +22,7 @@ Facts = Mapping[str, Any]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEAKEST = 10
 """Languages of a set that the card names."""
-HUB_METRICS = {"ndcg@10": "ndcg_at_10", "acc@1": "accuracy", "recall@10": "recall_at_10"}
+HUB_METRICS = {"ndcg@10": "ndcg_at_10", "acc@1": "accuracy", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
 
 
 def write_cards(root: Folder, report: Facts) -> list[str]:
@@ -85,26 +85,23 @@ def front_matter(report: Facts, model: Facts, info: ModelInfo) -> dict[str, Any]
         front["datasets"] = datasets
     results = [
         {
-            "task": {"type": "retrieval"},
+            "task": {"type": "sentence-similarity"},
             "dataset": {"name": name, "type": name},
             "metrics": [
-                {"type": HUB_METRICS[metric], "name": f"{metric}, {dim} dims", "value": scores[metric]}
-                for dim, scores in _by_dim(by_dim)
-                for metric in METRICS
-                if metric in scores
+                {"type": HUB_METRICS.get(metric, metric), "name": f"{metric}, {dim} dims", "value": facts[metric]}
+                for dim, facts in by_dim(model, name).items()
+                for metric in metrics_of([model], name)
+                if metric in facts
             ],
         }
-        for name, by_dim in (model.get("scores") or {}).items()
-        if by_dim
+        for name in sets_of([model])
+        if by_dim(model, name)
     ]
     if results:
-        front["metrics"] = [HUB_METRICS[metric] for metric in METRICS]
+        named = [metric for name in sets_of([model]) for metric in metrics_of([model], name)]
+        front["metrics"] = list(dict.fromkeys(HUB_METRICS.get(metric, metric) for metric in named))
         front["model-index"] = [{"name": info.name, "results": results}]
     return front
-
-
-def _by_dim(by_dim: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float]]]:
-    return [(dim, by_dim[dim]) for dim in sorted(by_dim, key=int, reverse=True)]
 
 
 def _summary(report: Facts, model: Facts, info: ModelInfo) -> str:
@@ -164,36 +161,35 @@ curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
 
 
 def _quality(model: Facts) -> str:
-    lines = ["## Quality", ""]
-    sets = {name: by_dim for name, by_dim in (model.get("scores") or {}).items() if by_dim}
-    if not sets:
+    names = [name for name in sets_of([model]) if by_dim(model, name)]
+    if not names:
         return "## Quality\n\nNot measured."
-    lines += [f"| set | dims | {' | '.join(METRICS)} |", f"|---|---|{'---|' * len(METRICS)}"]
-    for name, by_dim in sets.items():
-        for dim, scores in _by_dim(by_dim):
-            cells = " | ".join(words.score(scores.get(metric)) for metric in METRICS)
-            lines.append(f"| {_plain(name)} | {dim} | {cells} |")
+    lines = ["## Quality", "", "| set | dims | metric | | 95 % interval |", "|---|---|---|---|---|"]
+    for name in names:
+        main = main_metric([model], name)
+        for dim, facts in by_dim(model, name).items():
+            lines.append(
+                f"| {_plain(name)} | {dim} | {main} | {words.score(facts.get(main))} | {interval(facts)} |"
+            )
     return "\n".join(lines)
 
 
 def _weak(model: Facts) -> str:
     parts = []
-    for name, by_dim in (model.get("languages") or {}).items():
-        if not by_dim:
+    for name in sets_of([model]):
+        found, main = by_language(model, name), main_metric([model], name)
+        if not found:
             continue
-        dim, scores = _by_dim(by_dim)[0]
-        by_language: Mapping[str, Mapping[str, Any]] = scores  # type: ignore[assignment]
-        weakest = sorted(by_language.items(), key=lambda item: (item[1].get("ndcg@10") or 0.0, item[0]))[:WEAKEST]
-        found = ", ".join(
-            f"{_plain(language)} {words.score(facts.get('ndcg@10'))} ({words.count(facts.get('queries'))} queries)"
+        weakest = sorted(found.items(), key=lambda item: (item[1].get(main) or 0.0, item[0]))[:WEAKEST]
+        listed = ", ".join(
+            f"{_plain(language)} {words.score(facts.get(main))} ({words.count(facts.get('queries'))} queries)"
             for language, facts in weakest
         )
-        parts.append(f"- {_plain(name)}, {dim} dims, of {len(by_language)} languages: {found}")
+        parts.append(f"- {_plain(name)} ({main}, the full dim), of {len(found)} languages: {listed}")
     if not parts:
         return "## Weak languages\n\nNot measured by language."
-    return (
-        "## Weak languages\n\nThe lowest ndcg@10 first; a score over few queries is a rough one.\n\n"
-        + "\n".join(parts)
+    return "## Weak languages\n\nThe lowest score first; a score over few queries is a rough one.\n\n" + "\n".join(
+        parts
     )
 
 

@@ -5,13 +5,13 @@ The report's dict may lack any part: a run that has not measured something says 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray import words
 from f2llm_ray.evaluate.model_card import write_cards
 from f2llm_ray.evaluate.resources import by_resources
-from f2llm_ray.evaluate.retrieval import METRICS
+from f2llm_ray.evaluate.scored import at_full, by_dim, by_language, interval, main_metric, metrics_of, sets_of
 from f2llm_ray.page import render_page
 from f2llm_ray.plots import bar_plot, line_plot
 from f2llm_ray.run import Folder
@@ -45,13 +45,19 @@ def render(report: Report) -> str:
         name=report.get("name") or "run",
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
-        quality=[(name, _quality(models, teacher, name)) for name in _sets(models)],
-        matryoshka=[(name, _matryoshka(models, name)) for name in _sets(models)],
+        quality=[(name, _scores_head(models, name), _quality(models, teacher, name)) for name in sets_of(models)],
+        matryoshka=[(name, _matryoshka(models, name)) for name in sets_of(models)],
         sizes=[_sizes(model) for model in models],
         last=str(models[-1].get("name")) if models else "",
         against=against,
-        languages=[(name, _languages(models[-1], teacher, name)) for name in _sets(models[-1:])],
-        resources=[(name, _resources(models[-1], report, teacher, name)) for name in _sets(models[-1:])],
+        languages=[
+            (name, _scores_head(models, name), _languages(models[-1], teacher, name))
+            for name in sets_of(models[-1:])
+        ],
+        resources=[
+            (name, main_metric(models, name), _resources(models[-1], report, teacher, name))
+            for name in sets_of(models[-1:])
+        ],
         missing=[str(stage) for stage in report.get("missing") or []],
         open_rows=LANGUAGES_OPEN,
         plotted=LANGUAGES_PLOTTED,
@@ -82,11 +88,12 @@ def headline(report: Report) -> list[str]:
     trained = teacher or (models[-1] if models else None)
     if trained is not None:
         results = [
-            f"{words.score(_at_full(trained, name))} on {name}" + _before(models[0], trained, name)
-            for name in _sets([trained])
+            f"{main_metric([trained], name)} {words.score(at_full(trained, name))} on {name}"
+            + _before(models[0], trained, name)
+            for name in sets_of([trained])
         ]
         if results:
-            sentences.append(f"The {trained.get('name')} model reaches ndcg@10 {words.listed(results)}.")
+            sentences.append(f"The {trained.get('name')} model reaches {words.listed(results)}.")
     if teacher is not None and models[-1] is not teacher:
         sentences += _kept(models[-1], teacher)
     if models:
@@ -102,7 +109,7 @@ def headline(report: Report) -> list[str]:
 
 
 def terminal_table(report: Report) -> str:
-    """One row per model: sizes, and for each set the metrics at d and ndcg@10 at the smaller dims.
+    """One row per model: sizes, and for each set the metrics at d and the main one at the smaller dims.
 
     Sets stand side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
     """
@@ -116,7 +123,7 @@ def terminal_table(report: Report) -> str:
     width = len(left[0])
     lines: list[str] = []
     block, titles = left, " " * width
-    for name in _sets(models):
+    for name in sets_of(models):
         part = _aligned(_terminal_columns(models, name))
         if len(block[0]) + 3 + len(part[0]) > TERMINAL_COLUMNS and block is not left:
             lines += [titles.rstrip(), *block, ""]
@@ -141,67 +148,59 @@ def _teacher(models: Sequence[Model]) -> Model | None:
     return models[at - 1] if at else None
 
 
-def _sets(models: Iterable[Model]) -> list[str]:
-    return list(dict.fromkeys(name for model in models for name in model.get("scores") or {}))
-
-
-def _by_dim(model: Model, name: str) -> dict[int, Mapping[str, Any]]:
-    """A model's scores on a set, largest dim first."""
-    scores = (model.get("scores") or {}).get(name) or {}
-    return {int(dim): scores[dim] for dim in sorted(scores, key=int, reverse=True)}
-
-
-def _at_full(model: Model, name: str, metric: str = "ndcg@10") -> float | None:
-    """A metric at the largest dim."""
-    by_dim = _by_dim(model, name)
-    return next(iter(by_dim.values())).get(metric) if by_dim else None
-
-
 # The parts of the page and of the terminal's table
 
 
 def _before(first: Model, trained: Model, name: str) -> str:
-    before = _at_full(first, name)
+    before = at_full(first, name)
     known = first is not trained and first.get("name") == "untrained" and before is not None
     return f" ({words.score(before)} untrained)" if known else ""
 
 
 def _kept(last: Model, teacher: Model) -> list[str]:
     kept = [
-        f"{words.share(_at_full(last, name), _at_full(teacher, name))}{'' if index else ' of that'} on {name}"
-        for index, name in enumerate(_sets([last]))
+        f"{words.share(at_full(last, name), at_full(teacher, name))}{'' if index else ' of that'} on {name}"
+        for index, name in enumerate(sets_of([last]))
     ]
     size = words.share(last.get("non_embedding_parameters"), teacher.get("non_embedding_parameters"))
     subject = f"The {last.get('name')} model, with {size} of the parameters outside the embeddings,"
     return [f"{subject} keeps {words.listed(kept)}."] if kept else []
 
 
+def _scores_head(models: Sequence[Model], name: str) -> list[str]:
+    """The metrics of a set as a table shows them: the main one with its interval, then the others."""
+    main, *others = metrics_of(models, name) or ["score"]
+    return [main, "95 % interval", *others]
+
+
+def _scores_cells(models: Sequence[Model], name: str, facts: Mapping[str, Any]) -> list[str]:
+    main, *others = (words.score(facts.get(metric)) for metric in metrics_of(models, name) or ["score"])
+    return [main, interval(facts), *others]
+
+
 def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells:
-    """Rows of model, d and the metrics at d, and where there is a teacher ndcg@10 as a share of the teacher's."""
+    """Rows of model, d and the metrics at d, and the main one as a share of the teacher's."""
     shrunk = [] if teacher is None else models[models.index(teacher) + 1 :]
     rows = []
     for model in models:
-        dim = next(iter(_by_dim(model, name)), None)
-        row = [str(model.get("name")), words.count(dim)]
-        row += [words.score(_at_full(model, name, metric)) for metric in METRICS]
+        dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
+        row = [str(model.get("name")), words.count(dim), *_scores_cells(models, name, facts)]
         if teacher is not None:
-            share = words.share(_at_full(model, name), _at_full(teacher, name))
+            share = words.share(at_full(model, name), at_full(teacher, name))
             row.append(share if model in shrunk else "")
         rows.append(row)
     return rows
 
 
 def _matryoshka(models: Sequence[Model], name: str) -> str | None:
+    main = main_metric(models, name)
     lines = {}
     for model in models:
-        points = [(dim, scores.get("ndcg@10")) for dim, scores in _by_dim(model, name).items()]
+        points = [(dim, scores.get(main)) for dim, scores in by_dim(model, name).items()]
         lines[str(model.get("name"))] = [(float(dim), value) for dim, value in points if value is not None]
     ticks = sorted({dim for points in lines.values() for dim, _ in points})
-    return (
-        line_plot(f"ndcg@10 by dim on {name}", lines, x="dim", y="ndcg@10", markers=True, ticks=ticks)
-        if ticks
-        else None
-    )
+    title = f"{main} by dim on {name}"
+    return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
 
 
 def _sizes(model: Model) -> list[str]:
@@ -210,19 +209,15 @@ def _sizes(model: Model) -> list[str]:
 
 
 def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
-    """Rows of language, queries and the metrics at d, and ndcg@10 against the teacher's; weakest first."""
-    found = _language_scores(model, name)
-    reference = {} if teacher is None else _language_scores(teacher, name)
+    """Rows of language, queries and the metrics at d, and the main one against the teacher's; weakest first."""
+    found, main = by_language(model, name), main_metric([model], name)
+    reference = {} if teacher is None else by_language(teacher, name)
     rows = []
-    for language in sorted(found, key=lambda language: (found[language].get("ndcg@10") or 0.0, language)):
-        scores = found[language]
-        row = [
-            language,
-            words.count(scores.get("queries")),
-            *(words.score(scores.get(metric)) for metric in METRICS),
-        ]
+    for language in sorted(found, key=lambda language: (found[language].get(main) or 0.0, language)):
+        facts = found[language]
+        row = [language, words.count(facts.get("queries")), *_scores_cells([model], name, facts)]
         if teacher is not None:
-            row.append(words.share(scores.get("ndcg@10"), (reference.get(language) or {}).get("ndcg@10")))
+            row.append(words.share(facts.get(main), (reference.get(language) or {}).get(main)))
         rows.append(row)
     return rows
 
@@ -230,9 +225,10 @@ def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
 def _weakest(model: Model) -> list[str]:
     """Which languages the model is weak in, by its score at the full dim."""
     sentences = []
-    for name in _sets([model]):
-        found = _language_scores(model, name)
-        scored = sorted((scores.get("ndcg@10") or 0.0, language) for language, scores in found.items())
+    for name in sets_of([model]):
+        main = main_metric([model], name)
+        found = by_language(model, name)
+        scored = sorted((facts.get(main) or 0.0, language) for language, facts in found.items())
         if len(scored) > WEAKEST:
             named = [f"{language} {words.score(score)}" for score, language in scored[:WEAKEST]]
             middle = scored[len(scored) // 2][0]
@@ -244,21 +240,17 @@ def _weakest(model: Model) -> list[str]:
 
 
 def _resources(model: Model, report: Report, teacher: Model | None, name: str) -> Cells:
-    """Rows of resource class, languages, training rows of each, mean ndcg@10, and that against the teacher's."""
-    trained = report.get("languages") or {}
-    reference = {} if teacher is None else _language_scores(teacher, name)
+    """Rows of class, languages, training rows of each, mean of the main metric, and that against the teacher's."""
+    trained, main = report.get("languages") or {}, main_metric([model], name)
+    reference = {} if teacher is None else by_language(teacher, name)
     rows = []
-    for group in by_resources(_language_scores(model, name), trained):
-        row = [group.name, str(len(group.languages)), group.rows(trained), words.score(group.mean(group.scores))]
+    for group in by_resources(by_language(model, name), trained):
+        mean = group.mean(group.scores, main)
+        row = [group.name, str(len(group.languages)), group.rows(trained), words.score(mean)]
         if teacher is not None:
-            row.append(words.share(group.mean(group.scores), group.mean(reference)))
+            row.append(words.share(mean, group.mean(reference, main)))
         rows.append(row)
     return rows
-
-
-def _language_scores(model: Model, name: str) -> Mapping[str, Mapping[str, Any]]:
-    by_dim = (model.get("languages") or {}).get(name) or {}
-    return by_dim[max(by_dim, key=int)] or {} if by_dim else {}
 
 
 def _step(row: Mapping[str, Any]) -> list[str]:
@@ -328,12 +320,13 @@ def _seconds(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _terminal_columns(models: Sequence[Model], name: str) -> Cells:
-    """Columns, each with its header: the metrics at d, then ndcg@10 at d over each divisor that was measured."""
-    by_dims = [_by_dim(model, name) for model in models]
-    cells = [{max(by_dim) // dim: scores for dim, scores in by_dim.items()} for by_dim in by_dims]
+    """Columns, each with its header: the metrics at d, then the main one at d over each divisor."""
+    found = [by_dim(model, name) for model in models]
+    cells = [{max(scores) // dim: facts for dim, facts in scores.items()} for scores in found]
     divisors = sorted({divisor for cell in cells for divisor in cell} - {1})
-    columns = [[metric, *(_brief(cell.get(1), metric) for cell in cells)] for metric in METRICS]
-    smaller = [[f"d/{n}", *(_brief(cell.get(n), "ndcg@10") for cell in cells)] for n in divisors]
+    metrics = metrics_of(models, name) or ["score"]
+    columns = [[metric, *(_brief(cell.get(1), metric) for cell in cells)] for metric in metrics]
+    smaller = [[f"d/{n}", *(_brief(cell.get(n), metrics[0]) for cell in cells)] for n in divisors]
     return columns + smaller
 
 

@@ -20,7 +20,7 @@ class Group:
     scores: Scores
     """Of the model, by language."""
 
-    def mean(self, scores: Scores, metric: str = "ndcg@10") -> float | None:
+    def mean(self, scores: Scores, metric: str) -> float | None:
         """The mean over these languages, each counting once; None where one of them was not measured."""
         values = [(scores.get(language) or {}).get(metric) for language in self.languages]
         known = [float(value) for value in values if value is not None]

@@ -23,8 +23,14 @@ HOSTILE = "<script>alert('$x^2$')</script>&\"_"
 
 
 def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[str, Any]:
-    def scores(value: float) -> dict[str, float]:
-        return {"ndcg@10": value, "acc@1": value * 0.8, "recall@10": value * 1.1}
+    def scores(value: float) -> dict[str, Any]:
+        return {
+            "ndcg@10": value,
+            "acc@1": value * 0.8,
+            "recall@10": value * 1.1,
+            "ci": [value - 0.02, value + 0.02],
+            "macro": value,
+        }
 
     return {
         "name": name,
@@ -118,16 +124,17 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == report
     page = (tmp_path / "report.html").read_text()
     rows = Cells(page).rows
-    assert ["stage2", "256", "0.741", "0.593", "0.815", ""] in rows
-    assert ["distilled", "192", "0.713", "0.570", "0.784", "96.2 %"] in rows
+    assert ["stage2", "256", "0.741", "0.721 to 0.761", "0.593", "0.815", ""] in rows
+    assert ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784", "96.2 %"] in rows
     assert ["distilled", "9,600,000", "3,840,000", "38.4 MB", "distilled-0a1b2c3d/model"] in rows
     assert ["clean", "5,000", "4,321", "too short 600 · same 79"] in rows
     assert ["web", "retrieval", "4,321", "not stated"] in rows
     assert ["stage1", "900", "1,234,567", "8,123", "1.234"] in rows
     assert ["stage1", "1 h 2 min", ""] in rows
-    of_languages = [row for row in rows if len(row) == 6 and row[0] in LANGUAGES]
+    of_languages = [row for row in rows if len(row) == 7 and row[0] in LANGUAGES]
     assert [row[0] for row in of_languages[: len(LANGUAGES)]] == LANGUAGES[::-1], "the weakest first"
-    assert of_languages[0] == ["l44", "51", "0.625", "0.500", "0.688", "95.7 %"]
+    assert of_languages[0] == ["l44", "51", "0.625", "0.605 to 0.645", "0.500", "0.688", "95.7 %"]
+    assert of_languages[len(LANGUAGES) - 1][:4] == ["l00", "7", "0.713", ""], "of 7 queries, no interval"
     assert "the largest 40 of 45" in page
     assert "not measured" not in page
     assert page.count("<svg") == 5, "two curves over dims, the languages, one loss, one held-out score"
@@ -159,8 +166,10 @@ def test_resource_classes_share_out_all_languages() -> None:
         ("low", ("c",)),
         ("none", ("e", "f", "g")),
     ]
-    assert [group.mean(scores) for group in groups] == [2, 0, 2, 5]
-    assert groups[0].mean({"d": {"ndcg@10": 1.0}}) is None, "not the mean of those that happen to be known"
+    assert [group.mean(scores, "ndcg@10") for group in groups] == [2, 0, 2, 5]
+    assert groups[0].mean({"d": {"ndcg@10": 1.0}}, "ndcg@10") is None, (
+        "not the mean of those that happen to be known"
+    )
     assert by_resources({}, {"a": 1}) == []
 
 
@@ -181,8 +190,8 @@ def test_a_model_folder_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> Non
     assert [result["dataset"]["name"] for result in results] == ["manual", "a|b"]
     first = {"type": "ndcg_at_10", "name": "ndcg@10, 192 dims", "value": 0.713}
     assert results[0]["metrics"][0] == first
-    assert "| a\\|b | 192 | 0.713 |" in text
-    assert "- manual, 192 dims, of 45 languages: l44 0.625 (51 queries), l43" in text
+    assert "| a\\|b | 192 | ndcg@10 | 0.713 | 0.693 to 0.733 |" in text
+    assert "- manual (ndcg@10, the full dim), of 45 languages: l44 0.625 (51 queries), l43" in text
     assert "dims: 8, 16, 32" in text
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard(card).data
@@ -239,11 +248,23 @@ def test_models_without_numbers_are_shown_as_not_measured() -> None:
     }
     rows = Cells(render(report)).rows
     none = "not measured"
-    assert ["stage1", "64", "0.500", none, none, ""] in rows
-    assert ["pruned", none, none, none, none, none] in rows
+    assert ["stage1", "64", "0.500", "", ""] in rows
+    assert ["pruned", none, none, "", none] in rows
     assert ["distilled", none, none, none, ""] in rows
     assert ["stage1", none, none, none, none] in rows
-    assert terminal_table(report).splitlines()[2].split() == ["stage1", "-", "-", "0.500", "-", "-"]
+    assert terminal_table(report).splitlines()[2].split() == ["stage1", "-", "-", "0.500"]
+
+
+def test_each_set_shows_the_metrics_of_its_kind() -> None:
+    report = full_report(("manual",))
+    for facts in report["models"]:
+        facts["scores"]["names"] = {"64": {"f1": 0.25, "accuracy": 0.3, "ci": [0.2, 0.3]}}
+        facts["languages"]["names"] = {"64": {lang: {"queries": 20, "f1": 0.2} for lang in LANGUAGES}}
+    page = render(report)
+    assert ["distilled", "64", "0.250", "0.200 to 0.300", "0.300", "100.0 %"] in Cells(page).rows
+    assert "f1 by dim on names" in page
+    assert "f1 0.250 on names" in " ".join(headline(report))
+    assert re.search(r"ndcg@10 acc@1 recall@10 .* f1 accuracy", terminal_table(report))
 
 
 def test_hostile_text_is_shown_as_text() -> None:
@@ -272,7 +293,7 @@ def test_terminal_table_holds_the_numbers_and_fits() -> None:
         expected += [f"{facts[key] / 1e6:.1f}M" for key in ("parameters", "non_embedding_parameters")]
         for scores in facts["scores"].values():
             full, *smaller = scores.values()
-            expected += [f"{value:.3f}" for value in full.values()]
+            expected += [f"{full[metric]:.3f}" for metric in ("ndcg@10", "acc@1", "recall@10")]
             expected += [f"{values['ndcg@10']:.3f}" for values in smaller]
         assert line.split() == expected
 

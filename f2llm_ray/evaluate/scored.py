@@ -1,0 +1,57 @@
+"""Reading the scores in a report: which sets, which metrics, at which dim. Any part may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from f2llm_ray import words
+
+Model = Mapping[str, Any]
+Facts = Mapping[str, Any]
+
+BESIDE = ("queries", "ci", "macro", "macro_ci")
+"""What stands among the metrics without being one."""
+FEW = 10
+"""Queries of a language below which an interval is too narrow to be shown."""
+
+
+def sets_of(models: Iterable[Model]) -> list[str]:
+    """The names of the sets that any of the models was measured on."""
+    return list(dict.fromkeys(name for model in models for name in model.get("scores") or {}))
+
+
+def by_dim(model: Model, name: str) -> dict[int, Facts]:
+    """A model's scores on a set, largest dim first."""
+    scores = (model.get("scores") or {}).get(name) or {}
+    return {int(dim): scores[dim] for dim in sorted(scores, key=int, reverse=True)}
+
+
+def by_language(model: Model, name: str) -> Mapping[str, Facts]:
+    """A model's scores at its full dim by language."""
+    found = (model.get("languages") or {}).get(name) or {}
+    return found[max(found, key=int)] or {} if found else {}
+
+
+def metrics_of(models: Iterable[Model], name: str) -> list[str]:
+    """The metrics of a set, the main one first."""
+    full = (scores for model in models for scores in by_dim(model, name).values())
+    return [metric for metric in next(full, {}) if metric not in BESIDE]
+
+
+def main_metric(models: Iterable[Model], name: str) -> str:
+    """The main metric of a set, "score" where nothing was measured."""
+    return next(iter(metrics_of(models, name)), "score")
+
+
+def at_full(model: Model, name: str, metric: str | None = None) -> float | None:
+    """A metric of a set at the largest dim; the main one by default."""
+    scores = next(iter(by_dim(model, name).values()), {})
+    return scores.get(metric or main_metric([model], name))
+
+
+def interval(facts: Facts) -> str:
+    """The 95 % interval of the main metric; nothing where it was not measured or there are few queries."""
+    ends = facts.get("ci")
+    few = facts.get("queries", FEW) < FEW
+    return "" if ends is None or few else f"{words.score(ends[0])} to {words.score(ends[1])}"
