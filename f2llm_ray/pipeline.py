@@ -8,7 +8,7 @@ uses it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -141,6 +141,40 @@ class Pipeline:
         sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
         results = ray.get(self._measure().remote(Folder.at(model), sets, self.recipe))["results"]
         return {name: result["scores"] for name, result in results.items()}
+
+    def compare(self, models: Sequence[str]) -> list[dict[str, Any]]:
+        """Each further model against the first (`evaluate.compare.differences`).
+
+        Args:
+            models: names of the run's models, whose evaluations are read, or model folders, which are measured
+                now and leave `compared/` in the root.
+
+        Raises:
+            RunError: there are fewer than two different ones, or one is not finished or not measured.
+        """
+        import ray
+
+        from f2llm_ray.evaluate.compare import differences
+        from f2llm_ray.model.fingerprint import fingerprint
+
+        if len(set(models)) < 2:
+            raise RunError(f"compare: found {list(models)}, expected two or more different models")
+        sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
+        places = {}
+        for model in models:
+            if model in self.plan.models:
+                places[model] = self.run.require(self.plan.evaluations[model], "jobs/evaluate.py")
+            else:
+                places[model] = self.run.root / "compared" / fingerprint(Folder.at(model))
+        outside = [model for model in places if model not in self.plan.models]
+        ray.get([self._measure().remote(Folder.at(model), sets, self.recipe, places[model]) for model in outside])
+        names = list(self.recipe.evaluation.sets)
+        kinds = {name: (sets / name).read_json("set.json")["kind"] for name in names}
+        units = {
+            model: {name: (place / "units").read_table(f"{name}.parquet") for name in names}
+            for model, place in places.items()
+        }
+        return differences(kinds, units)
 
     def served_model(self) -> Folder:
         """Folder of the model that the recipe serves: the one it names, or the last one it makes.

@@ -13,7 +13,8 @@ import pytest
 
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.errors import DataError, F2LLMError, RecipeError
+from f2llm_ray.errors import DataError, F2LLMError, RecipeError, RunError
+from f2llm_ray.evaluate.compare import table
 from f2llm_ray.evaluate.kinds import read_task, task_of
 from f2llm_ray.evaluate.summary import compare
 from f2llm_ray.pipeline import Pipeline
@@ -22,6 +23,7 @@ from f2llm_ray.recipe_file import load_recipe, parse
 from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 from tests.corpus import write_corpus, write_recipe
+from tests.tiny import tiny_model
 
 Rows = list[dict[str, Any]]
 
@@ -243,3 +245,27 @@ def test_a_run_measures_sets_of_all_kinds_and_trains_on_none(
     capsys.readouterr()
     pipeline.evaluate()
     assert "evaluate-untrained: finished before, skipped" in capsys.readouterr().out
+
+
+def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path]) -> None:
+    pipeline, folder = evaluated
+    same = f"{pipeline.run.folder(pipeline.plan.models['untrained']).path}/model"
+    other = str(tiny_model(folder / "tiny"))
+    rows = pipeline.compare(["untrained", same, other])
+    assert [(row["set"], row["model"]) for row in rows] == [
+        (name, model) for name in ("held", "bitext", "topics") for model in (same, other)
+    ]
+    for row in rows[::2]:
+        assert (row["difference"], row["low"], row["high"], row["wins"], row["losses"]) == (0, 0, 0, [], [])
+    scores, others = pipeline.evaluate_folder(same), pipeline.evaluate_folder(other)
+    for row in rows[1::2]:
+        metric = next(iter(scores[row["set"]]["32"]))
+        gap = others[row["set"]]["32"][metric] - scores[row["set"]]["32"][metric]
+        assert row["difference"] == pytest.approx(gap, abs=2e-6)
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert set(row["wins"]).isdisjoint(row["losses"])
+    assert len(table(rows).splitlines()) >= len(rows)
+    with pytest.raises(RunError, match="two or more different models"):
+        pipeline.compare(["untrained", "untrained"])
+    with pytest.raises(RunError, match=r"jobs/evaluate\.py"):
+        pipeline.compare(["untrained", "stage1"])

@@ -1,0 +1,32 @@
+"""Compares each model with the first one on the recipe's sets, by paired bootstrap; writes compare.json."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from f2llm_ray.cli import job_parser, main, pipeline_of
+from f2llm_ray.progress import say
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = job_parser(__doc__ or "")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a finished model of the run by its name, or a model folder"
+    )
+    return parser
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Measures what is not measured yet, and compares."""
+    from f2llm_ray.evaluate.compare import table
+
+    pipeline = pipeline_of(arguments)
+    rows = pipeline.compare(arguments.models)
+    pipeline.run.root.write_json("compare.json", rows)
+    say(f"\n{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser(), compare))
