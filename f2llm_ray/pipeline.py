@@ -159,6 +159,9 @@ class Pipeline:
 
         if len(set(models)) < 2:
             raise RunError(f"compare: found {list(models)}, expected two or more different models")
+        names = list(self.recipe.evaluation.sets)
+        if not names:
+            raise RunError("compare: the recipe has no evaluation.sets to compare on")
         sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
         places = {}
         for model in models:
@@ -168,8 +171,12 @@ class Pipeline:
                 places[model] = self.run.root / "compared" / fingerprint(Folder.at(model))
         outside = [model for model in places if model not in self.plan.models]
         ray.get([self._measure().remote(Folder.at(model), sets, self.recipe, places[model]) for model in outside])
-        names = list(self.recipe.evaluation.sets)
         kinds = {name: (sets / name).read_json("set.json")["kind"] for name in names}
+        for model, place in places.items():
+            if not (place / "units").exists(f"{names[0]}.parquet"):
+                raise RunError(
+                    f"{model}: {place.uri} is from before comparisons; remove it and run jobs/evaluate.py"
+                )
         units = {
             model: {name: (place / "units").read_table(f"{name}.parquet") for name in names}
             for model, place in places.items()

@@ -7,13 +7,14 @@ import json
 import sys
 
 from f2llm_ray.cli import job_parser, main, pipeline_of
+from f2llm_ray.errors import RecipeError
 from f2llm_ray.evaluate.report import terminal_table
 from f2llm_ray.progress import say
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = job_parser(__doc__ or "")
+    parser = job_parser(__doc__ or "", run_required=False)
     parser.add_argument(
         "--model", metavar="FOLDER", help="measure this model folder instead, and print its scores as JSON"
     )
@@ -34,8 +35,10 @@ def on_mteb(arguments: argparse.Namespace) -> None:
     """Runs mteb's tasks that have no result yet."""
     from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
 
-    pipeline = pipeline_of(arguments)
-    model = arguments.model or pipeline.served_model().uri
+    run = arguments.recipe is not None and arguments.root is not None
+    if not run and (arguments.model is None or arguments.output is None):
+        raise RecipeError("give --recipe and --root, or --model and --output")
+    model = arguments.model or pipeline_of(arguments).served_model().uri
     output = arguments.output or f"{arguments.root}/mteb"
     tasks = find_tasks(arguments.mteb or (), arguments.tasks or (), arguments.languages or ())
     scores = run_mteb(model, tasks, output, workers=arguments.workers)
@@ -47,6 +50,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.mteb or arguments.tasks:
         on_mteb(arguments)
         return
+    if arguments.recipe is None or arguments.root is None:
+        raise RecipeError("give --recipe and --root")
     pipeline = pipeline_of(arguments)
     if arguments.model is not None:
         say(json.dumps(pipeline.evaluate_folder(arguments.model), indent=2, ensure_ascii=False))

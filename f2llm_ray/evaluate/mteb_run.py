@@ -93,9 +93,11 @@ class _Worker:
 
     def __init__(self, model: str, output: str) -> None:
         import mteb
+        import torch
 
         from f2llm_ray.evaluate.mteb_model import MtebEncoder
 
+        torch.set_num_threads(1)
         self.model = MtebEncoder(model)
         self.cache = mteb.ResultCache(Path(output))
 
