@@ -2,8 +2,8 @@
 
 `evaluate` is a set of `--rows` queries and as many passages, all distinct, measured at four dims: encoding, exact
 top 10, metrics by language with their intervals. `bare` is the engine's `embed` of the same texts and, at each of
-the dims, the product of all queries with all passages, whose results are thrown away. `ratio` is the one's wall time by the
-other's; `peak_gb` the most resident memory of the process while `evaluate` ran.
+the dims, the product of all queries with all passages, whose results are thrown away. `ratio` is the one's wall
+time by the other's; `peak_gb` the most resident memory of the process while `evaluate` ran.
 """
 
 from __future__ import annotations
