@@ -113,9 +113,7 @@ def top_positions(
         best_bk = torch.empty(len(query_bd), 0, dtype=torch.int64, device=device)
         for offset in range(0, len(corpus_nd), passages):
             score_bn = query_bd @ corpus_nd[offset : offset + passages].T
-            position_n = torch.arange(offset, offset + score_bn.shape[1], device=device)
-            key_bn = _keys(score_bn, position_n)
-            best_bk = _best(torch.cat([best_bk, _best(key_bn, k)], dim=1), k)
+            best_bk = _best(torch.cat([best_bk, _better(score_bn, best_bk, offset, k)], dim=1), k)
         found.append(_spread(best_bk, first, min(k, len(corpus_c))).cpu().numpy())
     return np.concatenate(found)
 
@@ -163,21 +161,47 @@ def _first_positions(corpus_c: Positions, k: int) -> Positions:
     return first
 
 
-def _keys(score_bn: torch.Tensor, position_n: torch.Tensor) -> torch.Tensor:
-    """Scores and positions as integers [b, n] whose descending order is by score, then by position.
+def _better(score_bn: torch.Tensor, best_bk: torch.Tensor, offset: int, k: int) -> torch.Tensor:
+    """Keys [b, m] of the passages that may still come among the best, `NO_RESULT` filling the rows.
+
+    Once a query has k results, only a score above its last one can: passages come in order, so a tie is lost. After
+    a few blocks that is next to none, and comparing costs a third of making keys of all scores and sorting them.
+    """
+    import torch
+
+    if best_bk.shape[1] < k:
+        position_n = torch.arange(offset, offset + score_bn.shape[1], device=score_bn.device)
+        return _best(_keys(score_bn, position_n), k)
+    row_m, column_m = (score_bn > _scores(best_bk[:, -1:])).nonzero(as_tuple=True)
+    count_b = torch.bincount(row_m, minlength=len(score_bn))
+    within_m = torch.arange(len(row_m), device=row_m.device) - (count_b.cumsum(0) - count_b)[row_m]
+    key_bm = torch.full((len(score_bn), int(count_b.max())), NO_RESULT, device=row_m.device)
+    key_bm[row_m, within_m] = _keys(score_bn[row_m, column_m], offset + column_m)
+    return key_bm
+
+
+def _keys(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Scores and positions as integers whose descending order is by score, then by position.
 
     The bits of a float32 order like integers once the lower bits of negative numbers are flipped. The scores
     are overwritten.
     """
     import torch
 
-    ordered_bn = score_bn.add_(0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    flip_bn = ordered_bn >> 31
-    ordered_bn ^= flip_bn.bitwise_and_(0x7FFFFFFF)
-    key_bn = ordered_bn.long()
-    key_bn <<= POSITION_BITS
-    key_bn |= POSITION_MASK - position_n
-    return key_bn
+    ordered = score.add_(0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered ^= (ordered >> 31).bitwise_and_(0x7FFFFFFF)
+    key = ordered.long()
+    key <<= POSITION_BITS
+    key |= POSITION_MASK - position
+    return key
+
+
+def _scores(key: torch.Tensor) -> torch.Tensor:
+    """The scores in keys."""
+    import torch
+
+    ordered = (key >> POSITION_BITS).int()
+    return (ordered ^ (ordered >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
 
 
 def _best(key_bn: torch.Tensor, k: int) -> torch.Tensor:
