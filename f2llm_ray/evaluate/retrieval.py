@@ -164,8 +164,8 @@ def _first_positions(corpus_c: Positions, k: int) -> Positions:
 def _better(score_bn: torch.Tensor, best_bk: torch.Tensor, offset: int, k: int) -> torch.Tensor:
     """Keys [b, m] of the passages that may still come among the best, `NO_RESULT` filling the rows.
 
-    Once a query has k results, only a score above its last one can: passages come in order, so a tie is lost. After
-    a few blocks that is next to none, and comparing costs a third of making keys of all scores and sorting them.
+    Once a query has k results, only a score above its last one can: passages come in order, so a tie is lost.
+    After a few blocks that is next to none, and comparing is cheaper than a key for every score.
     """
     import torch
 
