@@ -152,7 +152,7 @@ def hub_upload(*, private: bool) -> Upload:
         try:
             hub.create_repo(repo, private=private, exist_ok=True)
             hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model made with f2llm_ray")
-        except Exception as error:  # the hub's client raises errors of several libraries
+        except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(f"{repo}: the hub did not take it: {cause}") from None
         return f"https://huggingface.co/{repo}"
