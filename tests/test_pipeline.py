@@ -27,6 +27,7 @@ from f2llm_ray.model.vocabulary import load_map, remap
 from f2llm_ray.pipeline import Pipeline
 from f2llm_ray.recipe_file import load_recipe
 from f2llm_ray.run import Folder
+from f2llm_ray.serve.catalog import Arguments, find_model
 from f2llm_ray.serve.engine import Engine
 from f2llm_ray.session import connect
 from f2llm_ray.train import checkpoints
@@ -148,6 +149,9 @@ def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str,
     mapped = remap(parent.tokenize(passages), load_map(next(root.glob("distilled-*/model"))))
     assert [ids.tolist() for ids in mapped] == [ids.tolist() for ids in taught.tokenize(passages)]
     assert (next(root.glob("distilled-*/model")) / "calibration.safetensors").is_file()
+    scores = find_model(Arguments(root=str(root))).card.scores
+    assert all("ci" in facts for by_dim in scores.values() for facts in by_dim.values())
+    assert scores
 
 
 def test_the_best_checkpoint_is_exported_where_it_is_asked_for(finished: dict[str, Any]) -> None:

@@ -147,6 +147,9 @@ class EmbeddingsAnswer(BaseModel):
     usage: Usage
 
 
+Scores = dict[str, dict[str, dict[str, float | tuple[float, float]]]]
+
+
 class ModelCard(BaseModel):
     """A model that can be asked for."""
 
@@ -166,8 +169,8 @@ class ModelCard(BaseModel):
     embedding_types: tuple[EmbeddingType, ...]
     """The values `embedding_types` may hold."""
     parameters: int | None = None
-    scores: dict[str, dict[str, dict[str, float]]] = {}
-    """What the run's report measured: scores by evaluation set and dim."""
+    scores: Scores = {}
+    """What the run's report measured: by evaluation set and dim, each metric, and intervals as [low, high]."""
     corpus_rows: int = 0
     """Passages that POST /search and the page at / search in; 0 without a corpus."""
 

@@ -13,7 +13,7 @@ from f2llm_ray.errors import RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, read_info
 from f2llm_ray.run import Folder
 from f2llm_ray.section import Section
-from f2llm_ray.serve.api import ModelCard
+from f2llm_ray.serve.api import ModelCard, Scores
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.quantise import EMBEDDING_TYPES
 from f2llm_ray.serve.search import check_corpus
@@ -57,7 +57,7 @@ class ReportModel(BaseModel):
     name: str
     folder: str
     parameters: int | None = None
-    scores: dict[str, dict[str, dict[str, float]]] = {}
+    scores: Scores = {}
 
 
 class Report(BaseModel):
