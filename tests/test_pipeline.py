@@ -149,7 +149,11 @@ def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str,
     mapped = remap(parent.tokenize(passages), load_map(next(root.glob("distilled-*/model"))))
     assert [ids.tolist() for ids in mapped] == [ids.tolist() for ids in taught.tokenize(passages)]
     assert (next(root.glob("distilled-*/model")) / "calibration.safetensors").is_file()
-    scores = find_model(Arguments(root=str(root))).card.scores
+    card = find_model(Arguments(root=str(root))).card
+    scores, types = card.scores, card.types["held"]
+    assert set(types) == set(card.dims)
+    assert all(set(by_type) == {"float", "int8", "binary"} for by_type in types.values())
+    assert types[24]["float"] == pytest.approx(scores["held"]["24"]["ndcg@10"], abs=2e-6)
     assert all("ci" in facts for by_dim in scores.values() for facts in by_dim.values())
     assert scores
 

@@ -38,6 +38,7 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
                 **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
                 "scores": {found: result["scores"] for found, result in results.items()},
                 "languages": {found: result["languages"] for found, result in results.items()},
+                "types": {found: result["types"] for found, result in results.items() if result.get("types")},
             }
         )
     mined = None if stages.mined is None else run.manifest(stages.mined)

@@ -47,6 +47,7 @@ def render(report: Report) -> str:
         headline=headline(report),
         quality=[(name, _scores_head(models, name), _quality(models, teacher, name)) for name in sets_of(models)],
         matryoshka=[(name, _matryoshka(models, name)) for name in sets_of(models)],
+        types=_types(models[-1]) if models else [],
         sizes=[_sizes(model) for model in models],
         last=str(models[-1].get("name")) if models else "",
         against=against,
@@ -201,6 +202,21 @@ def _matryoshka(models: Sequence[Model], name: str) -> str | None:
     ticks = sorted({dim for points in lines.values() for dim, _ in points})
     title = f"{main} by dim on {name}"
     return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
+
+
+def _types(model: Model) -> list[tuple[str, Cells]]:
+    """By set, rows of dim, and for each type the score and the megabytes of a million vectors."""
+    sets = []
+    for name, found in (model.get("types") or {}).items():
+        rows = []
+        for dim in sorted(map(int, found), reverse=True):
+            scores = found[str(dim)]
+            row = [words.count(dim)]
+            for kind, bits in (("float", 32), ("int8", 8), ("binary", 1)):
+                row += [words.score(scores.get(kind)), words.count(-(-dim * bits // 8))]
+            rows.append(row)
+        sets.append((name, rows))
+    return sets
 
 
 def _sizes(model: Model) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from f2llm_ray.evaluate.by_type import by_type
 from f2llm_ray.evaluate.encode import Positions, encode_distinct, instructed
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.summary import Metric, Units, measured
@@ -61,7 +62,7 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
         )
         for dim, cut_ud in encoded.at_dims(divisors)
     }
-    return measured(
+    found = measured(
         "retrieval",
         Units(retrieval_set.query_ids, retrieval_set.query_languages),
         {name: Metric(np.column_stack([values[name] for values in by_dim.values()])) for name in METRICS},
@@ -70,6 +71,16 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
         tokens=encoded.tokens,
         started=started,
     )
+    found.scores["types"] = by_type(
+        encoded.vectors_ud,
+        query_q,
+        corpus_c,
+        retrieval_set.relevant,
+        engine.info.dims,
+        engine.ranges,
+        engine.device,
+    )
+    return found
 
 
 def top_positions(

@@ -113,6 +113,7 @@ def measured(
         "corpus": corpus,
         "seconds": 0.0,
         "tokens": tokens,
+        "types": {},
     }
     for m, dim in enumerate(dims):
         scores["scores"][str(dim)] = {

@@ -42,6 +42,8 @@ class Scores(TypedDict):
     seconds: float
     tokens: int
     """Tokens encoded, each distinct text once."""
+    types: dict[str, dict[str, float]]
+    """By trained dim and type of vector: the main metric over some of the queries; only retrieval has it."""
 
 
 class Measured(NamedTuple):

@@ -131,13 +131,13 @@ def check_vectors(folder: Path) -> None:
         RunError: it does not load, has no stored vectors, or gives others.
     """
     from f2llm_ray.model.checkpoint import CALIBRATION_FILE
-    from f2llm_ray.serve.calibrate import load_calibration, self_check
+    from f2llm_ray.serve.calibrate import self_check
     from f2llm_ray.serve.engine import Engine
 
-    engine, calibration = Engine(folder), load_calibration(folder)
-    if calibration is None:
+    engine = Engine(folder)
+    if engine.calibration is None:
         raise RunError(f"{folder}: it has no {CALIBRATION_FILE}, so its vectors cannot be checked")
-    self_check(engine, calibration, str(folder))
+    self_check(engine, engine.calibration, str(folder))
 
 
 def hub_upload(*, private: bool) -> Upload:

@@ -148,6 +148,7 @@ class EmbeddingsAnswer(BaseModel):
 
 
 Scores = dict[str, dict[str, dict[str, float | tuple[float, float]]]]
+Types = dict[str, dict[int, dict[EmbeddingType, float]]]
 
 
 class ModelCard(BaseModel):
@@ -171,6 +172,8 @@ class ModelCard(BaseModel):
     parameters: int | None = None
     scores: Scores = {}
     """What the run's report measured: by evaluation set and dim, each metric, and intervals as [low, high]."""
+    types: Types = {}
+    """What shorter and smaller vectors cost: by retrieval set, dim and type, nDCG@10."""
     corpus_rows: int = 0
     """Passages that POST /search and the page at / search in; 0 without a corpus."""
 
@@ -199,6 +202,8 @@ class Info(BaseModel):
     """Longest text taken whole, EOS included."""
     self_checked: bool
     """Whether the vectors were compared with those stored when the model was made."""
+    types: Types
+    """What shorter and smaller vectors cost: by retrieval set of the run, dim and type, nDCG@10."""
     limits: Serving
     device: str
     version: str

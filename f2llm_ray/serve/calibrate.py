@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine
+
+if TYPE_CHECKING:
+    from f2llm_ray.serve.engine import Engine
 
 WORST = 1e-3
 """Most that 1 - cosine of a check text may be: another machine gives about 1e-6 in float32, another model 0.1."""

@@ -13,7 +13,7 @@ from f2llm_ray.errors import RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, read_info
 from f2llm_ray.run import Folder
 from f2llm_ray.section import Section
-from f2llm_ray.serve.api import ModelCard, Scores
+from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.quantise import EMBEDDING_TYPES
 from f2llm_ray.serve.search import check_corpus
@@ -58,6 +58,7 @@ class ReportModel(BaseModel):
     folder: str
     parameters: int | None = None
     scores: Scores = {}
+    types: Types = {}
 
 
 class Report(BaseModel):
@@ -119,6 +120,7 @@ def find_model(args: Arguments) -> Served:
         embedding_types=tuple(kind for kind in EMBEDDING_TYPES if calibrated or kind != "int8"),
         parameters=entry and entry.parameters,
         scores=entry.scores if entry else {},
+        types=entry.types if entry else {},
         corpus_rows=0 if args.corpus is None else check_corpus(Folder.at(args.corpus), folder, info),
     )
     corpus = None if args.corpus is None else Folder.at(args.corpus).uri

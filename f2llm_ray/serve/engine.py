@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens, encode
 from f2llm_ray.model.int8 import is_quantized
 from f2llm_ray.model.varlen import use_varlen
+from f2llm_ray.serve.calibrate import load_calibration
 
 CPU_PASS = 1024
 """Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread
@@ -24,12 +25,13 @@ class Engine:
     """A model folder made ready to embed, on the GPU where there is one; int8 weights stay on the CPU.
 
     Raises:
-        RunError: the folder is not a model folder.
+        RunError: the folder is not a model folder, or its calibration is damaged.
     """
 
     def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384) -> None:
         self.info = load_info(folder)
         self.tokenizer = load_tokenizer(folder)
+        self.calibration = load_calibration(folder)
         self.device = "cuda" if torch.cuda.is_available() and not is_quantized(folder) else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
@@ -37,6 +39,11 @@ class Engine:
         if self.device == "cpu":
             use_varlen(self.backbone)
             self.tokens_per_pass = min(tokens_per_pass, CPU_PASS)
+
+    @property
+    def ranges(self) -> Mapping[int, Vectors]:
+        """[2, k] by trained dim k: least and greatest value of each dim, for int8; none where not calibrated."""
+        return {} if self.calibration is None else self.calibration.ranges
 
     def tokenize(self, texts: Sequence[str], *, prompt: str = "", max_tokens: int | None = None) -> list[Tokens]:
         """Token ids of each text, the prompt before it and EOS last; cut to max_tokens where given."""

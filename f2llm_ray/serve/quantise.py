@@ -17,6 +17,12 @@ EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
 Quantised = np.ndarray[Any, np.dtype[Any]]
 
 
+def dequantise_int8(codes_nd: Quantised, ranges_2d: Vectors) -> Vectors:
+    """The vectors [n, d] that int8 codes stand for, the middle of each step."""
+    low_d, high_d = ranges_2d.astype(np.float32)
+    return low_d + (codes_nd.astype(np.float32) + 128.5) * ((high_d - low_d) / 255)
+
+
 def quantise(vectors_nd: Vectors, kind: EmbeddingType, ranges_2d: Vectors | None = None) -> Quantised:
     """The vectors in one form, little-endian.
 

@@ -12,7 +12,7 @@ from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.run import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
-from f2llm_ray.serve.calibrate import load_calibration, self_check
+from f2llm_ray.serve.calibrate import self_check
 from f2llm_ray.serve.catalog import Served
 from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.gate import Rules
@@ -36,7 +36,7 @@ class Replica:
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
             self.engine = Engine(folder, tokens_per_pass=self.settings.batch_tokens)
-            self.calibration = load_calibration(folder)
+        self.calibration = self.engine.calibration
         if self.calibration is not None:
             self_check(self.engine, self.calibration, served.uri)
         self.model_info = self.engine.info
@@ -96,6 +96,7 @@ class Replica:
             instructions=self.model_info.instructions,
             max_tokens=self.card.max_tokens,
             self_checked=self.calibration is not None,
+            types=self.card.types,
             limits=self.settings,
             device=self.engine.device,
             version=__version__,

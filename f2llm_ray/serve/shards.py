@@ -22,7 +22,6 @@ from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.encoder import Tokens
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.calibrate import load_calibration
 from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.inputs import Reader, Unit
 from f2llm_ray.serve.quantise import quantise
@@ -91,10 +90,10 @@ class ShardWriter:
         self.output = Folder.at(job.output)
         with Folder.at(job.model).as_local() as folder:
             self.engine = Engine(folder)
-            calibration = load_calibration(folder) if job.dtype == "int8" else None
         info = self.engine.info
         self.dim = job.dimensions or info.dims[-1]
         self.prompt = "" if job.prompt_name is None else info.prompts[job.prompt_name]
+        calibration = self.engine.calibration
         self.ranges = None if calibration is None else calibration.ranges.get(self.dim)
         if job.dtype == "int8" and self.ranges is None:
             raise RunError(f"{job.model}: no int8 ranges for {self.dim} dims in {CALIBRATION_FILE}")

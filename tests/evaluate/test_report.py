@@ -39,6 +39,9 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
         "non_embedding_parameters": dim * 20_000,
         "bytes": dim * 200_000,
         "scores": {s: {str(dim // n): scores(quality / n**0.1) for n in (1, 2, 4, 8)} for s in sets},
+        "types": {
+            s: {str(dim): {"float": quality, "int8": quality - 0.001, "binary": quality - 0.05}} for s in sets
+        },
         "languages": {
             s: {
                 str(dim): {
@@ -127,6 +130,7 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert ["stage2", "256", "0.741", "0.721 to 0.761", "0.593", "0.815", ""] in rows
     assert ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784", "96.2 %"] in rows
     assert ["distilled", "9,600,000", "3,840,000", "38.4 MB", "distilled-0a1b2c3d/model"] in rows
+    assert ["192", "0.713", "768", "0.712", "192", "0.663", "24"] in rows, "by type, with MB per million vectors"
     assert ["clean", "5,000", "4,321", "too short 600 · same 79"] in rows
     assert ["web", "retrieval", "4,321", "not stated"] in rows
     assert ["stage1", "900", "1,234,567", "8,123", "1.234"] in rows

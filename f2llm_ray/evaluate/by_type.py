@@ -1,0 +1,70 @@
+"""What shorter and smaller vectors cost in retrieval: every trained dim as float, int8 and binary.
+
+Passages are stored in the type. An int8 passage is held against the query's float vector, as vector databases do;
+with binary both are signs, and the order is that of the Hamming distance.
+
+Shapes: u distinct texts, d and k dims, q queries, c passages, r relevant pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from f2llm_ray.model.dims import Vectors, cut_dims
+from f2llm_ray.serve.quantise import dequantise_int8, quantise
+
+if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Positions
+    from f2llm_ray.evaluate.sets import Pairs
+
+QUERIES = 1000
+"""At most so many queries, evenly drawn: types are compared with each other on the same ones."""
+
+
+def by_type(
+    vectors_ud: Vectors,
+    query_q: Positions,
+    corpus_c: Positions,
+    relevant_r2: Pairs,
+    dims: Sequence[int],
+    ranges: Mapping[int, Vectors],
+    device: str,
+) -> dict[str, dict[str, float]]:
+    """nDCG@10 by dim and type.
+
+    Args:
+        vectors_ud: one unit vector per distinct text.
+        query_q: which vector each query has.
+        corpus_c: which vector each passage has.
+        relevant_r2: the relevant (query, passage) pairs, distinct.
+        dims: the dims the model was trained for.
+        ranges: [2, k] by dim k, for int8; a dim without is not measured as int8.
+        device: where to compute.
+    """
+    from f2llm_ray.evaluate.retrieval import metrics, top_positions
+
+    drawn_n = np.unique(np.linspace(0, len(query_q) - 1, min(QUERIES, len(query_q))).round().astype(np.int64))
+    kept = np.isin(relevant_r2[:, 0], drawn_n)
+    pairs_m2 = np.column_stack([np.searchsorted(drawn_n, relevant_r2[kept, 0]), relevant_r2[kept, 1]])
+    query_n = query_q[drawn_n]
+
+    def score(asked_uk: Vectors, stored_uk: Vectors) -> float:
+        both = asked_uk if asked_uk is stored_uk else np.concatenate([asked_uk, stored_uk])
+        shift = len(both) - len(stored_uk)
+        top_nk = top_positions(both, query_n, corpus_c + shift, device=device)
+        return round(float(metrics(top_nk, pairs_m2, len(corpus_c))["ndcg@10"].mean()), 6)
+
+    found = {}
+    for dim in sorted(dims, reverse=True):
+        cut_uk = cut_dims(vectors_ud, dim)
+        scores = {"float": score(cut_uk, cut_uk)}
+        if dim in ranges:
+            codes_uk = quantise(cut_uk, "int8", ranges[dim])
+            scores["int8"] = score(cut_uk, dequantise_int8(codes_uk, ranges[dim]))
+        sign_uk = np.where(cut_uk > 0, np.float32(1), np.float32(-1))
+        scores["binary"] = score(sign_uk, sign_uk)
+        found[str(dim)] = scores
+    return found
