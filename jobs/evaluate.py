@@ -8,7 +8,7 @@ import sys
 
 from f2llm_ray.cli import job_parser, main, pipeline_of
 from f2llm_ray.errors import RecipeError
-from f2llm_ray.evaluate.report import terminal_table
+from f2llm_ray.evaluate.terminal import terminal_table
 from f2llm_ray.progress import say
 
 

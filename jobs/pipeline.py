@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from f2llm_ray.cli import job_parser, main, pipeline_of
-from f2llm_ray.evaluate.report import terminal_table
+from f2llm_ray.evaluate.terminal import terminal_table
 from f2llm_ray.progress import say
 
 

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from f2llm_ray.evaluate.model_card import model_card
-from f2llm_ray.evaluate.report import TERMINAL_COLUMNS, headline, render, terminal_table, write_report
+from f2llm_ray.evaluate.report import headline, render, write_report
 from f2llm_ray.evaluate.resources import by_resources
+from f2llm_ray.evaluate.terminal import TERMINAL_COLUMNS, terminal_table
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run import Folder
 from tests.tiny import tiny_model
