@@ -28,14 +28,15 @@ def parser() -> argparse.ArgumentParser:
 
 def publish(arguments: argparse.Namespace) -> None:
     """Checks and sends."""
-    from f2llm_ray.model import publish as work
+    from f2llm_ray.evaluate import publish as work
 
     upload = None if arguments.dry_run else work.hub_upload(private=arguments.private)
     done = work.publish(arguments.model, arguments.repo, arguments.licence, upload)
     for name, size in done.files.items():
         say(f"{words.byte_size(size):>10}  {name}")
+    where = done.url or f"checked; a dry run sends nothing to {arguments.repo}"
     total = f"{words.plural(len(done.files), 'file')}, {words.byte_size(sum(done.files.values()))}"
-    say(f"{total}, licence {done.licence}: {done.url or f'checked; a dry run sends nothing to {done.repo}'}")
+    say(f"{total}, licence {arguments.licence}: {where}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Passages are stored in the type. An int8 passage is held against the query's float vector, as vector databases do;
 with binary both are signs, and the order is that of the Hamming distance.
 
-Shapes: u distinct texts, d and k dims, q queries, c passages, r relevant pairs.
+Shapes: u distinct texts, d and k dims, q queries, n of them drawn, c passages, r relevant pairs, m of the drawn.
 """
 
 from __future__ import annotations
@@ -51,20 +51,21 @@ def by_type(
     pairs_m2 = np.column_stack([np.searchsorted(drawn_n, relevant_r2[kept, 0]), relevant_r2[kept, 1]])
     query_n = query_q[drawn_n]
 
-    def score(asked_uk: Vectors, stored_uk: Vectors) -> float:
-        both = asked_uk if asked_uk is stored_uk else np.concatenate([asked_uk, stored_uk])
-        shift = len(both) - len(stored_uk)
-        top_nk = top_positions(both, query_n, corpus_c + shift, device=device)
+    asked_n = np.arange(len(query_n))  # the queries' vectors come before the stored ones
+
+    def score(asked_nk: Vectors, stored_uk: Vectors) -> float:
+        both = np.concatenate([asked_nk, stored_uk])
+        top_nk = top_positions(both, asked_n, corpus_c + len(asked_nk), device=device)
         return round(float(metrics(top_nk, pairs_m2, len(corpus_c))["ndcg@10"].mean()), 6)
 
     found = {}
     for dim in sorted(dims, reverse=True):
         cut_uk = cut_dims(vectors_ud, dim)
-        scores = {"float": score(cut_uk, cut_uk)}
+        scores = {"float": score(cut_uk[query_n], cut_uk)}
         if dim in ranges:
             codes_uk = quantise(cut_uk, "int8", ranges[dim])
-            scores["int8"] = score(cut_uk, dequantise_int8(codes_uk, ranges[dim]))
+            scores["int8"] = score(cut_uk[query_n], dequantise_int8(codes_uk, ranges[dim]))
         sign_uk = np.where(cut_uk > 0, np.float32(1), np.float32(-1))
-        scores["binary"] = score(sign_uk, sign_uk)
+        scores["binary"] = score(sign_uk[query_n], sign_uk)
         found[str(dim)] = scores
     return found

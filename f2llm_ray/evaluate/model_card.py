@@ -19,6 +19,9 @@ from f2llm_ray.run import Folder
 
 Facts = Mapping[str, Any]
 
+NO_LICENCE = "to-be-stated-by-the-publisher"
+PLACEHOLDER = "MODEL_FOLDER"
+"""What the examples call the model until it has a name on the hub (`evaluate.publish`)."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEAKEST = 10
 """Languages of a set that the card names."""
@@ -72,7 +75,7 @@ def front_matter(report: Facts, model: Facts, info: ModelInfo) -> dict[str, Any]
     front: dict[str, Any] = {
         "language": [tag for tag in spoken if tag not in {"und", "zxx", "mul"}],
         "license": "other",
-        "license_name": "to-be-stated-by-the-publisher",
+        "license_name": NO_LICENCE,
         "library_name": "sentence-transformers",
         "pipeline_tag": "feature-extraction",
         "tags": [*tags, "code"] if any(tag.startswith("code:") for tag in languages) else tags,
@@ -130,7 +133,7 @@ With sentence-transformers:
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("MODEL_FOLDER", truncate_dim={info.dims[-1]})  # or any dim named above
+model = SentenceTransformer("{PLACEHOLDER}", truncate_dim={info.dims[-1]})  # or any dim named above
 queries = model.encode(["Passwort ändern"]{prompt}, normalize_embeddings=True)
 passages = model.encode(["Change your password"], normalize_embeddings=True)
 print(queries @ passages.T)
@@ -142,8 +145,8 @@ With transformers:
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("MODEL_FOLDER")  # ends each text with EOS by itself
-model = AutoModel.from_pretrained("MODEL_FOLDER").eval()
+tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")  # ends each text with EOS by itself
+model = AutoModel.from_pretrained("{PLACEHOLDER}").eval()
 batch = tokenizer({texts}, return_tensors="pt", padding=True, return_token_type_ids=False)
 with torch.no_grad():
     hidden = model(**batch).last_hidden_state
@@ -154,7 +157,7 @@ vectors = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], d
 Behind an OpenAI-compatible endpoint:
 
 ```bash
-serve run f2llm_ray.serve.app:build model=MODEL_FOLDER
+serve run f2llm_ray.serve.app:build model={PLACEHOLDER}
 curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
   -d '{{"input": ["Passwort ändern"], "model": "{info.name}", "prompt_name": "query"}}'
 ```"""

@@ -36,9 +36,8 @@ class Replica:
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
             self.engine = Engine(folder, tokens_per_pass=self.settings.batch_tokens)
-        self.calibration = self.engine.calibration
-        if self.calibration is not None:
-            self_check(self.engine, self.calibration, served.uri)
+        if self.engine.calibration is not None:
+            self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info
         self.corpus = None if served.corpus is None else Corpus.load(Folder.at(served.corpus))
         self.places = limits.Places(self.settings)
@@ -95,7 +94,7 @@ class Replica:
             prompts=self.model_info.prompts,
             instructions=self.model_info.instructions,
             max_tokens=self.card.max_tokens,
-            self_checked=self.calibration is not None,
+            self_checked=self.engine.calibration is not None,
             types=self.card.types,
             limits=self.settings,
             device=self.engine.device,
@@ -137,8 +136,7 @@ class Replica:
         else:
             tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
         vectors_nd = cut_dims(await self.batcher.embed(tokens), dim)
-        ranges_2d = None if self.calibration is None else self.calibration.ranges[dim]
-        forms = {kind: quantise(vectors_nd, kind, ranges_2d) for kind in types}
+        forms = {kind: quantise(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
         return forms, len(tokens), sum(map(len, tokens))
 
     def _tokenize(self, ask: api.Ask, given: api.Inputs, param: str) -> list[Tokens]:

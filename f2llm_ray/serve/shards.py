@@ -93,8 +93,7 @@ class ShardWriter:
         info = self.engine.info
         self.dim = job.dimensions or info.dims[-1]
         self.prompt = "" if job.prompt_name is None else info.prompts[job.prompt_name]
-        calibration = self.engine.calibration
-        self.ranges = None if calibration is None else calibration.ranges.get(self.dim)
+        self.ranges = self.engine.ranges.get(self.dim)
         if job.dtype == "int8" and self.ranges is None:
             raise RunError(f"{job.model}: no int8 ranges for {self.dim} dims in {CALIBRATION_FILE}")
         self.kind = self._stored(np.zeros((1, self.dim), np.float32)).type

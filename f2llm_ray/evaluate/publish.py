@@ -17,11 +17,9 @@ import yaml
 
 from f2llm_ray.data.optional import require
 from f2llm_ray.errors import RunError
+from f2llm_ray.evaluate.model_card import NO_LICENCE, PLACEHOLDER
 
 CARD = "README.md"
-NO_LICENCE = "to-be-stated-by-the-publisher"
-PLACEHOLDER = "MODEL_FOLDER"
-"""What the card's examples call the model until it has a name on the hub."""
 FIELDS = ("language", "license", "library_name", "pipeline_tag", "tags")
 """What the hub files a model under."""
 SAFE = (".safetensors", ".json", ".md", ".txt", ".jinja")
@@ -36,8 +34,6 @@ Upload = Callable[[Path, str], str]
 class Published(NamedTuple):
     """What was sent, or would be."""
 
-    repo: str
-    licence: str
     files: dict[str, int]
     """Bytes by path within the folder."""
     url: str | None
@@ -74,7 +70,7 @@ def publish(folder: Path, repo: str, licence: str, upload: Upload | None = None)
                 shutil.copyfile(folder / name, copy / name)
             (copy / CARD).write_text(card, encoding="utf-8")
             url = upload(copy, repo)
-    return Published(repo, licence, files | {CARD: len(card.encode())}, url)
+    return Published(files | {CARD: len(card.encode())}, url)
 
 
 def safe_files(folder: Path) -> dict[str, int]:

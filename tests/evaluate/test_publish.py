@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.evaluate.model_card import model_card
+from f2llm_ray.evaluate.publish import hub_upload, publish
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
-from f2llm_ray.model.publish import hub_upload, publish
 from f2llm_ray.run import Folder
 from f2llm_ray.serve.calibrate import calibrate, save_calibration
 from f2llm_ray.serve.engine import Engine
