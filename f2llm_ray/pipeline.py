@@ -8,7 +8,7 @@ uses it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,8 @@ class Pipeline:
         """Measures every model that is finished and not measured yet, side by side."""
         import ray
 
+        from f2llm_ray.evaluate.measure import measure_folder
+
         waiting = [
             (self.plan.evaluations[name], model)
             for name, model in self.plan.models.items()
@@ -118,70 +120,30 @@ class Pipeline:
             and self.run.manifest(model) is not None
             and not self._finished(self.plan.evaluations[name])
         ]
-        measure = self._measure()
+        work = self.task(measure_folder)
         sets = self.run.folder(self.plan.prepare) / "sets"
         for stage, _ in waiting:
             say(f"{stage.name}: started")
         started = time.time()
         pending = {
-            measure.remote(self.run.folder(model) / "model", sets, self.recipe, self.run.folder(stage)): stage
+            work.remote(self.run.folder(model) / "model", sets, self.recipe, self.run.folder(stage)): stage
             for stage, model in waiting
         }
         while pending:
             (done,), _ = ray.wait(list(pending))
             stage = pending.pop(done)
-            result = ray.get(done)
-            manifest = self.run.finish(stage, started=started, **result)
+            manifest = self.run.finish(stage, started=started, results=ray.get(done))
             say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
 
     def evaluate_folder(self, model: str) -> dict[str, Any]:
         """Scores of any model folder on the recipe's sets, by set and dim; the data must be prepared."""
         import ray
 
+        from f2llm_ray.evaluate.measure import measure_folder
+
         sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
-        results = ray.get(self._measure().remote(Folder.at(model), sets, self.recipe))["results"]
+        results = ray.get(self.task(measure_folder).remote(Folder.at(model), sets, self.recipe))
         return {name: result["scores"] for name, result in results.items()}
-
-    def compare(self, models: Sequence[str]) -> list[dict[str, Any]]:
-        """Each further model against the first (`evaluate.compare.differences`).
-
-        Args:
-            models: names of the run's models, whose evaluations are read, or model folders, which are measured
-                now and leave `compared/` in the root.
-
-        Raises:
-            RunError: there are fewer than two different ones, or one is not finished or not measured.
-        """
-        import ray
-
-        from f2llm_ray.evaluate.compare import differences
-        from f2llm_ray.model.fingerprint import fingerprint
-
-        if len(set(models)) < 2:
-            raise RunError(f"compare: found {list(models)}, expected two or more different models")
-        names = list(self.recipe.evaluation.sets)
-        if not names:
-            raise RunError("compare: the recipe has no evaluation.sets to compare on")
-        sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
-        places = {}
-        for model in models:
-            if model in self.plan.models:
-                places[model] = self.run.require(self.plan.evaluations[model], "jobs/evaluate.py")
-            else:
-                places[model] = self.run.root / "compared" / fingerprint(Folder.at(model))
-        outside = [model for model in places if model not in self.plan.models]
-        ray.get([self._measure().remote(Folder.at(model), sets, self.recipe, places[model]) for model in outside])
-        kinds = {name: (sets / name).read_json("set.json")["kind"] for name in names}
-        for model, place in places.items():
-            if not (place / "units").exists(f"{names[0]}.parquet"):
-                raise RunError(
-                    f"{model}: {place.uri} is from before comparisons; remove it and run jobs/evaluate.py"
-                )
-        units = {
-            model: {name: (place / "units").read_table(f"{name}.parquet") for name in names}
-            for model, place in places.items()
-        }
-        return differences(kinds, units)
 
     def served_model(self) -> Folder:
         """Folder of the model that the recipe serves: the one it names, or the last one it makes.
@@ -206,10 +168,7 @@ class Pipeline:
         write_report(self.run.root, report)
         return report
 
-    def _measure(self) -> Any:
-        return self._task(_evaluate)
-
-    def _task(self, function: Callable[..., Any]) -> Any:
+    def task(self, function: Callable[..., Any]) -> Any:
         """The function as a Ray task where a model can run."""
         import ray
 
@@ -223,7 +182,7 @@ class Pipeline:
 
         facts = work(out)
         prepared = self.run.folder(self.plan.prepare)
-        ray.get(self._task(_calibrate).remote(out / "model", prepared, self.recipe))
+        ray.get(self.task(_calibrate).remote(out / "model", prepared, self.recipe))
         return {**facts, **model_facts(out / "model")}
 
     def _untrained(self, out: Folder) -> dict[str, Any]:
@@ -399,25 +358,6 @@ def _command(stage: str) -> str:
     if stage.endswith(INT8):
         return "jobs/quantize.py"
     return jobs.get(stage, "jobs/train.py")
-
-
-def _evaluate(model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None) -> dict[str, Any]:
-    """Measures one model on every set, inside a Ray task; `out` gets what a comparison needs of each unit."""
-    import torch
-
-    from f2llm_ray.evaluate.kinds import read_task
-    from f2llm_ray.serve.engine import Engine
-
-    torch.set_num_threads(1)
-    with model.as_local() as path:
-        engine = Engine(path)
-    results = {}
-    for name in recipe.evaluation.sets:
-        scores, units = read_task(sets / name).measure(engine, recipe.evaluation.divisors)
-        results[name] = scores
-        if out is not None:
-            (out / "units").write_table(f"{name}.parquet", [units], units.schema)
-    return {"results": results}
 
 
 def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:

@@ -13,17 +13,22 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = job_parser(__doc__ or "")
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="a finished model of the run by its name, or a model folder"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a finished model of the run by its name, a model folder (ours or of sentence-transformers), or an "
+        "OpenAI-compatible endpoint as URL#NAME (its key in OPENAI_API_KEY)",
     )
     return parser
 
 
 def compare(arguments: argparse.Namespace) -> None:
     """Measures what is not measured yet, and compares."""
-    from f2llm_ray.evaluate.compare import table
+    from f2llm_ray.compare import compare as compared
+    from f2llm_ray.evaluate.differences import table
 
     pipeline = pipeline_of(arguments)
-    rows = pipeline.compare(arguments.models)
+    rows = compared(pipeline, arguments.models)
     pipeline.run.root.write_json("compare.json", rows)
     say(f"\n{table(rows)}\n")
 

@@ -19,17 +19,17 @@ import pyarrow as pa
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError
-from f2llm_ray.evaluate.encode import Encoded, Positions, encode_distinct, instructed
+from f2llm_ray.evaluate.encode import Encoded, Positions, as_documents, as_queries, encode_distinct
+from f2llm_ray.evaluate.exact import top_positions
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet
-from f2llm_ray.evaluate.retrieval import top_positions
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
 if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.model.dims import Vectors
-    from f2llm_ray.serve.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,12 +62,13 @@ class Bitext(LabelledSet):
                 pools.setdefault(row["language"], set()).add(row["text_b"])
         return {language: sorted(pool) for language, pool in pools.items()}
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """F1 of the class of each text, and accuracy. Only the text carries the instruction."""
         started = time.perf_counter()
-        asked, found = instructed(engine, self.values("text_a"), self.instruction), self.values("text_b")
-        pools = self.pools()
-        encoded = encode_distinct(engine, [*asked, *(text for pool in pools.values() for text in pool)])
+        asked = as_queries(encoder, self.values("text_a"), self.instruction)
+        found = as_documents(encoder, self.values("text_b"))
+        pools = {language: as_documents(encoder, pool) for language, pool in self.pools().items()}
+        encoded = encode_distinct(encoder, [*asked, *(text for pool in pools.values() for text in pool)])
         searches = [
             _Search(encoded, [(asked[row], found[row]) for row in rows_k], pools[language], rows_k)
             for language, rows_k in self.by_language().items()
@@ -76,7 +77,7 @@ class Bitext(LabelledSet):
         for dim, cut_ud in encoded.at_dims(divisors):
             f1_n, right_n = np.empty(len(asked)), np.empty(len(asked))
             for search in searches:
-                f1_n[search.rows_k], right_n[search.rows_k] = search.score(cut_ud, engine.device)
+                f1_n[search.rows_k], right_n[search.rows_k] = search.score(cut_ud, encoder.device)
             dims.append(dim)
             f1.append(f1_n)
             right.append(right_n)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from f2llm_ray.evaluate.exact import top_positions
+from f2llm_ray.evaluate.hits import K, metrics
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.serve.quantise import dequantise_int8, quantise
 
@@ -44,8 +46,6 @@ def by_type(
         ranges: [2, k] by dim k, for int8; a dim without is not measured as int8.
         device: where to compute.
     """
-    from f2llm_ray.evaluate.retrieval import metrics, top_positions
-
     drawn_n = np.unique(np.linspace(0, len(query_q) - 1, min(QUERIES, len(query_q))).round().astype(np.int64))
     kept = np.isin(relevant_r2[:, 0], drawn_n)
     pairs_m2 = np.column_stack([np.searchsorted(drawn_n, relevant_r2[kept, 0]), relevant_r2[kept, 1]])
@@ -55,7 +55,7 @@ def by_type(
 
     def score(asked_nk: Vectors, stored_uk: Vectors) -> float:
         both = np.concatenate([asked_nk, stored_uk])
-        top_nk = top_positions(both, asked_n, corpus_c + len(asked_nk), device=device)
+        top_nk = top_positions(both, asked_n, corpus_c + len(asked_nk), k=K, device=device)
         return round(float(metrics(top_nk, pairs_m2, len(corpus_c))["ndcg@10"].mean()), 6)
 
     found = {}

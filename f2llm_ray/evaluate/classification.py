@@ -20,15 +20,15 @@ import pyarrow as pa
 from f2llm_ray.data.optional import require
 from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate import statistic
-from f2llm_ray.evaluate.encode import encode_distinct, instructed
+from f2llm_ray.evaluate.encode import as_queries, encode_distinct
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet, codes
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
 if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.model.dims import Vectors
-    from f2llm_ray.serve.engine import Engine
 
 NEIGHBOURS = 5
 ITERATIONS = 1000
@@ -64,13 +64,13 @@ class Classification(LabelledSet):
         """Test and training texts: a model that has learnt either has learnt the labels."""
         return Screened([*self.values(), *self.train["text"].to_pylist()], [])
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """Accuracy and macro F1 of the logistic probe, and those of the nearest neighbours."""
         started = time.perf_counter()
         texts, fitted = (
-            instructed(engine, table["text"].to_pylist(), self.instruction) for table in (self.test, self.train)
+            as_queries(encoder, table["text"].to_pylist(), self.instruction) for table in (self.test, self.train)
         )
-        encoded = encode_distinct(engine, [*texts, *fitted])
+        encoded = encode_distinct(encoder, [*texts, *fitted])
         test_n, train_k = encoded.of(texts), encoded.of(fitted)
         known = self.train["label"].to_pylist()
         label_n, label_k = codes(self.values("label"), known), codes(known, known)

@@ -16,15 +16,15 @@ import numpy as np
 
 from f2llm_ray.data.optional import require
 from f2llm_ray.evaluate import statistic
-from f2llm_ray.evaluate.encode import encode_distinct, instructed
+from f2llm_ray.evaluate.encode import as_queries, encode_distinct
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet, codes
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
 if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.model.dims import Vectors
-    from f2llm_ray.serve.engine import Engine
 
 STARTS = 5
 """K-means keeps the best of this many starts."""
@@ -47,11 +47,11 @@ class Clustering(LabelledSet):
         """The texts."""
         return Screened(self.values(), [])
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """V-measure. Texts carry the instruction."""
         started = time.perf_counter()
-        texts = instructed(engine, self.values(), self.instruction)
-        encoded = encode_distinct(engine, texts)
+        texts = as_queries(encoder, self.values(), self.instruction)
+        encoded = encode_distinct(encoder, texts)
         text_n = encoded.of(texts)
         label_n = codes(self.values("label"), self.values("label"))
         dims, clusters = [], []

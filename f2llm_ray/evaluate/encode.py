@@ -5,9 +5,9 @@ Shapes: n texts, u distinct ones, d dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,11 +17,26 @@ from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.model.checkpoint import ModelInfo
 
 Positions = np.ndarray[Any, np.dtype[np.int64]]
 
 TEXTS_PER_CALL = 8192
+
+
+class Encoder(Protocol):
+    """What is measured: the engine over a model of ours, or a model from elsewhere (`evaluate.outside`)."""
+
+    info: ModelInfo
+    device: str
+    """Where its vectors are searched."""
+
+    @property
+    def ranges(self) -> Mapping[int, Vectors]:
+        """[2, k] by dim k, for int8 vectors; may be empty."""
+
+    def embed_counted(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Unit vectors [n, d] of texts, in their order, and how many tokens the model read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +60,24 @@ class Encoded:
         return ((dim, cut_dims(self.vectors_ud, dim)) for dim in dims)
 
 
-def instructed(engine: Engine, texts: Sequence[str], instruction: str) -> list[str]:
-    """Texts as the query side's input, for a model that was trained with instructions; else as they are."""
-    return [query_text(text, instruction) for text in texts] if engine.info.instructions else list(texts)
+def as_queries(encoder: Encoder, texts: Sequence[str], instruction: str) -> list[str]:
+    """Texts as the query side's input: with the instruction where the model was trained with instructions.
+
+    Else with the model's own prompt for queries, which most have not.
+    """
+    if encoder.info.instructions:
+        return [query_text(text, instruction) for text in texts]
+    prompt = encoder.info.prompts.get("query", "")
+    return [prompt + text for text in texts]
 
 
-def encode_distinct(engine: Engine, texts: Sequence[str]) -> Encoded:
+def as_documents(encoder: Encoder, texts: Sequence[str]) -> list[str]:
+    """Texts as what is found: with the model's prompt for documents where it has one; those of ours have none."""
+    prompt = encoder.info.prompts.get("document", "")
+    return [prompt + text for text in texts]
+
+
+def encode_distinct(encoder: Encoder, texts: Sequence[str]) -> Encoded:
     """Unit vectors of the distinct texts, a bounded number of texts at a time.
 
     Raises:
@@ -60,15 +87,15 @@ def encode_distinct(engine: Engine, texts: Sequence[str]) -> Encoded:
     distinct = list(number)
     vectors, tokens = [], 0
     for start in range(0, len(distinct), TEXTS_PER_CALL):
-        ids = engine.tokenize(distinct[start : start + TEXTS_PER_CALL], max_tokens=engine.info.max_tokens)
-        tokens += sum(map(len, ids))
-        vectors.append(engine.embed_tokens(ids))
+        some, read = encoder.embed_counted(distinct[start : start + TEXTS_PER_CALL])
+        vectors.append(some)
+        tokens += read
     vectors_ud = np.concatenate(vectors)
     broken = int(np.sum(~np.isfinite(vectors_ud).all(axis=1)))
     if broken:
         raise RunError(
-            f"{engine.info.name}: the vectors of {broken} of {len(distinct)} texts are not numbers; "
-            "the training has diverged"
+            f"{encoder.info.name}: the vectors of {broken} of {len(distinct)} texts are not numbers; "
+            "a training that has diverged gives such"
         )
     return Encoded(vectors_ud, number, tokens)
 

@@ -25,7 +25,7 @@ from f2llm_ray.evaluate.task import Kind, Measured, Screened
 from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.evaluate.encode import Encoder
 
 Column = Literal["text", "label", "number", "texts"]
 """What a column holds; a label is a text or a whole number."""
@@ -71,7 +71,7 @@ class LabelledSet(ABC):
         """As `Task.screened`."""
 
     @abstractmethod
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`."""
 
     def write(self, folder: Folder) -> None:

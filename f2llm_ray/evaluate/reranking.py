@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.encode import Positions, cosines, encode_distinct, instructed
+from f2llm_ray.evaluate.encode import Positions, as_documents, as_queries, cosines, encode_distinct
+from f2llm_ray.evaluate.hits import K
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet
-from f2llm_ray.evaluate.retrieval import K
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
 if TYPE_CHECKING:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.evaluate.encode import Encoder
 
 
 class Reranking(LabelledSet):
@@ -45,18 +45,18 @@ class Reranking(LabelledSet):
         """The queries, and the texts that answer them; the others answer nothing."""
         return Screened(self.values("query"), [text for texts in self.values("positive") for text in texts])
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """MAP over all candidates, MRR@10 and nDCG@10. Queries carry the instruction."""
         started = time.perf_counter()
-        queries = instructed(engine, self.values("query"), self.instruction)
+        queries = as_queries(encoder, self.values("query"), self.instruction)
         candidates = [
             sorted({**dict.fromkeys(negative, False), **dict.fromkeys(positive, True)}.items(), key=_content)
             for positive, negative in zip(self.values("positive"), self.values("negative"), strict=True)
         ]
-        texts = [text for found in candidates for text, _ in found]
+        texts = as_documents(encoder, [text for found in candidates for text, _ in found])
         relevant_n = np.array([relevant for found in candidates for _, relevant in found])
         query_n = np.repeat(np.arange(len(queries)), [len(found) for found in candidates])
-        encoded = encode_distinct(engine, [*queries, *texts])
+        encoded = encode_distinct(encoder, [*queries, *texts])
         query_vector_n, vector_n = encoded.of(queries)[query_n], encoded.of(texts)
         found = [
             (dim, ranked(query_n, cosines(cut_ud, query_vector_n, vector_n), relevant_n))

@@ -1,7 +1,6 @@
-"""Retrieval quality: what share of the relevant passages a model's exact top 10 holds, and how high they stand.
+"""Retrieval quality: a set's texts as vectors, searched exactly and scored at each dim.
 
-Shapes: q queries, c passages of the corpus, u distinct texts, k results per query, d dim, r relevant pairs;
-b and n a block's queries and passages.
+Shapes: q queries, c passages of the corpus, u distinct texts, d dim.
 """
 
 from __future__ import annotations
@@ -13,39 +12,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from f2llm_ray.evaluate.by_type import by_type
-from f2llm_ray.evaluate.encode import Positions, encode_distinct, instructed
-from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.encode import as_documents, as_queries, encode_distinct
+from f2llm_ray.evaluate.exact import top_positions
+from f2llm_ray.evaluate.hits import METRICS, K, metrics
 from f2llm_ray.evaluate.summary import Metric, Units, measured
 from f2llm_ray.evaluate.task import Measured
 
 if TYPE_CHECKING:
-    import torch
-
-    from f2llm_ray.evaluate.sets import Pairs, RetrievalSet
-    from f2llm_ray.model.dims import Vectors
-    from f2llm_ray.serve.engine import Engine
-
-K = 10
-METRICS = ("ndcg@10", "acc@1", "recall@10")
-
-# A block's scores and keys take about 16 bytes per entry. Measured on two cores: 1M entries at a time (16 MB)
-# are faster than 4M, for which the memory must come fresh from the system each time.
-BLOCK_ENTRIES = 1 << 20
-BLOCK_QUERIES = 256
-
-# A key holds a score above and a position below, so that the order of keys is the order of results.
-POSITION_BITS = 32
-POSITION_MASK = (1 << POSITION_BITS) - 1
-NO_RESULT = -(1 << 63)
+    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.sets import RetrievalSet
 
 
-def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:
+def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:
     """Encodes a set once and scores it at several dims.
 
     Queries carry the set's instruction where the model was trained with instructions.
 
     Args:
-        engine: the model.
+        encoder: the model.
         retrieval_set: what to find where.
         divisors: the dims, as the model's d divided by these.
 
@@ -53,12 +37,15 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
         RunError: the model gives vectors that are not numbers.
     """
     started = time.perf_counter()
-    queries = instructed(engine, retrieval_set.query_texts, retrieval_set.instruction)
-    encoded = encode_distinct(engine, [*queries, *retrieval_set.corpus_texts])
-    query_q, corpus_c = encoded.of(queries), encoded.of(retrieval_set.corpus_texts)
+    queries = as_queries(encoder, retrieval_set.query_texts, retrieval_set.instruction)
+    passages = as_documents(encoder, retrieval_set.corpus_texts)
+    encoded = encode_distinct(encoder, [*queries, *passages])
+    query_q, corpus_c = encoded.of(queries), encoded.of(passages)
     by_dim = {
         dim: metrics(
-            top_positions(cut_ud, query_q, corpus_c, device=engine.device), retrieval_set.relevant, len(corpus_c)
+            top_positions(cut_ud, query_q, corpus_c, k=K, device=encoder.device),
+            retrieval_set.relevant,
+            len(corpus_c),
         )
         for dim, cut_ud in encoded.at_dims(divisors)
     }
@@ -76,152 +63,8 @@ def evaluate(engine: Engine, retrieval_set: RetrievalSet, divisors: Sequence[int
         query_q,
         corpus_c,
         retrieval_set.relevant,
-        engine.info.dims,
-        engine.ranges,
-        engine.device,
+        encoder.info.dims,
+        encoder.ranges,
+        encoder.device,
     )
     return found
-
-
-def top_positions(
-    vectors_ud: Vectors,
-    query_q: Positions,
-    corpus_c: Positions,
-    *,
-    k: int = K,
-    device: str = "cpu",
-    block_entries: int = BLOCK_ENTRIES,
-) -> Positions:
-    """Corpus positions of the k best passages of each query by inner product, exactly, best first.
-
-    Equal scores stand in the order of the corpus. Passages of the same text have the same vector, and are
-    scored once and then set side by side, so that their tie does not hang on how a matrix product rounds
-    in different columns.
-
-    Args:
-        vectors_ud: one vector per distinct text.
-        query_q: which vector each query has.
-        corpus_c: which vector each passage has.
-        k: results per query.
-        device: where to compute.
-        block_entries: scores held at a time.
-
-    Returns:
-        [q, min(k, c)].
-    """
-    import torch
-
-    first_nk = _first_positions(corpus_c, k)
-    distinct_n = corpus_c[first_nk[:, 0]]
-    first = torch.from_numpy(first_nk).to(device)
-    vectors = torch.from_numpy(vectors_ud).to(device)
-    corpus_nd = vectors[torch.from_numpy(distinct_n).to(device)]
-    queries = min(BLOCK_QUERIES, max(1, block_entries // k))
-    passages = max(1, block_entries // queries)
-    found = []
-    for start in range(0, len(query_q), queries):
-        query_bd = vectors[torch.from_numpy(query_q[start : start + queries]).to(device)]
-        best_bk = torch.empty(len(query_bd), 0, dtype=torch.int64, device=device)
-        for offset in range(0, len(corpus_nd), passages):
-            score_bn = query_bd @ corpus_nd[offset : offset + passages].T
-            best_bk = _best(torch.cat([best_bk, _better(score_bn, best_bk, offset, k)], dim=1), k)
-        found.append(_spread(best_bk, first, min(k, len(corpus_c))).cpu().numpy())
-    return np.concatenate(found)
-
-
-def metrics(top_qk: Positions, relevant_r2: Pairs, corpus: int) -> dict[str, Values]:
-    """The metrics of each query, relevance being yes or no.
-
-    ndcg@10 is the sum of 1 / log2(rank + 1) over relevant results, divided by the same sum with all the
-    relevant passages on top; acc@1 is whether the first result is relevant; recall@10 is the share of the
-    query's relevant passages that is among the results.
-
-    Args:
-        top_qk: corpus positions of each query's results, best first; at most `K`.
-        relevant_r2: the relevant (query, passage) pairs, distinct; every query has one.
-        corpus: number of passages.
-
-    Returns:
-        By metric: [q].
-    """
-    query_q1 = np.arange(len(top_qk))[:, None]
-    hit_qk = np.isin(query_q1 * corpus + top_qk, relevant_r2[:, 0] * corpus + relevant_r2[:, 1])
-    relevant_q = np.bincount(relevant_r2[:, 0], minlength=len(top_qk))
-    gain_k = 1 / np.log2(np.arange(2, K + 2))
-    ideal_q = np.cumsum(gain_k)[np.minimum(relevant_q, K) - 1]
-    return {
-        "ndcg@10": hit_qk @ gain_k[: hit_qk.shape[1]] / ideal_q,
-        "acc@1": hit_qk[:, 0].astype(np.float64),
-        "recall@10": hit_qk.sum(axis=1) / relevant_q,
-    }
-
-
-def _first_positions(corpus_c: Positions, k: int) -> Positions:
-    """The first k places in the corpus of each distinct passage [n, k], -1 where it has fewer.
-
-    The passages come in the order of their first place, so that ties between them are already in order.
-    """
-    order_c = np.argsort(corpus_c, kind="stable")
-    _, start_n, count_n = np.unique(corpus_c[order_c], return_index=True, return_counts=True)
-    within_c = np.arange(len(corpus_c)) - np.repeat(start_n, count_n)
-    group_c = np.repeat(np.arange(len(start_n)), count_n)
-    first_nk = np.full((len(start_n), k), -1, dtype=np.int64)
-    kept = within_c < k
-    first_nk[group_c[kept], within_c[kept]] = order_c[kept]
-    first: Positions = first_nk[np.argsort(first_nk[:, 0])]
-    return first
-
-
-def _better(score_bn: torch.Tensor, best_bk: torch.Tensor, offset: int, k: int) -> torch.Tensor:
-    """Keys [b, m] of the passages that may still come among the best, `NO_RESULT` filling the rows.
-
-    Once a query has k results, only a score above its last one can: passages come in order, so a tie is lost.
-    After a few blocks that is next to none, and comparing is cheaper than a key for every score.
-    """
-    import torch
-
-    if best_bk.shape[1] < k:
-        position_n = torch.arange(offset, offset + score_bn.shape[1], device=score_bn.device)
-        return _best(_keys(score_bn, position_n), k)
-    row_m, column_m = (score_bn > _scores(best_bk[:, -1:])).nonzero(as_tuple=True)
-    count_b = torch.bincount(row_m, minlength=len(score_bn))
-    within_m = torch.arange(len(row_m), device=row_m.device) - (count_b.cumsum(0) - count_b)[row_m]
-    key_bm = torch.full((len(score_bn), int(count_b.max())), NO_RESULT, device=row_m.device)
-    key_bm[row_m, within_m] = _keys(score_bn[row_m, column_m], offset + column_m)
-    return key_bm
-
-
-def _keys(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Scores and positions as integers whose descending order is by score, then by position.
-
-    The bits of a float32 order like integers once the lower bits of negative numbers are flipped. The scores
-    are overwritten.
-    """
-    import torch
-
-    ordered = score.add_(0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered ^= (ordered >> 31).bitwise_and_(0x7FFFFFFF)
-    key = ordered.long()
-    key <<= POSITION_BITS
-    key |= POSITION_MASK - position
-    return key
-
-
-def _scores(key: torch.Tensor) -> torch.Tensor:
-    """The scores in keys."""
-    import torch
-
-    ordered = (key >> POSITION_BITS).int()
-    return (ordered ^ (ordered >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
-
-
-def _best(key_bn: torch.Tensor, k: int) -> torch.Tensor:
-    return key_bn.topk(min(k, key_bn.shape[1]), dim=1).values
-
-
-def _spread(best_bk: torch.Tensor, first_nk: torch.Tensor, k: int) -> torch.Tensor:
-    """Positions [b, k] in the corpus of results that are distinct passages, each set at all its places."""
-    place_bkk = first_nk[POSITION_MASK - (best_bk & POSITION_MASK)]
-    key_bkk = (best_bk & ~POSITION_MASK)[..., None] | (POSITION_MASK - place_bkk)
-    key_bn = key_bkk.masked_fill(place_bkk < 0, NO_RESULT).flatten(1)
-    return POSITION_MASK - (_best(key_bn, k) & POSITION_MASK)

@@ -22,7 +22,7 @@ from f2llm_ray.evaluate.task import Kind, Measured, Screened
 from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.evaluate.encode import Encoder
 
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -80,11 +80,11 @@ class RetrievalSet:
         """Queries, and the passages as their answers."""
         return Screened(self.query_texts, self.corpus_texts)
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`: nDCG@10 and others of exact search."""
         from f2llm_ray.evaluate.retrieval import evaluate
 
-        return evaluate(engine, self, divisors)
+        return evaluate(encoder, self, divisors)
 
 
 def read_set(folder: Folder) -> RetrievalSet:

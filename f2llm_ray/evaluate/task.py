@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.run import Folder
-    from f2llm_ray.serve.engine import Engine
 
 Kind = Literal["retrieval", "bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
 
@@ -70,11 +70,11 @@ class Task(Protocol):
     def write(self, folder: Folder) -> None:
         """Writes the task for `kinds.read_task`: its tables, and kind, name and instruction as set.json, last."""
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """Encodes the task's texts once and scores them at several dims.
 
         Args:
-            engine: the model.
+            encoder: the model.
             divisors: the dims, as the model's d divided by these.
 
         Raises:

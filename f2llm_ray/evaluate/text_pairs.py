@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from f2llm_ray.evaluate import statistic
-from f2llm_ray.evaluate.encode import cosines, encode_distinct, instructed
+from f2llm_ray.evaluate.encode import as_queries, cosines, encode_distinct
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet
 from f2llm_ray.evaluate.statistic import Builder
@@ -21,7 +21,7 @@ from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 
 if TYPE_CHECKING:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.evaluate.encode import Encoder
 
 
 class TextPairs(LabelledSet):
@@ -38,11 +38,11 @@ class TextPairs(LabelledSet):
         """Both texts of each pair."""
         return Screened([*self.values("text_a"), *self.values("text_b")], [])
 
-    def measure(self, engine: Engine, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """The metrics of the cosines. Both texts carry the instruction."""
         started = time.perf_counter()
-        sides = [instructed(engine, self.values(side), self.instruction) for side in ("text_a", "text_b")]
-        encoded = encode_distinct(engine, [*sides[0], *sides[1]])
+        sides = [as_queries(encoder, self.values(side), self.instruction) for side in ("text_a", "text_b")]
+        encoded = encode_distinct(encoder, [*sides[0], *sides[1]])
         a_n, b_n = map(encoded.of, sides)
         found = [(dim, cosines(cut_ud, a_n, b_n)) for dim, cut_ud in encoded.at_dims(divisors)]
         cosine_nm = np.column_stack([cosine_n for _, cosine_n in found])

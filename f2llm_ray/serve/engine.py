@@ -66,3 +66,8 @@ class Engine:
         """Unit vectors [n, dim] of texts, cut to the model's own max_tokens, in the given order."""
         tokens = self.tokenize(texts, prompt=prompt, max_tokens=self.info.max_tokens)
         return self.embed_tokens(tokens, dim=dim)
+
+    def embed_counted(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Unit vectors [n, d] of texts as `embed` gives them, and how many tokens these were."""
+        tokens = self.tokenize(texts, max_tokens=self.info.max_tokens)
+        return self.embed_tokens(tokens), sum(map(len, tokens))

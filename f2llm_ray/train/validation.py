@@ -17,7 +17,8 @@ import torch
 from torch.nn.functional import normalize
 
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.evaluate.retrieval import metrics, top_positions
+from f2llm_ray.evaluate.exact import top_positions
+from f2llm_ray.evaluate.hits import K, metrics
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.train.cache import encode_chunks
 from f2llm_ray.train.loader import Batch
@@ -74,7 +75,7 @@ def score(id_b2: Ints, v_b2d: Vectors) -> float | None:
     passage_c, passage_b = np.unique(text_b2[:, 1], return_inverse=True)
     relevant_r2 = np.unique(np.column_stack([row_b, passage_b]), axis=0)
     vectors_ud = v_b2d.reshape(-1, v_b2d.shape[-1])[first_u]
-    top_qk = top_positions(vectors_ud, query_q, passage_c)
+    top_qk = top_positions(vectors_ud, query_q, passage_c, k=K)
     return float(metrics(top_qk, relevant_r2, len(passage_c))["ndcg@10"].mean())
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.evaluate.by_type import QUERIES, by_type
-from f2llm_ray.evaluate.retrieval import metrics
+from f2llm_ray.evaluate.hits import metrics
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve.quantise import dequantise_int8, quantise
 

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from f2llm_ray.compare import compare as compare_models
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.errors import DataError, F2LLMError, RecipeError, RunError
-from f2llm_ray.evaluate.compare import table
+from f2llm_ray.evaluate.differences import table
 from f2llm_ray.evaluate.kinds import read_task, task_of
 from f2llm_ray.evaluate.summary import compare
 from f2llm_ray.pipeline import Pipeline
@@ -251,7 +252,7 @@ def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path])
     pipeline, folder = evaluated
     same = f"{pipeline.run.folder(pipeline.plan.models['untrained']).path}/model"
     other = str(tiny_model(folder / "tiny"))
-    rows = pipeline.compare(["untrained", same, other])
+    rows = compare_models(pipeline, ["untrained", same, other])
     assert [(row["set"], row["model"]) for row in rows] == [
         (name, model) for name in ("held", "bitext", "topics") for model in (same, other)
     ]
@@ -265,7 +266,16 @@ def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path])
         assert row["low"] <= row["difference"] <= row["high"]
         assert set(row["wins"]).isdisjoint(row["losses"])
     assert len(table(rows).splitlines()) >= len(rows)
+    measured = list((Path(pipeline.run.root.path) / "compared").glob("*/results.json"))
+    before = {place: place.stat().st_mtime_ns for place in measured}
+    assert len(before) == 2
+    assert compare_models(pipeline, ["untrained", same, other]) == rows
+    assert {place: place.stat().st_mtime_ns for place in measured} == before
+    with pytest.raises(RunError, match=r"neither a model of the run \(.*\) nor a folder with safetensors"):
+        compare_models(pipeline, ["untrained", str(folder)])
+    with pytest.raises(RunError, match="expected URL#NAME"):
+        compare_models(pipeline, ["untrained", "http://127.0.0.1:9/v1"])
     with pytest.raises(RunError, match="two or more different models"):
-        pipeline.compare(["untrained", "untrained"])
+        compare_models(pipeline, ["untrained", "untrained"])
     with pytest.raises(RunError, match=r"jobs/evaluate\.py"):
-        pipeline.compare(["untrained", "stage1"])
+        compare_models(pipeline, ["untrained", "stage1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,13 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from f2llm_ray.errors import RunError
-from f2llm_ray.evaluate.retrieval import (
-    METRICS,
-    Positions,
-    evaluate,
-    metrics,
-    top_positions,
-)
+from f2llm_ray.evaluate.encode import Positions
+from f2llm_ray.evaluate.exact import top_positions
+from f2llm_ray.evaluate.hits import METRICS, K, metrics
+from f2llm_ray.evaluate.retrieval import evaluate
 from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve.engine import Engine
@@ -63,7 +61,7 @@ def test_search_and_metrics_equal_the_definitions_in_blocks_of_any_size(
 ) -> None:
     vectors_ud, query_q, corpus_c, relevant = problem
     expected = slow_top(vectors_ud[query_q], vectors_ud[corpus_c], 10)
-    top_qk = top_positions(vectors_ud, query_q, corpus_c, block_entries=block_entries)
+    top_qk = top_positions(vectors_ud, query_q, corpus_c, k=K, block_entries=block_entries)
     assert top_qk.tolist() == expected
     pairs_r2 = np.array([(q, c) for q, found in enumerate(relevant) for c in sorted(found)])
     values = metrics(top_qk, pairs_r2, len(corpus_c))
@@ -76,8 +74,8 @@ def test_blocked_search_equals_unblocked_on_real_numbers() -> None:
     vectors_ud = rng.standard_normal((1500, 16), dtype=np.float32)
     vectors_ud /= np.linalg.norm(vectors_ud, axis=1, keepdims=True)
     query_q, corpus_c = rng.integers(0, 1500, 200), rng.integers(0, 1500, 1000)
-    whole = top_positions(vectors_ud, query_q, corpus_c)
-    assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, block_entries=3000))
+    whole = top_positions(vectors_ud, query_q, corpus_c, k=K)
+    assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, k=K, block_entries=3000))
 
 
 def test_values_worked_out_by_hand() -> None:
@@ -152,6 +150,7 @@ def test_vectors_that_are_not_numbers_are_an_error(
 def test_a_model_without_instructions_gets_the_bare_query(tmp_path: Path, lines_set: RetrievalSet) -> None:
     folder = tiny_model(tmp_path / "bare", hidden=32)
     info = folder / "f2llm.json"
-    info.write_text(info.read_text().replace('"instructions": true', '"instructions": false'))
+    facts = {**json.loads(info.read_text()), "instructions": False, "prompts": {"query": ""}}
+    info.write_text(json.dumps(facts))
     scores = evaluate(bare := Engine(folder), lines_set, (1,)).scores
     assert scores["tokens"] == sum(map(len, bare.tokenize([*lines_set.query_texts, *LINES])))

@@ -1,0 +1,51 @@
+"""One model measured on all sets of a recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from f2llm_ray.evaluate.kinds import read_task
+from f2llm_ray.evaluate.outside import open_folder
+from f2llm_ray.recipe import Recipe
+from f2llm_ray.run import Folder
+
+if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
+
+
+def measure(
+    encoder: Encoder, sets: Folder, recipe: Recipe, out: Folder | None = None
+) -> dict[str, dict[str, Any]]:
+    """Scores by set.
+
+    Args:
+        encoder: the model.
+        sets: where the data steps wrote the recipe's sets.
+        recipe: names the sets and the dims.
+        out: gets what a comparison needs of each query, text or pair, as `units/<set>.parquet`.
+
+    Raises:
+        RunError: the model gives vectors that are not numbers.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name in recipe.evaluation.sets:
+        scores, units = read_task(sets / name).measure(encoder, recipe.evaluation.divisors)
+        results[name] = {**scores}
+        if out is not None:
+            (out / "units").write_table(f"{name}.parquet", [units], units.schema)
+    return results
+
+
+def measure_folder(
+    model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None
+) -> dict[str, dict[str, Any]]:
+    """`measure` for a model folder, inside a Ray task with one thread.
+
+    Raises:
+        RunError: the folder is no model that we or sentence-transformers can load.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    with model.as_local() as path:
+        return measure(open_folder(path), sets, recipe, out)

@@ -1,0 +1,146 @@
+"""Models from elsewhere, measured as ours are: a sentence-transformers folder, an OpenAI-compatible endpoint.
+
+Shapes: n texts, d dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
+
+if TYPE_CHECKING:
+    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.model.dims import Vectors
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+MODULES_FILE = "modules.json"
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""What sentence-transformers calls the prompt of a document; the first that a model has."""
+TEXTS_PER_REQUEST = 64
+REQUESTS = 4
+"""At once; an endpoint that is busy says so, and is asked again."""
+RETRIES = 5
+
+
+def is_endpoint(model: str) -> bool:
+    """Whether a model is given as URL#NAME."""
+    return model.startswith(("http://", "https://"))
+
+
+def open_folder(folder: Path) -> Encoder:
+    """A model folder of ours or of sentence-transformers.
+
+    Raises:
+        RunError: it is neither, or cannot be loaded.
+    """
+    from f2llm_ray.serve.engine import Engine
+
+    if (folder / INFO_FILE).is_file():
+        return Engine(folder)
+    if (folder / MODULES_FILE).is_file():
+        return SentenceTransformers(folder)
+    raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")
+
+
+class _Outside:
+    """What is known of a model from elsewhere: no matryoshka dims, and no ranges for int8."""
+
+    device = "cpu"
+
+    def __init__(self, name: str, dim: int, max_tokens: int, prompts: dict[str, str]) -> None:
+        self.info = ModelInfo(name=name, dims=(dim,), max_tokens=max_tokens, prompts=prompts, instructions=False)
+
+    @property
+    def ranges(self) -> Mapping[int, Vectors]:
+        return {}
+
+
+class SentenceTransformers(_Outside):
+    """A folder as sentence-transformers embeds it, with its own prompts for queries and documents.
+
+    Raises:
+        RunError: the package is not there, or cannot load the folder from safetensors without code of its own.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ModuleNotFoundError as error:
+            raise RunError(f"{error.name} is not installed; it comes with the extra `compare`") from None
+        try:
+            self.model = SentenceTransformer(
+                str(folder),
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise RunError(f"{folder}: sentence-transformers cannot load it: {error}") from None
+        dim = self.model.get_sentence_embedding_dimension()
+        own = self.model.prompts
+        document = next((own[name] for name in DOCUMENT_PROMPTS if own.get(name)), "")
+        prompts = {"query": own.get("query") or "", "document": document}
+        super().__init__(folder.name, int(dim or 0), int(self.model.max_seq_length or 0), prompts)
+        self.device = self.model.device.type
+
+    def embed_counted(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Unit vectors [n, d] and the tokens of the texts; prompts are in the texts already."""
+        vectors_nd = self.model.encode(
+            list(texts), prompt="", normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        longest = self.info.max_tokens or None
+        ids = self.model.tokenizer(list(texts), truncation=longest is not None, max_length=longest)["input_ids"]
+        return np.asarray(vectors_nd, dtype=np.float32), sum(map(len, ids))
+
+
+class Endpoint(_Outside):
+    """An OpenAI-compatible endpoint, given as URL#NAME; texts are sent as they are.
+
+    The key is read from the environment where it is set, and goes nowhere else.
+
+    Raises:
+        RunError: the client is not installed, no name is given, or the endpoint does not answer.
+    """
+
+    def __init__(self, model: str) -> None:
+        try:
+            from openai import OpenAI
+        except ModuleNotFoundError as error:
+            raise RunError(f"{error.name} is not installed; it comes with the extra `compare`") from None
+        self.url, _, self.name = model.partition("#")
+        if not self.name:
+            raise RunError(f"{model}: expected URL#NAME, such as http://127.0.0.1:8000/v1#f2llm-v2-80m")
+        self.client = OpenAI(
+            base_url=self.url, api_key=os.environ.get(KEY_VARIABLE) or "none", max_retries=RETRIES
+        )
+        probe_nd, _ = self._ask(["dim"])
+        super().__init__(self.name, probe_nd.shape[1], 0, {})
+
+    def embed_counted(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Unit vectors [n, d] of texts, and the tokens that the endpoint counts."""
+        parts = [texts[start : start + TEXTS_PER_REQUEST] for start in range(0, len(texts), TEXTS_PER_REQUEST)]
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            answers = list(pool.map(self._ask, parts))
+        vectors_nd = np.concatenate([vectors for vectors, _ in answers])
+        norm_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
+        return vectors_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny), sum(count for _, count in answers)
+
+    def _ask(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        from openai import OpenAIError
+
+        try:
+            answer: Any = self.client.embeddings.create(model=self.name, input=list(texts))
+        except OpenAIError as error:
+            raise RunError(f"{self.url}: {self.name} does not embed: {error}") from None
+        if len(answer.data) != len(texts):
+            raise RunError(f"{self.url}: found {len(answer.data)} vectors, expected {len(texts)}")
+        rows = sorted(answer.data, key=lambda row: row.index)
+        return np.array([row.embedding for row in rows], dtype=np.float32), int(answer.usage.prompt_tokens)
