@@ -12,7 +12,7 @@ from typing import Any
 
 from f2llm_ray import words
 from f2llm_ray.data.language import UNKNOWN
-from f2llm_ray.plots import bar_plot, histogram_plot, line_plot
+from f2llm_ray.plots import Plot, bar_plot, histogram_plot, line_plot
 
 Card = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -103,7 +103,7 @@ def _share(part: int, whole: int) -> str:
     return words.share(part, whole) if whole else ""
 
 
-def language_plot(by_language: Mapping[str, Tally], names: Sequence[str]) -> str | None:
+def language_plot(by_language: Mapping[str, Tally], names: Sequence[str]) -> Plot | None:
     """Rows kept of rows read, as bars in the given order."""
     if not names:
         return None
@@ -116,7 +116,7 @@ def language_cells(name: str, found: Tally) -> list[str]:
     return [name, words.count(found.read), words.count(found.kept), _share(found.kept, found.read)]
 
 
-def length_plots(card: Card) -> list[tuple[str, str, str]]:
+def length_plots(card: Card) -> list[tuple[str, str, Plot]]:
     """Name, medians and a plot for each source, all over the same range of lengths."""
     lengths = {name: sides for name, sides in (card.get("lengths") or {}).items() if any(map(sum, sides.values()))}
     used = [bin_ for sides in lengths.values() for bins in sides.values() for bin_, n in enumerate(bins) if n]
@@ -196,7 +196,7 @@ def near_dedup(found: Row) -> Cells:
     ]
 
 
-def curve(found: Row) -> str | None:
+def curve(found: Row) -> Plot | None:
     """The S-curve of the bands, with the least Jaccard marked."""
     if not found.get("curve"):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from f2llm_ray import words
 from f2llm_ray.page import render_page
-from f2llm_ray.plots import line_plot
+from f2llm_ray.plots import Plot, line_plot
 from f2llm_ray.run import Folder
 
 METRIC = "ndcg@10"
@@ -150,7 +150,7 @@ def _headline(rows: Sequence[Row]) -> list[str]:
     return [f"Best of {words.plural(len(ranked), 'variant')}: {best['name']}, {METRIC} {best['mean']:.3f}{kept}."]
 
 
-def _plot(name: str, rows: Sequence[Row]) -> str:
+def _plot(name: str, rows: Sequence[Row]) -> Plot:
     lines = {row["name"]: [(float(dim), mean) for dim, mean in row["by_dim"].items()] for row in rows}
     ticks = sorted({int(dim) for row in rows for dim in row["by_dim"]})
     return line_plot(name, lines, x="dims", y=METRIC, markers=True, ticks=ticks)

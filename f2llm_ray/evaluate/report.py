@@ -10,17 +10,16 @@ from typing import Any
 
 from f2llm_ray import words
 from f2llm_ray.evaluate.model_card import write_cards
+from f2llm_ray.evaluate.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.evaluate.resources import by_resources
 from f2llm_ray.evaluate.scored import at_full, by_dim, by_language, interval, main_metric, metrics_of, sets_of
 from f2llm_ray.page import render_page
-from f2llm_ray.plots import bar_plot, line_plot
 from f2llm_ray.run import Folder
 
 Report = Mapping[str, Any]
 Model = Mapping[str, Any]
 Cells = list[list[str]]
 
-LANGUAGES_PLOTTED = 40
 WEAKEST = 5
 """Languages of a set that the headline names."""
 LANGUAGES_OPEN = 20
@@ -28,15 +27,19 @@ LANGUAGES_OPEN = 20
 
 
 def write_report(root: Folder, report: dict[str, Any]) -> None:
-    """Writes report.json and report.html into the run's root, and a card into the folder of each model."""
+    """Writes report.json, report.html and plots/ into the run's root, and a card into the folder of each model."""
+    plots = plots_of(report)
     root.write_json("report.json", report)
-    root.write_bytes("report.html", render(report).encode("utf-8"))
+    root.write_bytes("report.html", render(report, plots).encode("utf-8"))
+    (root / "plots").clear()
+    for plot in plots.all():
+        (root / "plots").write_bytes(plot.file, plot.png())
     write_cards(root, report)
 
 
-def render(report: Report) -> str:
+def render(report: Report, plots: Plots) -> str:
     """The HTML page; all text in it is escaped."""
-    models = _models(report)
+    models = list(report.get("models") or [])
     teacher = _teacher(models)
     against = [] if teacher is None else [f"of {teacher.get('name')}"]
     return render_page(
@@ -45,7 +48,7 @@ def render(report: Report) -> str:
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
         quality=[(name, _scores_head(models, name), _quality(models, teacher, name)) for name in sets_of(models)],
-        matryoshka=[(name, _matryoshka(models, name)) for name in sets_of(models)],
+        matryoshka=plots.matryoshka,
         types=_types(models[-1]) if models else [],
         sizes=[_sizes(model) for model in models],
         last=str(models[-1].get("name")) if models else "",
@@ -64,10 +67,10 @@ def render(report: Report) -> str:
         steps=[_step(row) for row in report.get("rows") or []],
         sources=_sources(report),
         language_count=len(report.get("languages") or {}),
-        language_plot=_language_plot(report.get("languages") or {}),
+        language_plot=plots.languages,
         training=[_training(*item) for item in (report.get("training") or {}).items()],
-        loss_plots=_loss_plots(report),
-        score_plots=_score_plots(report),
+        loss_plots=plots.losses,
+        score_plots=plots.scores,
         seconds=_seconds(report),
         serving=[(key, str(value)) for key, value in (report.get("serving") or {}).items()],
         commands=list((report.get("commands") or {}).items()),
@@ -77,7 +80,7 @@ def render(report: Report) -> str:
 
 def headline(report: Report) -> list[str]:
     """The main numbers as sentences; what was not measured is left out."""
-    models = _models(report)
+    models = list(report.get("models") or [])
     teacher = _teacher(models)
     sentences = []
     rows, languages = report.get("rows") or [], report.get("languages") or {}
@@ -109,10 +112,6 @@ def headline(report: Report) -> list[str]:
 
 
 # What the report holds
-
-
-def _models(report: Report) -> list[Model]:
-    return list(report.get("models") or [])
 
 
 def _teacher(models: Sequence[Model]) -> Model | None:
@@ -164,17 +163,6 @@ def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells
             row.append(share if model in shrunk else "")
         rows.append(row)
     return rows
-
-
-def _matryoshka(models: Sequence[Model], name: str) -> str | None:
-    main = main_metric(models, name)
-    lines = {}
-    for model in models:
-        points = [(dim, scores.get(main)) for dim, scores in by_dim(model, name).items()]
-        lines[str(model.get("name"))] = [(float(dim), value) for dim, value in points if value is not None]
-    ticks = sorted({dim for points in lines.values() for dim, _ in points})
-    title = f"{main} by dim on {name}"
-    return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
 
 
 def _types(model: Model) -> list[tuple[str, Cells]]:
@@ -260,11 +248,6 @@ def _sources(report: Report) -> Cells:
     ]
 
 
-def _language_plot(languages: Mapping[str, int]) -> str | None:
-    largest = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES_PLOTTED]
-    return bar_plot("training rows by language", largest) if largest else None
-
-
 def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
     speed = facts.get("tokens_per_second")
     return [
@@ -274,31 +257,6 @@ def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
         words.count(None if speed is None else round(speed)),
         words.score(facts.get("final_loss")),
     ]
-
-
-def _loss_plots(report: Report) -> list[tuple[str, str]]:
-    plots = []
-    for stage, facts in (report.get("training") or {}).items():
-        by_dim = sorted((key for key in facts if key.startswith("loss_at_")), key=lambda key: -int(key[8:]))
-        kinds = {"training": "loss", "validation": "validation", **{f"{key[8:]} dims": key for key in by_dim[-3:]}}
-        lines = {
-            kind: [(step, loss) for step, loss in facts.get(key) or [] if loss is not None]
-            for kind, key in kinds.items()
-        }
-        if any(lines.values()):
-            plots.append((stage, line_plot(f"loss of {stage}", lines, x="step", y="loss", markers=False)))
-    return plots
-
-
-def _score_plots(report: Report) -> list[tuple[str, str]]:
-    """ndcg@10 on held-out rows while a stage trained."""
-    plots = []
-    for stage, facts in (report.get("training") or {}).items():
-        points = [(step, score) for step, score in facts.get("score") or [] if score is not None]
-        if points:
-            lines = {"held-out ndcg@10": points}
-            plots.append((stage, line_plot(f"score of {stage}", lines, x="step", y="ndcg@10", markers=True)))
-    return plots
 
 
 def _seconds(report: Report) -> list[tuple[str, str, str]]:

@@ -12,12 +12,19 @@ import pytest
 import yaml
 
 from f2llm_ray.evaluate.model_card import model_card
-from f2llm_ray.evaluate.report import headline, render, write_report
+from f2llm_ray.evaluate.report import headline, write_report
+from f2llm_ray.evaluate.report import render as render_with
+from f2llm_ray.evaluate.report_plots import plots_of
 from f2llm_ray.evaluate.resources import by_resources
 from f2llm_ray.evaluate.terminal import TERMINAL_COLUMNS, terminal_table
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run import Folder
 from tests.tiny import tiny_model
+
+
+def render(report: dict[str, Any]) -> str:
+    return render_with(report, plots_of(report))
+
 
 LANGUAGES = [f"l{i:02}" for i in range(45)]
 HOSTILE = "<script>alert('$x^2$')</script>&\"_"
@@ -219,6 +226,21 @@ def test_the_code_of_a_card_runs(tmp_path: Path) -> None:
     assert abs(found["vectors"].numpy() - query).max() < 1e-5
     exec(stock, found)  # noqa: S102
     assert abs(found["queries"] - query).max() < 1e-5
+
+
+def test_every_plot_of_the_page_is_a_picture_too(tmp_path: Path) -> None:
+    """As many as the page has, the same bytes again, and none of an earlier report."""
+    report = full_report()
+    root = Folder.at(str(tmp_path))
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "earlier.png").write_bytes(b"")
+    write_report(root, report)
+    pictures = {file.name: file.read_bytes() for file in (tmp_path / "plots").iterdir()}
+    assert len(pictures) == (tmp_path / "report.html").read_text().count("<svg role")
+    assert "ndcg-10-by-dim-on-manual.png" in pictures
+    assert all(content.startswith(b"\x89PNG") for content in pictures.values())
+    write_report(root, report)
+    assert pictures == {file.name: file.read_bytes() for file in (tmp_path / "plots").iterdir()}
 
 
 def test_the_page_stands_alone() -> None:

@@ -1,0 +1,86 @@
+"""The plots of a run's report; what was not measured is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from f2llm_ray.evaluate.scored import by_dim, main_metric, sets_of
+from f2llm_ray.plots import Plot, bar_plot, line_plot
+
+Report = Mapping[str, Any]
+Model = Mapping[str, Any]
+
+LANGUAGES_PLOTTED = 40
+
+
+@dataclass(frozen=True)
+class Plots:
+    """What a report draws."""
+
+    matryoshka: list[tuple[str, Plot | None]]
+    """The main metric by dim, a line per model, for each set."""
+    languages: Plot | None
+    """Training rows of the largest languages."""
+    losses: list[tuple[str, Plot]]
+    """By stage of training."""
+    scores: list[tuple[str, Plot]]
+    """ndcg@10 on held-out rows, by stage of training."""
+
+    def all(self) -> list[Plot]:
+        """All of them."""
+        found = [plot for _, plot in (*self.matryoshka, *self.losses, *self.scores)]
+        return [plot for plot in (*found, self.languages) if plot is not None]
+
+
+def plots_of(report: Report) -> Plots:
+    """The plots of a report, which may lack any part."""
+    models = list(report.get("models") or [])
+    return Plots(
+        [(name, _matryoshka(models, name)) for name in sets_of(models)],
+        _languages(report.get("languages") or {}),
+        _losses(report),
+        _scores(report),
+    )
+
+
+def _matryoshka(models: Sequence[Model], name: str) -> Plot | None:
+    main = main_metric(models, name)
+    lines = {}
+    for model in models:
+        points = [(dim, scores.get(main)) for dim, scores in by_dim(model, name).items()]
+        lines[str(model.get("name"))] = [(float(dim), value) for dim, value in points if value is not None]
+    ticks = sorted({dim for points in lines.values() for dim, _ in points})
+    title = f"{main} by dim on {name}"
+    return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
+
+
+def _languages(languages: Mapping[str, int]) -> Plot | None:
+    largest = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:LANGUAGES_PLOTTED]
+    return bar_plot("training rows by language", largest) if largest else None
+
+
+def _losses(report: Report) -> list[tuple[str, Plot]]:
+    plots = []
+    for stage, facts in (report.get("training") or {}).items():
+        by_dim = sorted((key for key in facts if key.startswith("loss_at_")), key=lambda key: -int(key[8:]))
+        kinds = {"training": "loss", "validation": "validation", **{f"{key[8:]} dims": key for key in by_dim[-3:]}}
+        lines = {
+            kind: [(step, loss) for step, loss in facts.get(key) or [] if loss is not None]
+            for kind, key in kinds.items()
+        }
+        if any(lines.values()):
+            plots.append((stage, line_plot(f"loss of {stage}", lines, x="step", y="loss", markers=False)))
+    return plots
+
+
+def _scores(report: Report) -> list[tuple[str, Plot]]:
+    """ndcg@10 on held-out rows while a stage trained."""
+    plots = []
+    for stage, facts in (report.get("training") or {}).items():
+        points = [(step, score) for step, score in facts.get("score") or [] if score is not None]
+        if points:
+            lines = {"held-out ndcg@10": points}
+            plots.append((stage, line_plot(f"score of {stage}", lines, x="step", y="ndcg@10", markers=True)))
+    return plots
