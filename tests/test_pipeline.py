@@ -52,6 +52,7 @@ def recipe(folder: Path) -> Path:
     corpus["prune"] |= {"vocabulary": "used"}
     # Ever wilder steps: the best checkpoint is not the last one.
     corpus["distill"] |= {"checkpoint_every": 2, "keep_best": True, "lr": 100, "warmup_steps": 6}
+    corpus["evaluation"]["during_training"] = True
     return write_recipe(folder, corpus)
 
 
@@ -173,6 +174,12 @@ def test_the_best_checkpoint_is_exported_where_it_is_asked_for(finished: dict[st
     assert len(written) == len(exported)
     for name, value in exported.items():
         assert torch.equal(written[f"weight/backbone.{name}"], value)
+    # The checkpoint was measured beside training as the exported model is after it.
+    report = json.loads((root / "report.json").read_text())
+    curve = dict(report["training"]["distilled"]["checkpoint_scores"]["ndcg@10 on held"])
+    full = next(iter(report["models"][-1]["scores"]["held"].values()))
+    assert set(curve) == {2, 4}
+    assert curve[best] == full["ndcg@10"]
 
 
 def test_every_row_is_accounted_for(finished: dict[str, Any]) -> None:

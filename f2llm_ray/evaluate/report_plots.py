@@ -26,7 +26,7 @@ class Plots:
     losses: list[tuple[str, Plot]]
     """By stage of training."""
     scores: list[tuple[str, Plot]]
-    """ndcg@10 on held-out rows, by stage of training."""
+    """On held-out rows and of checkpoints, by stage of training."""
 
     def all(self) -> list[Plot]:
         """All of them."""
@@ -76,11 +76,13 @@ def _losses(report: Report) -> list[tuple[str, Plot]]:
 
 
 def _scores(report: Report) -> list[tuple[str, Plot]]:
-    """ndcg@10 on held-out rows while a stage trained."""
+    """ndcg@10 on held-out rows while a stage trained, and the scores of its checkpoints on the sets."""
     plots = []
     for stage, facts in (report.get("training") or {}).items():
-        points = [(step, score) for step, score in facts.get("score") or [] if score is not None]
-        if points:
-            lines = {"held-out ndcg@10": points}
-            plots.append((stage, line_plot(f"score of {stage}", lines, x="step", y="ndcg@10", markers=True)))
+        held_out = [(step, score) for step, score in facts.get("score") or [] if score is not None]
+        measured = facts.get("checkpoint_scores") or {}
+        lines = {"held-out ndcg@10": held_out}
+        lines |= {name: [(step, score) for step, score in curve] for name, curve in measured.items()}
+        if any(lines.values()):
+            plots.append((stage, line_plot(f"score of {stage}", lines, x="step", y="score", markers=True)))
     return plots

@@ -152,3 +152,5 @@ class Evaluation(Section):
     language."""
     divisors: tuple[int, ...] = (1, 2, 4, 8)
     """The dims measured, as d divided by these."""
+    during_training: bool = False
+    """Measure each checkpoint as well, in tasks beside training, on CPUs or GPUs that it leaves free."""

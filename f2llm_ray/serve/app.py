@@ -6,9 +6,8 @@ behind one URL are several such applications and the router of `serve.family`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
 from ray import serve
 
 from f2llm_ray.serve.api import Info
@@ -17,8 +16,11 @@ from f2llm_ray.serve.deploy import checked, options
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
-def _web() -> FastAPI:
+
+def _web() -> ASGIApp:
     """Made on the replica: routes pickled with their class lose the types that their annotations name."""
     return web(lambda: serve.get_replica_context().servable_object, Info)
 

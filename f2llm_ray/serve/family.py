@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
 from pydantic import BaseModel, Field, model_validator
 from ray import serve
 from ray.exceptions import RayActorError
@@ -26,6 +25,9 @@ from f2llm_ray.serve.catalog import Arguments, Limits, Served, find_model, with_
 from f2llm_ray.serve.deploy import checked, options
 from f2llm_ray.serve.gate import Rules
 from f2llm_ray.serve.routes import web
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 from f2llm_ray.serve.search import SearchRequest
 from f2llm_ray.serve.settings import Access, Serving
 
@@ -167,7 +169,7 @@ async def _running(app: str) -> bool:
     return any(deployment.replica_states.get("RUNNING") for deployment in found.deployments.values())
 
 
-def _web() -> FastAPI:
+def _web() -> ASGIApp:
     """Made on the replica, as in `serve.app`."""
     return web(lambda: serve.get_replica_context().servable_object, FamilyInfo)
 

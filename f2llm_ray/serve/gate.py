@@ -60,7 +60,7 @@ class Gate:
             return
         rules = self.rules()
         started = time.perf_counter()
-        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+        path = path_of(scope)
         status, key = 499, None  # 499: the client left before an answer began
 
         async def watched(message: Message) -> None:
@@ -71,10 +71,10 @@ class Gate:
 
         try:
             if rules.keys is not None and path not in OPEN:
-                key = rules.keys.admit(_header(scope, b"authorization"))
+                key = rules.keys.admit(header(scope, b"authorization"))
             await self.app(scope, receive, watched)
         except ApiError as error:
-            await _refuse(error, watched)
+            await refuse(error, watched)
         finally:
             seconds = time.perf_counter() - started
             route = path if path in COUNTED else "other"
@@ -83,21 +83,31 @@ class Gate:
                 _log(scope, path=route, status=status, seconds=seconds, key=key)
 
 
-async def _refuse(error: ApiError, send: Send) -> None:
+async def refuse(error: ApiError, send: Send) -> None:
+    """Sends an error as the answer."""
     headers = {"Content-Type": "application/json", **error.headers}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    body = error.body()
     raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    raw.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
-    await send({"type": "http.response.body", "body": error.body()})
+    await send({"type": "http.response.body", "body": body})
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
+def path_of(scope: Scope) -> str:
+    """The route that is asked for, below wherever the application is mounted."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
+    return path or "/"
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a header by its name in lower case."""
     return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
 
 
 def _log(scope: Scope, *, path: str, status: int, seconds: float, key: str | None) -> None:
-    request_id = _header(scope, b"x-request-id")
+    request_id = header(scope, b"x-request-id")
     line = {
         "time": round(time.time(), 3),
         "id": request_id and request_id[:LOGGED_ID],

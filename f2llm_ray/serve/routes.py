@@ -1,10 +1,10 @@
-"""The HTTP routes over whatever answers them: a model's replica, or the router of a family."""
+"""All HTTP routes over whatever answers them, and what /docs says of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
@@ -12,33 +12,16 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
-from f2llm_ray.serve import api, limits, metrics
-from f2llm_ray.serve.gate import Gate, Rules
+from f2llm_ray.serve import api, metrics
+from f2llm_ray.serve.asks import EMBED, EMBEDDINGS, SEARCH, Asks, Face
+from f2llm_ray.serve.gate import Gate
 from f2llm_ray.serve.search import SearchAnswer, SearchRequest
-from f2llm_ray.serve.settings import Serving
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
 
 
-class Face(Protocol):
-    """What stands behind the routes."""
-
-    settings: Serving
-    rules: Rules
-    places: limits.Places
-
-    async def answer(self, route: str, body: bytes) -> api.Answer:
-        """Answers POST /v1/embeddings or /embed; ApiError for anything wrong."""
-
-    def models(self) -> list[api.ModelCard]:
-        """The models that can be asked for."""
-
-    def info(self) -> BaseModel:
-        """Facts and limits."""
-
-    async def check(self) -> None:
-        """ApiError 503 when it cannot answer."""
-
-
-def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
+def web(face: Callable[[], Face], info: type[BaseModel]) -> ASGIApp:
     """The routes.
 
     Args:
@@ -48,32 +31,20 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
     app = FastAPI(
         title="f2llm_ray", version=__version__, redirect_slashes=False, description=DESCRIPTION, redoc_url=None
     )
-    app.add_middleware(Gate, rules=lambda: face().rules)
     app.add_exception_handler(api.ApiError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
 
-    async def answered(request: Request, route: str) -> Response:
-        here = face()
-        with here.places.held():
-            answer = await here.answer(route, await _body(request, here.settings))
-        request.state.answer = answer
-        return _json(answer.content)
+    async def documented() -> None:
+        raise AssertionError("Asks answers this before it comes here")
 
-    @app.post("/v1/embeddings", **_docs(api.EmbeddingsAnswer, api.EmbeddingsRequest))
-    async def embeddings(request: Request) -> Response:
-        """Embeds texts or token lists (OpenAI's shape)."""
-        return await answered(request, "/v1/embeddings")
+    def document(route: str, answer: Any, ask: type[BaseModel], summary: str) -> None:
+        app.post(route, summary=summary, **_docs(answer, ask))(documented)
 
-    @app.post("/embed", **_docs(list[list[float]] | dict[str, Any], api.EmbedRequest))
-    async def embed(request: Request) -> Response:
-        """Embeds texts; answers a list of vectors, or such a list by type where `embedding_types` is given."""
-        return await answered(request, "/embed")
-
-    @app.post("/search", **_docs(SearchAnswer, SearchRequest))
-    async def search(request: Request) -> Response:
-        """The nearest passages of the model's corpus at each of its dims: what the page at / asks."""
-        return await answered(request, "/search")
+    vectors = list[list[float]] | dict[str, Any]
+    document(EMBEDDINGS, api.EmbeddingsAnswer, api.EmbeddingsRequest, "Vectors in OpenAI's shape")
+    document(EMBED, vectors, api.EmbedRequest, "A list of vectors, or such lists by type where types are named")
+    document(SEARCH, SearchAnswer, SearchRequest, "The nearest passages of the model's corpus at each of its dims")
 
     app.get("/", response_class=HTMLResponse)(page)
 
@@ -101,7 +72,7 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> FastAPI:
             raise api.ApiError(503, "no_metrics", "Ray's metrics exporter on this node does not answer", None, 10)
         return PrometheusText(text)
 
-    return app
+    return Gate(Asks(app, face), rules=lambda: face().rules)
 
 
 PAGE = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
@@ -143,17 +114,6 @@ async def _no_route(request: Request, error: Exception) -> Response:
 async def _failed(_: Request, error: Exception) -> Response:
     message = f"the request failed here ({type(error).__name__}); the replica's log says more"
     return _json(api.ApiError(500, "internal_error", message).body(), 500)
-
-
-async def _body(request: Request, settings: Serving) -> bytes:
-    """The body, read no further than the limit."""
-    announced = request.headers.get("content-length", "")
-    limits.check_body(int(announced) if announced.isdecimal() else 0, settings)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        limits.check_body(len(body), settings)
-    return bytes(body)
 
 
 def _docs(answer: Any, ask: type[BaseModel] | None = None) -> dict[str, Any]:

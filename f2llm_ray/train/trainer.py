@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from f2llm_ray.errors import F2LLMError, plain_error
@@ -9,6 +10,7 @@ from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 from f2llm_ray.train.board import watched
 from f2llm_ray.train.checkpoints import settle
+from f2llm_ray.train.follow import curves, followed
 from f2llm_ray.train.loader import build_batches
 from f2llm_ray.train.loop import BEST, FAILURE, RAY_TRAIN, Job, work
 from f2llm_ray.train.settings import Compute, Distill, TrainStage
@@ -95,13 +97,17 @@ def train(
             callbacks=[_stopper()],
         ),
     )
-    with watched(run_id, name):
+    measured = recipe.evaluation.during_training and bool(recipe.evaluation.sets)
+    follower = followed(job, out / RAY_TRAIN, prepared / "sets") if measured else nullcontext()
+    with watched(run_id, name), follower:
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             found = plain_error(getattr(error, "controller_failure", error))
             raise (found or error) from None
     training: dict[str, Any] = out.read_json("training.json")
+    if measured:
+        training["checkpoint_scores"] = curves(out)
     return {"training": training}
 
 
