@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.corpus import write_corpus, write_recipe
-from tests.ports import free_port
 
 REPO = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head with a token; gives the environment that knows it, and the dashboard's address as HEAD."""
-    port = free_port()
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        "RAY_TMPDIR": str(tmp_path_factory.mktemp("ray")),
-        "HEAD": f"http://127.0.0.1:{port}",
-    }
-    ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}
-    process = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
-        + [f"--{name}={value}" for name, value in ports.items()]
-        + [f"--dashboard-agent-grpc-port={free_port()}", f"--runtime-env-agent-port={free_port()}"]
-        + ["--ray-client-server-port", str(free_port()), "--metrics-export-port", str(free_port())],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 120
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.5)
-    time.sleep(5)  # the job agent comes after the dashboard
-    yield environment
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
 
 
 def submit(environment: dict[str, str], recipe: Path, root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
