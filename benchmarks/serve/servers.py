@@ -84,8 +84,8 @@ class Running:
         return dict(used)
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes that hold the model."""
-        return [process for process in self.tree() if _part(self.name, process) == "replica"]
+        """The processes that answer; each has one below it that holds the model."""
+        return [one for one in self.tree() if " ".join(one.cmdline()).startswith("ray::ServeReplica")]
 
     def stop(self) -> None:
         """Ends it: it goes when its input closes."""
@@ -101,7 +101,7 @@ def _part(server: str, process: psutil.Process) -> str:
     if server != "ours":
         return "server"
     title = " ".join(process.cmdline()) or process.name()
-    if title.startswith("ray::ServeReplica"):
+    if title.startswith("ray::ServeReplica") or "f2llm_ray.serve.worker" in title:
         return "replica"
     return "haproxy" if process.name().startswith("haproxy") else "ray"
 

@@ -25,8 +25,9 @@ CLIENTS = 512
 
 
 def megabytes(server: Running) -> float:
-    """Resident memory of the replicas."""
-    return float(sum(process.memory_info().rss for process in server.replicas())) / 1e6
+    """Resident memory of the replicas and their engines."""
+    held = [one for replica in server.replicas() for one in (replica, *replica.children(recursive=True))]
+    return float(sum(process.memory_info().rss for process in held)) / 1e6
 
 
 def milliseconds(latencies: list[float]) -> dict[str, float]:

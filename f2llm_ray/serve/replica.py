@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from pydantic import BaseModel
 
@@ -14,8 +15,8 @@ from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
 from f2llm_ray.serve.calibrate import self_check
 from f2llm_ray.serve.catalog import Served
-from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.gate import Rules
+from f2llm_ray.serve.process import EngineProcess
 from f2llm_ray.serve.quantise import EmbeddingType, Quantised, quantise
 from f2llm_ray.serve.search import Corpus, SearchAnswer, SearchRequest
 
@@ -35,14 +36,14 @@ class Replica:
         self.rules = Rules.of(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
-            self.engine = Engine(folder, tokens_per_pass=self.settings.batch_tokens)
+            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, gone=_leave)
         if self.engine.calibration is not None:
             self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info
         self.corpus = None if served.corpus is None else Corpus.load(Folder.at(served.corpus))
         self.places = limits.Places(self.settings)
         self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.rules.meters.batch)
-        self.vocabulary = int(self.engine.backbone.config.vocab_size)
+        self.vocabulary = self.engine.vocabulary
         self.probe = self.engine.tokenize(["ready"])
         self.eos = int(self.probe[0][-1])
         self.engine.embed_tokens(self.probe)
@@ -151,6 +152,11 @@ class Replica:
         else:
             tokens = self.engine.tokenize(texts, prompt=prompt)
         return limits.check_lengths(tokens, max_tokens=self.card.max_tokens, truncate=ask.truncate, param=param)
+
+
+def _leave() -> None:
+    """Ends the replica whose engine is gone: Serve replaces it, and HAProxy asks another one meanwhile."""
+    os._exit(1)
 
 
 def _characters(given: api.Inputs) -> int:
