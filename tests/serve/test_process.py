@@ -71,7 +71,8 @@ def test_an_end_that_nobody_asked_for_is_noticed(tmp_path: Path) -> None:
 def test_it_ends_with_the_process_that_asks(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from f2llm_ray.serve.process import EngineProcess; "
-        "engine = EngineProcess(Path(sys.argv[1]), tokens_per_pass=64, gone=print); print('ready', flush=True); input()"
+        "engine = EngineProcess(Path(sys.argv[1]), tokens_per_pass=64, gone=print); "
+        "print('ready', flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     parent = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[2], **pipes)
