@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from f2llm_ray.cli import job_parser, main, recipe_of
@@ -64,7 +65,7 @@ def submit(arguments: argparse.Namespace) -> None:
                 runtime_env={"working_dir": folder, "py_modules": [str(REPO / "f2llm_ray")]},
                 metadata={"recipe": recipe.name, "root": arguments.root},
             )
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise RunError(f"{arguments.address}: {reason}") from None
     say(f"submitted {job}; stop it with: ray job stop {job} --address {arguments.address}")

@@ -46,6 +46,15 @@ def test_a_failed_job_says_why(head: dict[str, str], tmp_path: Path) -> None:
     assert failed.stderr.startswith("error: raysubmit_")
 
 
+def test_who_has_no_token_at_all_is_told_how_to_get_one(head: dict[str, str], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, write_corpus(tmp_path))
+    nobody = {key: value for key, value in head.items() if key != "RAY_AUTH_TOKEN"}
+    refused = submit({**nobody, "HOME": str(tmp_path)}, recipe, tmp_path / "root", "--job", "prepare")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "token" in refused.stderr
+
+
 def test_without_the_token_a_job_is_refused(head: dict[str, str], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, write_corpus(tmp_path))
     stranger = {**head, "RAY_AUTH_TOKEN": "0" * 32}
