@@ -13,7 +13,9 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 from ray.exceptions import AuthenticationError
@@ -23,6 +25,9 @@ from f2llm_ray.cli import job_parser, main, recipe_of
 from f2llm_ray.errors import RunError
 from f2llm_ray.progress import say
 
+STARTING = "No available agent"
+"""In Ray's answer while the head's agent is not up yet (ray 2.60)."""
+START_S = 60
 REPO = Path(__file__).resolve().parent.parent
 CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -60,7 +65,8 @@ def submit(arguments: argparse.Namespace) -> None:
             client = JobSubmissionClient(arguments.address)
             for name in CHATTY:
                 logging.getLogger(name).setLevel(logging.ERROR)
-            job = client.submit_job(
+            job = _submit(
+                client,
                 entrypoint=shlex.join(["python", f"{arguments.job}.py", *flags]),
                 runtime_env={"working_dir": folder, "py_modules": [str(REPO / "f2llm_ray")]},
                 metadata={"recipe": recipe.name, "root": arguments.root},
@@ -74,6 +80,19 @@ def submit(arguments: argparse.Namespace) -> None:
         status = client.get_job_status(job)
         if status != JobStatus.SUCCEEDED:
             raise RunError(f"{job}: {status.value.lower()}; its log is above, the same command goes on from there")
+
+
+def _submit(client: JobSubmissionClient, **job: Any) -> str:
+    """Submits a job; a head that has just started takes none for some seconds, and is asked again meanwhile."""
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if STARTING not in str(error) or time.monotonic() > until:
+                raise
+        say("the cluster is starting")
+        time.sleep(3)
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> None:
