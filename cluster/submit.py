@@ -60,7 +60,9 @@ def submit(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(REPO / "jobs", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         settings = recipe.model_dump(mode="json", exclude_unset=True)
-        (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(settings, allow_unicode=True), encoding="utf-8")
+        # As it stands: batches are drawn from the sources in their order.
+        resolved = yaml.safe_dump(settings, allow_unicode=True, sort_keys=False)
+        (Path(folder) / "recipe.yaml").write_text(resolved, encoding="utf-8")
         try:
             client = JobSubmissionClient(arguments.address)
             for name in CHATTY:

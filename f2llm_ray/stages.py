@@ -77,6 +77,8 @@ def plan(recipe: Recipe) -> Plan:
         name="prepare",
         settings={
             **{key: dump[key] for key in used},
+            # Batches are drawn from them in turn, and the first one's instruction is the model's default prompt.
+            "order": list(recipe.sources),
             "evaluation": dump["evaluation"]["sets"],
             # Models of one tokenizer share the prepared corpus.
             "backbone_tokenizer": None if recipe.tokenizer.given else recipe.backbone.path,

@@ -30,6 +30,12 @@ def test_a_changed_setting_changes_only_what_depends_on_it() -> None:
     assert changed("seed=99") == set(hashes())
 
 
+def test_the_order_of_sources_counts() -> None:
+    recipe = load_recipe("quickstart")
+    turned = recipe.model_copy(update={"sources": dict(reversed(recipe.sources.items()))})
+    assert plan(recipe).prepare.hash != plan(turned).prepare.hash
+
+
 def test_a_hash_covers_name_settings_and_parents() -> None:
     base = Stage(name="a", settings={"x": 1})
     others = [Stage(name="b", settings={"x": 1}), Stage(name="a", settings={"x": 2})]

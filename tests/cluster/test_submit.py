@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.stages import plan
 from tests.corpus import write_corpus, write_recipe
 
 REPO = Path(__file__).parents[2]
@@ -32,7 +34,9 @@ def test_a_job_runs_with_this_code_and_a_second_one_skips_it(head: dict[str, str
     first = submit(head, recipe, tmp_path / "root", "--job", "prepare")
     assert first.returncode == 0, first.stdout + first.stderr
     assert "prepare: finished in" in first.stdout
-    assert list((tmp_path / "root").glob("prepare-*/manifest.json"))
+    # The very run that the recipe is here: on the way to the cluster nothing is lost, nor the order of sources.
+    (made,) = (tmp_path / "root").glob("prepare-*/manifest.json")
+    assert made.parent.name == plan(load_recipe(str(recipe), [])).prepare.folder_name
     second = submit(head, recipe, tmp_path / "root", "--job", "prepare")
     assert "prepare: finished before, skipped" in second.stdout
 
