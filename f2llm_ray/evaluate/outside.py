@@ -121,7 +121,13 @@ class Endpoint(_Outside):
         self.client = OpenAI(
             base_url=self.url, api_key=os.environ.get(KEY_VARIABLE) or "none", max_retries=RETRIES
         )
-        probe_nd, _ = self._ask(["dim"])
+        # Evaluation cuts texts that are too long, and so do servers such as ours and TEI when they are asked to.
+        self.extra: dict[str, bool] = {"truncate": True}
+        try:
+            probe_nd, _ = self._ask(["dim"])
+        except RunError:
+            self.extra = {}
+            probe_nd, _ = self._ask(["dim"])
         super().__init__(self.name, probe_nd.shape[1], 0, {})
 
     def embed_counted(self, texts: Sequence[str]) -> tuple[Vectors, int]:
@@ -137,7 +143,7 @@ class Endpoint(_Outside):
         from openai import OpenAIError
 
         try:
-            answer: Any = self.client.embeddings.create(model=self.name, input=list(texts))
+            answer: Any = self.client.embeddings.create(model=self.name, input=list(texts), extra_body=self.extra)
         except OpenAIError as error:
             raise RunError(f"{self.url}: {self.name} does not embed: {error}") from None
         if len(answer.data) != len(texts):
