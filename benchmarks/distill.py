@@ -7,8 +7,9 @@
 The corpus is made up: one retrieval source of random tokens with lognormal lengths (median 40). Each row has a
 query, a passage, and 7 negatives per epoch drawn from 24 that are passages of other rows, as mining gives them. So
 a passage stands in several rows of an epoch (`texts_per_distinct`), and the cache gains more than an epoch;
-`--negatives 0` shows a corpus where it does not. The teacher has the student's layers at twice the width: four
-times the parameters outside the embeddings, and nearly so the FLOPs.
+`--negatives 0` shows a corpus where it does not. The teacher has four times the student's parameters outside the
+embeddings, and nearly so the FLOPs: `--teacher deeper` by four times the layers, `wider` by twice the width.
+`teacher_time_ratio` says what that is in time: a wider model works at more FLOP/s, so it costs less than that.
 
 One process and thread; batches are looked up in the token store by the process itself and trained on by the engine
 of DeepSpeed, without Ray around them. The two ways take turns. On a busy machine take `--clock cpu`, by which
@@ -41,6 +42,7 @@ from f2llm_ray.data.schema import KEY, key_numbers, text_key
 from f2llm_ray.data.tokenizer import train_tokenizer
 from f2llm_ray.data.vectors import Encoder
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
+from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import forward_flops_per_token
 from f2llm_ray.recipe import Recipe
@@ -88,13 +90,18 @@ class Place:
         return read(self.table, self.tokens, rank=0, world=1, taught=taught)
 
 
-def shape(hidden: int) -> Shape:
-    """A Qwen3 of this width."""
+def shape(hidden: int, layers: int = LAYERS) -> Shape:
+    """A Qwen3 of this width and depth."""
     heads = hidden // 32
-    return Shape(hidden=hidden, layers=LAYERS, heads=heads, kv_heads=heads // 2, head_dim=32, ffn=3 * hidden)
+    return Shape(hidden=hidden, layers=layers, heads=heads, kv_heads=heads // 2, head_dim=32, ffn=3 * hidden)
 
 
-def recipe_of(hidden: int, negatives: int) -> Recipe:
+def teacher_shape(hidden: int, teacher: str) -> Shape:
+    """The teacher of a student of this width."""
+    return shape(hidden, 4 * LAYERS) if teacher == "deeper" else shape(2 * hidden)
+
+
+def recipe_of(large: Shape, hidden: int, negatives: int) -> Recipe:
     """A recipe of one retrieval source, whose files are never read."""
     training = {
         "global_batch": BATCH,
@@ -106,15 +113,15 @@ def recipe_of(hidden: int, negatives: int) -> Recipe:
         "name": "bench",
         "sources": {SOURCE: {"format": "parquet", "paths": ["none.parquet"]}},
         "tokenizer": {"train_vocab": VOCABULARY},
-        "backbone": {"shape": shape(2 * hidden).model_dump()},
+        "backbone": {"shape": large.model_dump()},
         "stages": {},
-        "prune": {"model": "untrained", "hidden": hidden},
+        "prune": {"model": "untrained", "hidden": hidden, "layers": LAYERS},
         "distill": {"teacher": "untrained", **training},
     }
     return parse(Recipe, settings, "benchmark")
 
 
-def prepare(place: Place, recipe: Recipe, rows: int, hidden: int) -> None:
+def prepare(place: Place, recipe: Recipe, rows: int, small: Shape, large: Shape) -> None:
     """Writes the token store, the batches of both epochs, and both models."""
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(np.log(MEDIAN_TOKENS), SIGMA, 2 * rows), SHORTEST, LONGEST).astype(int)
@@ -155,10 +162,10 @@ def prepare(place: Place, recipe: Recipe, rows: int, hidden: int) -> None:
         counts.append([found])
     np.save(place.root / "batches" / "order.npy", mix(counts, seed="bench"))
     tokenizer = train_tokenizer(["a few lines", "of text"], 300)
-    for name, width in (("student", hidden), ("teacher", 2 * hidden)):
-        dims = matryoshka_dims(width)
+    for name, size in (("student", small), ("teacher", large)):
+        dims = matryoshka_dims(size.hidden)
         info = ModelInfo(name=name, dims=dims, max_tokens=LONGEST, prompts={"query": ""}, instructions=False)
-        save_model(place.root / name, random_backbone(shape(width), VOCABULARY, 0), tokenizer, info)
+        save_model(place.root / name, random_backbone(size, VOCABULARY, 0), tokenizer, info)
 
 
 def teach(place: Place, hidden: int, out: Path) -> int:
@@ -225,17 +232,38 @@ def cached(place: Place, recipe: Recipe, hidden: int, now: Callable[[], float]) 
     return {"seconds": taught + now() - started, "teach": taught, "loss": last, "texts": texts}
 
 
-def measure(rows: int, hidden: int, negatives: int, rounds: int, clock: str) -> dict[str, Any]:
+def student_vectors(run: Run, batch: Batch) -> torch.Tensor:
+    """The student's vectors of a batch, without a graph."""
+    with torch.no_grad():
+        return encode(run.engine.module.backbone, batch.tokens, tokens_per_pass=run.stage.engine.tokens_per_pass)
+
+
+def forward_seconds(
+    vectors: Callable[[Batch], torch.Tensor], batches: list[Batch], now: Callable[[], float]
+) -> float:
+    """Seconds of a model's forward passes on some batches."""
+    started = now()
+    for batch in batches:
+        vectors(batch)
+    return now() - started
+
+
+def measure(rows: int, hidden: int, teacher: str, negatives: int, rounds: int, clock: str) -> dict[str, Any]:
     """Medians over the rounds."""
-    now, recipe = CLOCKS[clock], recipe_of(hidden, negatives)
+    now, small, large = CLOCKS[clock], shape(hidden), teacher_shape(hidden, teacher)
+    recipe = recipe_of(large, hidden, negatives)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
-        prepare(place, recipe, rows, hidden)
+        prepare(place, recipe, rows, small, large)
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         some = list(place.batches(None))
         warm = teacher_of(recipe, model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
-        Run(place, recipe, hidden, warm).train(some[:1])
+        run = Run(place, recipe, hidden, warm)
+        run.train(some[:1])
+        time_ratio = forward_seconds(warm, some[:8], now) / forward_seconds(
+            partial(student_vectors, run), some[:8], now
+        )
         one, other = [], []
         for _ in range(rounds):
             one.append(online(place, recipe, hidden, now))
@@ -243,7 +271,6 @@ def measure(rows: int, hidden: int, negatives: int, rounds: int, clock: str) -> 
         torch.distributed.destroy_process_group()
     seen = [len(text) for batch in some for text in batch.tokens]
     mean = sum(seen) / len(seen)
-    small, large = shape(hidden), shape(2 * hidden)
     online_s, cached_s = (statistics.median(run["seconds"] for run in runs) for runs in (one, other))
     return {
         "cached_s": round(cached_s, 2),
@@ -260,6 +287,8 @@ def measure(rows: int, hidden: int, negatives: int, rounds: int, clock: str) -> 
         "teacher_flops_ratio": round(
             forward_flops_per_token(large, mean) / forward_flops_per_token(small, mean), 2
         ),
+        "teacher_time_ratio": round(time_ratio, 2),
+        "teacher": teacher,
         "negatives": negatives,
         "student_hidden": hidden,
         "threads": 1,
@@ -271,9 +300,8 @@ def main() -> None:
     """Runs both ways, and prints one JSON object on the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=512, help="rows of the corpus")
-    parser.add_argument(
-        "--hidden", type=int, default=128, help="width of the student; the teacher's is twice that"
-    )
+    parser.add_argument("--hidden", type=int, default=128, help="width of the student")
+    parser.add_argument("--teacher", choices=["deeper", "wider"], default="deeper")
     parser.add_argument("--negatives", type=int, default=7, help="hard negatives of a row in an epoch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
