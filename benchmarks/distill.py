@@ -259,6 +259,7 @@ def measure(rows: int, hidden: int, teacher: str, negatives: int, rounds: int, c
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         some = list(place.batches(None))
         warm = teacher_of(recipe, model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
+        assert warm is not None  # noqa: S101 - a model was given
         run = Run(place, recipe, hidden, warm)
         run.train(some[:1])
         time_ratio = forward_seconds(warm, some[:8], now) / forward_seconds(
