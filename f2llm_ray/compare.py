@@ -85,7 +85,7 @@ def _measure(pipeline: Pipeline, sets: Folder, places: dict[str, Folder]) -> Non
     work = pipeline.task(measure_folder)
     results = ray.get([work.remote(Folder.at(m), sets, pipeline.recipe, place) for m, place in new.items()])
     for (model, place), found in zip(new.items(), results, strict=True):
-        place.write_json(DONE, {"model": model, "results": found})
+        place.write_json(DONE, {"model": model, **found})
     for model in places.keys() - folders:
         say(f"{model}: asked for vectors")
         found = measure(Endpoint(model), sets, pipeline.recipe, places[model])

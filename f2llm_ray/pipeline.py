@@ -112,6 +112,8 @@ class Pipeline:
         import ray
 
         from f2llm_ray.evaluate.measure import measure_folder
+        from f2llm_ray.evaluate.speed import search_ms
+        from f2llm_ray.model.checkpoint import read_info
 
         waiting = [
             (self.plan.evaluations[name], model)
@@ -120,11 +122,17 @@ class Pipeline:
             and self.run.manifest(model) is not None
             and not self._finished(self.plan.evaluations[name])
         ]
+        if not waiting:
+            return
         work = self.task(measure_folder)
         sets = self.run.folder(self.plan.prepare) / "sets"
         for stage, _ in waiting:
             say(f"{stage.name}: started")
         started = time.time()
+        dims = {stage.name: read_info(self.run.folder(model) / "model").dims for stage, model in waiting}
+        # Before the models are measured, while the machine is quiet, and in a process without torch: it and faiss
+        # each bring an OpenMP.
+        searches = ray.get(ray.remote(num_cpus=1)(search_ms).remote(sorted(set().union(*dims.values()))))
         pending = {
             work.remote(self.run.folder(model) / "model", sets, self.recipe, self.run.folder(stage)): stage
             for stage, model in waiting
@@ -132,7 +140,8 @@ class Pipeline:
         while pending:
             (done,), _ = ray.wait(list(pending))
             stage = pending.pop(done)
-            manifest = self.run.finish(stage, started=started, results=ray.get(done))
+            of_dims = {str(dim): searches[str(dim)] for dim in dims[stage.name]}
+            manifest = self.run.finish(stage, started=started, **ray.get(done), search_ms=of_dims)
             say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
 
     def evaluate_folder(self, model: str) -> dict[str, Any]:
@@ -142,8 +151,8 @@ class Pipeline:
         from f2llm_ray.evaluate.measure import measure_folder
 
         sets = self.run.require(self.plan.prepare, "jobs/prepare.py") / "sets"
-        results = ray.get(self.task(measure_folder).remote(Folder.at(model), sets, self.recipe))
-        return {name: result["scores"] for name, result in results.items()}
+        found = ray.get(self.task(measure_folder).remote(Folder.at(model), sets, self.recipe))
+        return {name: result["scores"] for name, result in found["results"].items()}
 
     def served_model(self) -> Folder:
         """Folder of the model that the recipe serves: the one it names, or the last one it makes.

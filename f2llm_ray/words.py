@@ -17,6 +17,13 @@ def score(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{value:.3f}"
 
 
+def milliseconds(value: float | None) -> str:
+    """A time to two digits that count, whole above ten."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def share(part: float | None, whole: float | None) -> str:
     """A part of a whole in percent."""
     return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"

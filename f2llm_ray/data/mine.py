@@ -27,9 +27,9 @@ from f2llm_ray.data.settings import Mine
 from f2llm_ray.data.tokenizer import TOKENIZER, differences
 from f2llm_ray.data.vectors import Encoder, shard_name
 from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import read_info
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.bulk import read_info
 from f2llm_ray.session import connect
 
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]

@@ -27,7 +27,9 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
     for name, manifest in manifests.items():
         if manifest is None:
             continue
-        results = (evaluations.get(name) or {}).get("results", {})
+        measured = evaluations.get(name) or {}
+        results = measured.get("results", {})
+        speeds: dict[str, Any] = {key: measured[key] for key in ("query_ms", "search_ms") if key in measured}
         seconds[name] = manifest["seconds"]
         if "training" in manifest:
             training[name] = manifest["training"]
@@ -39,6 +41,7 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
                 "scores": {found: result["scores"] for found, result in results.items()},
                 "languages": {found: result["languages"] for found, result in results.items()},
                 "types": {found: result["types"] for found, result in results.items() if result.get("types")},
+                **speeds,
             }
         )
     mined = None if stages.mined is None else run.manifest(stages.mined)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from f2llm_ray.evaluate.encode import as_queries
 from f2llm_ray.evaluate.kinds import read_task
 from f2llm_ray.evaluate.outside import open_folder
+from f2llm_ray.evaluate.speed import query_ms
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder
+
+
+class Measurement(TypedDict):
+    """What is known of a model after measuring it, as JSON values."""
+
+    results: dict[str, dict[str, Any]]
+    """Scores by set."""
+    query_ms: float
+    """Milliseconds to embed one query of the first set by itself."""
 
 
 def measure(
@@ -36,10 +47,8 @@ def measure(
     return results
 
 
-def measure_folder(
-    model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None
-) -> dict[str, dict[str, Any]]:
-    """`measure` for a model folder, inside a Ray task with one thread.
+def measure_folder(model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None) -> Measurement:
+    """`measure` for a model folder, inside a Ray task with one thread; also how long it takes for a query.
 
     Raises:
         RunError: the folder is no model that we or sentence-transformers can load.
@@ -48,4 +57,8 @@ def measure_folder(
 
     torch.set_num_threads(1)
     with model.as_local() as path:
-        return measure(open_folder(path), sets, recipe, out)
+        encoder = open_folder(path)
+        results = measure(encoder, sets, recipe, out)
+    first = read_task(sets / next(iter(results)))
+    queries = as_queries(encoder, first.screened().asked, first.instruction)
+    return {"results": results, "query_ms": query_ms(encoder, queries)}

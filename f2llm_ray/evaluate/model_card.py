@@ -38,7 +38,7 @@ def write_cards(root: Folder, report: Facts) -> list[str]:
     for model in report.get("models") or []:
         folder = root / str(model.get("folder"))
         if model.get("folder") and folder.exists(INFO_FILE):
-            info = read_info(folder.read_bytes(INFO_FILE), f"{folder.uri}/{INFO_FILE}")
+            info = read_info(folder)
             folder.write_bytes("README.md", model_card(report, model, info).encode("utf-8"))
             written.append(folder.uri)
     return written

@@ -12,7 +12,17 @@ from f2llm_ray import words
 from f2llm_ray.evaluate.model_card import write_cards
 from f2llm_ray.evaluate.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.evaluate.resources import by_resources
-from f2llm_ray.evaluate.scored import at_full, by_dim, by_language, interval, main_metric, metrics_of, sets_of
+from f2llm_ray.evaluate.scored import (
+    BITS,
+    at_full,
+    by_dim,
+    by_language,
+    interval,
+    main_metric,
+    megabytes,
+    metrics_of,
+    sets_of,
+)
 from f2llm_ray.page import render_page
 from f2llm_ray.run import Folder
 
@@ -24,6 +34,9 @@ WEAKEST = 5
 """Languages of a set that the headline names."""
 LANGUAGES_OPEN = 20
 """Rows of the per-language table that are seen without unfolding it."""
+
+TYPES_OPEN = 9
+"""The same of the table of smaller vectors: three dims."""
 
 
 def write_report(root: Folder, report: dict[str, Any]) -> None:
@@ -50,6 +63,7 @@ def render(report: Report, plots: Plots) -> str:
         quality=[(name, _scores_head(models, name), _quality(models, teacher, name)) for name in sets_of(models)],
         matryoshka=plots.matryoshka,
         types=_types(models[-1]) if models else [],
+        type_plots=dict(plots.types),
         sizes=[_sizes(model) for model in models],
         last=str(models[-1].get("name")) if models else "",
         against=against,
@@ -63,6 +77,7 @@ def render(report: Report, plots: Plots) -> str:
         ],
         missing=[str(stage) for stage in report.get("missing") or []],
         open_rows=LANGUAGES_OPEN,
+        open_types=TYPES_OPEN,
         plotted=LANGUAGES_PLOTTED,
         steps=[_step(row) for row in report.get("rows") or []],
         sources=_sources(report),
@@ -166,23 +181,33 @@ def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells
 
 
 def _types(model: Model) -> list[tuple[str, Cells]]:
-    """By set, rows of dim, and for each type the score and the megabytes of a million vectors."""
-    sets = []
+    """By set, a row per dim and type: the score, megabytes of a million vectors, and how long a search takes."""
+    sets, searches = [], model.get("search_ms") or {}
     for name, found in (model.get("types") or {}).items():
-        rows = []
-        for dim in sorted(map(int, found), reverse=True):
-            scores = found[str(dim)]
-            row = [words.count(dim)]
-            for kind, bits in (("float", 32), ("int8", 8), ("binary", 1)):
-                row += [words.score(scores.get(kind)), words.count(-(-dim * bits // 8))]
-            rows.append(row)
+        rows = [
+            [
+                words.count(dim),
+                kind,
+                words.score(found[str(dim)].get(kind)),
+                words.count(megabytes(dim, kind)),
+                words.milliseconds((searches.get(str(dim)) or {}).get(kind)),
+            ]
+            for dim in sorted(map(int, found), reverse=True)
+            for kind in BITS
+        ]
         sets.append((name, rows))
     return sets
 
 
 def _sizes(model: Model) -> list[str]:
     numbers = [words.count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
-    return [str(model.get("name")), *numbers, words.byte_size(model.get("bytes")), str(model.get("folder") or "")]
+    return [
+        str(model.get("name")),
+        *numbers,
+        words.byte_size(model.get("bytes")),
+        words.milliseconds(model.get("query_ms")),
+        str(model.get("folder") or ""),
+    ]
 
 
 def _languages(model: Model, teacher: Model | None, name: str) -> Cells:

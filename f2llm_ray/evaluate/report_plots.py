@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from f2llm_ray.evaluate.scored import by_dim, main_metric, sets_of
+from f2llm_ray.evaluate.scored import BITS, by_dim, main_metric, megabytes, sets_of
 from f2llm_ray.plots import Plot, bar_plot, line_plot
 
 Report = Mapping[str, Any]
@@ -21,6 +21,8 @@ class Plots:
 
     matryoshka: list[tuple[str, Plot | None]]
     """The main metric by dim, a line per model, for each set."""
+    types: list[tuple[str, Plot]]
+    """The main metric of the last model by the size of its vectors, a line per type, for each set that has it."""
     languages: Plot | None
     """Training rows of the largest languages."""
     losses: list[tuple[str, Plot]]
@@ -30,7 +32,7 @@ class Plots:
 
     def all(self) -> list[Plot]:
         """All of them."""
-        found = [plot for _, plot in (*self.matryoshka, *self.losses, *self.scores)]
+        found = [plot for _, plot in (*self.matryoshka, *self.types, *self.losses, *self.scores)]
         return [plot for plot in (*found, self.languages) if plot is not None]
 
 
@@ -39,6 +41,7 @@ def plots_of(report: Report) -> Plots:
     models = list(report.get("models") or [])
     return Plots(
         [(name, _matryoshka(models, name)) for name in sets_of(models)],
+        _types(models[-1]) if models else [],
         _languages(report.get("languages") or {}),
         _losses(report),
         _scores(report),
@@ -54,6 +57,25 @@ def _matryoshka(models: Sequence[Model], name: str) -> Plot | None:
     ticks = sorted({dim for points in lines.values() for dim, _ in points})
     title = f"{main} by dim on {name}"
     return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
+
+
+def _types(model: Model) -> list[tuple[str, Plot]]:
+    plots = []
+    for name, found in (model.get("types") or {}).items():
+        lines = {
+            kind: [
+                (float(megabytes(int(dim), kind)), scores[kind]) for dim, scores in found.items() if kind in scores
+            ]
+            for kind in BITS
+        }
+        sizes = [size for points in lines.values() for size, _ in points]
+        ticks = [4**n for n in range(12) if min(sizes) <= 4**n <= max(sizes)]
+        main = main_metric([model], name)
+        title = f"{main} by size on {name}"
+        plots.append(
+            (name, line_plot(title, lines, x="MB per million vectors", y=main, markers=True, ticks=ticks))
+        )
+    return plots
 
 
 def _languages(languages: Mapping[str, int]) -> Plot | None:

@@ -15,6 +15,14 @@ BESIDE = ("queries", "ci", "macro", "macro_ci")
 FEW = 10
 """Queries of a language below which an interval is too narrow to be shown."""
 
+BITS = {"float": 32, "int8": 8, "binary": 1}
+"""Of a dim, by type of vector."""
+
+
+def megabytes(dim: int, kind: str) -> int:
+    """Megabytes of a million vectors."""
+    return -(-dim * BITS[kind] // 8)
+
 
 def sets_of(models: Iterable[Model]) -> list[str]:
     """The names of the sets that any of the models was measured on."""

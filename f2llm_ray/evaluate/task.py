@@ -64,6 +64,10 @@ class Task(Protocol):
     def name(self) -> str:
         """The set's name in the recipe and in the report."""
 
+    @property
+    def instruction(self) -> str:
+        """Said before queries to models trained with instructions; "" for none."""
+
     def screened(self) -> Screened:
         """The texts that must not be trained on."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.errors import RunError
+from f2llm_ray.run import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -130,24 +131,22 @@ def load_info(folder: Path) -> ModelInfo:
     Raises:
         RunError: not a model folder of ours.
     """
-    path = folder / INFO_FILE
-    try:
-        return read_info(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        raise RunError(f"{folder}: not a model folder: it has no {INFO_FILE}") from None
+    return read_info(Folder.at(str(folder)))
 
 
-def read_info(content: bytes, place: str) -> ModelInfo:
-    """The facts in the content of an `INFO_FILE`, wherever it lies.
+def read_info(folder: Folder) -> ModelInfo:
+    """The facts of a model folder anywhere, without its weights.
 
     Raises:
-        RunError: they are not the facts of a model.
+        RunError: not a model folder of ours, or its facts are not those of a model.
     """
+    if not folder.exists(INFO_FILE):
+        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}")
+    facts = folder.read_json(INFO_FILE)
     try:
-        facts = json.loads(content)
         return ModelInfo(**{**facts, "dims": tuple(facts["dims"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{place}: not the facts of a model: {error}") from None
+        raise RunError(f"{folder.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
 
 
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -7,18 +7,16 @@ place, so a run that was cut off goes on where it stopped.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from pyarrow import parquet as pq
 
 from f2llm_ray import __version__
 from f2llm_ray.errors import DataError, RunError
-from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, ModelInfo, load_info
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, read_info
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.progress import Progress
 from f2llm_ray.run import Folder
@@ -79,19 +77,6 @@ def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
         "rows_per_second": round(count.rows / working, 1) if waiting else 0.0,
         "tokens_per_second": round(count.tokens / working, 1) if waiting else 0.0,
     }
-
-
-def read_info(model: Folder) -> ModelInfo:
-    """The facts of a model folder anywhere, without its weights.
-
-    Raises:
-        RunError: not a model folder.
-    """
-    if not model.exists(INFO_FILE):
-        raise RunError(f"{model.uri}: not a model folder: it has no {INFO_FILE}")
-    with tempfile.TemporaryDirectory() as copy:
-        (Path(copy) / INFO_FILE).write_bytes(model.read_bytes(INFO_FILE))
-        return load_info(Path(copy))
 
 
 def check_settings(job: Job, info: ModelInfo, model: Folder) -> None:

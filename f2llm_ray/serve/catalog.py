@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from f2llm_ray.errors import RunError
-from f2llm_ray.model.checkpoint import CALIBRATION_FILE, INFO_FILE, read_info
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, read_info
 from f2llm_ray.run import Folder
 from f2llm_ray.section import Section
 from f2llm_ray.serve.api import ModelCard, Scores, Types
@@ -106,9 +106,7 @@ def find_model(args: Arguments) -> Served:
             raise RunError(f"{folder.uri}/report.json: model {wanted!r} is not one of {', '.join(entries)}")
         entry = entries[wanted]
         folder = folder / entry.folder
-    if not folder.exists(INFO_FILE):
-        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}")
-    info = read_info(folder.read_bytes(INFO_FILE), f"{folder.uri}/{INFO_FILE}")
+    info = read_info(folder)
     settings = with_limits(settings, args)
     calibrated = folder.exists(CALIBRATION_FILE)
     card = ModelCard(

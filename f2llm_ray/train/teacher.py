@@ -25,10 +25,9 @@ from f2llm_ray.data.tokens import META as TOKENS_META
 from f2llm_ray.data.tokens import cut
 from f2llm_ray.data.vectors import Encoder
 from f2llm_ray.errors import RunError
-from f2llm_ray.model.checkpoint import load_tokenizer
+from f2llm_ray.model.checkpoint import load_tokenizer, read_info
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder
-from f2llm_ray.serve.bulk import read_info
 from f2llm_ray.session import connect
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import Batch, build_batches

@@ -50,6 +50,8 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
         "types": {
             s: {str(dim): {"float": quality, "int8": quality - 0.001, "binary": quality - 0.05}} for s in sets
         },
+        "query_ms": 2.345,
+        "search_ms": {str(dim): {"float": 123.4, "int8": 56.7, "binary": 8.9}},
         "languages": {
             s: {
                 str(dim): {
@@ -137,8 +139,9 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     rows = Cells(page).rows
     assert ["stage2", "256", "0.741", "0.721 to 0.761", "0.593", "0.815", ""] in rows
     assert ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784", "96.2 %"] in rows
-    assert ["distilled", "9,600,000", "3,840,000", "38.4 MB", "distilled-0a1b2c3d/model"] in rows
-    assert ["192", "0.713", "768", "0.712", "192", "0.663", "24"] in rows, "by type, with MB per million vectors"
+    assert ["distilled", "9,600,000", "3,840,000", "38.4 MB", "2.3", "distilled-0a1b2c3d/model"] in rows
+    by_type = [["192", "float", "0.713", "768", "123"], ["192", "int8", "0.712", "192", "57"]]
+    assert all(row in rows for row in [*by_type, ["192", "binary", "0.663", "24", "8.9"]])
     assert ["clean", "5,000", "4,321", "too short 600 · same 79"] in rows
     assert ["web", "retrieval", "4,321", "not stated"] in rows
     assert ["stage1", "900", "1,234,567", "8,123", "1.234"] in rows
@@ -149,7 +152,7 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert of_languages[len(LANGUAGES) - 1][:4] == ["l00", "7", "0.713", ""], "of 7 queries, no interval"
     assert "the largest 40 of 45" in page
     assert "not measured" not in page
-    assert page.count("<svg") == 5, "two curves over dims, the languages, one loss, one held-out score"
+    assert page.count("<svg") == 7, "two sets by dim and by size, the languages, one loss, one held-out score"
     assert "64 dims" in page
     # l00 has the most training rows and the best score of all: its third is the first.
     assert ["high", "15", "1,860 to 2,000", "0.699", "96.1 %"] in rows
@@ -277,7 +280,7 @@ def test_models_without_numbers_are_shown_as_not_measured() -> None:
     none = "not measured"
     assert ["stage1", "64", "0.500", "", ""] in rows
     assert ["pruned", none, none, "", none] in rows
-    assert ["distilled", none, none, none, ""] in rows
+    assert ["distilled", none, none, none, none, ""] in rows
     assert ["stage1", none, none, none, none] in rows
     assert terminal_table(report).splitlines()[2].split() == ["stage1", "-", "-", "0.500"]
 
