@@ -9,17 +9,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from pydantic import Field
 
 from f2llm_ray.errors import F2LLMError, RecipeError, plain_error
 from f2llm_ray.evaluate.ablation import rows_of, write_ablation
+from f2llm_ray.evaluate.differences import differences
+from f2llm_ray.evaluate.summary import same_units
+from f2llm_ray.evaluate.task import Kind
 from f2llm_ray.pipeline import Pipeline
 from f2llm_ray.progress import say
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.recipe_file import load_recipe, parse
 from f2llm_ray.run import Folder, device_name
 from f2llm_ray.section import Section
+
+Units = dict[str, pa.Table]
+"""What each query of a set scored, by set (`Measured.units`)."""
 
 
 class Variants(Section):
@@ -98,13 +105,16 @@ def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict
     out = Folder.at(root)
     begun = time.monotonic()
     results: dict[str, dict[str, Any]] = {}
+    first: Units = {}
     for number, (name, recipe) in enumerate(ablation.recipes.items(), 1):
         if hours is not None and time.monotonic() - begun > hours * 3600:
             results[name] = {"error": f"not begun: {hours:g} h were over"}
             continue
         say(f"variant {number}/{len(ablation.recipes)} {name}: started")
         try:
-            results[name] = _run(recipe, root)
+            found, units = _run(recipe, root)
+            first = first or units
+            results[name] = {**found, "against_first": _against(first, units)}
         except Exception as error:
             plain: F2LLMError | None = plain_error(error)
             if plain is None:
@@ -117,14 +127,30 @@ def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict
     return told
 
 
-def _run(recipe: Recipe, root: str) -> dict[str, Any]:
-    """Makes and evaluates every model of a variant; returns the part of its report that is compared."""
+def _run(recipe: Recipe, root: str) -> tuple[dict[str, Any], Units]:
+    """Makes and evaluates every model of a variant: what is compared of its report, and the last one's units."""
     from f2llm_ray.evaluate.collect import collect
 
     pipeline = Pipeline(recipe, root)
     pipeline.make()
     report = collect(recipe, pipeline.run, pipeline.plan)
-    return {key: report[key] for key in ("models", "training", "seconds")}
+    units: Units = {}
+    if pipeline.plan.evaluations:
+        last = pipeline.run.folder(list(pipeline.plan.evaluations.values())[-1])
+        for name, result in last.read_json("manifest.json")["results"].items():
+            if result["kind"] == "retrieval":
+                units[name] = (last / "units").read_table(f"{name}.parquet")
+    return {key: report[key] for key in ("models", "training", "seconds")}, units
+
+
+def _against(first: Units, units: Units) -> dict[str, dict[str, float]]:
+    """By set, how far the variant is from the first one; sets that are not the same for both are left out."""
+    shared = {name: table for name, table in units.items() if name in first and same_units(first[name], table)}
+    if first is units or not shared:
+        return {}
+    kinds: dict[str, Kind] = dict.fromkeys(shared, "retrieval")
+    rows = differences(kinds, {"first": first, "variant": shared})
+    return {row["set"]: {key: row[key] for key in ("difference", "low", "high", "p")} for row in rows}
 
 
 def _told(ablation: Ablation, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

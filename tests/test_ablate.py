@@ -81,6 +81,7 @@ def test_the_table_compares_with_the_reference() -> None:
         "whole": {
             "models": [model("stage1", a=0.4, b=0.8), model("distilled", a=0.2, b=0.7)],
             "training": trained,
+            "against_first": {"a": {"low": -0.3, "high": -0.1}, "b": {"low": -0.1, "high": 0.1}},
         },
     }
     told, bad, whole = rows_of(results, "stage1")
@@ -95,6 +96,7 @@ def test_the_table_compares_with_the_reference() -> None:
     rows = [told, bad, whole]
     assert len({len(line) for line in cells(rows)}) == 1
     assert "75.0 %" in markdown(rows)
+    assert "| 0.200 ▼ | 0.700 | 0.450 |" in markdown(rows)
     assert "a \\| loss" in markdown(rows)
     html = page({"name": "<x>", "created": "now", "device": "cpu", "rows": rows, "changes": {"bad": {"a": 1}}})
     assert "&lt;x&gt;" in html
@@ -137,6 +139,11 @@ def test_variants_run_in_one_root(
     assert first.count("\nuntrained: started") == 1
     assert [row["name"] for row in told["rows"]] == ["reference: untrained", "random", "int8"]
     assert [row["model"] for row in told["rows"]] == ["untrained", "pruned", "pruned-int8"]
+    _, first, second = told["rows"]
+    assert first["against_first"] == {}
+    gaps = {name: gap["difference"] for name, gap in second["against_first"].items()}
+    assert gaps == pytest.approx({name: second["scores"][name] - first["scores"][name] for name in gaps}, abs=2e-6)
+    assert set(gaps) == set(first["scores"])
     assert json.loads((root / "ablation.json").read_text())["rows"] == told["rows"]
     assert (root / "ablation.md").read_text().count("\n") == 5
     assert "<svg" in (root / "ablation.html").read_text()

@@ -24,13 +24,14 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
     A variant is judged by the last model it makes, at its full dim and at the shorter ones.
 
     Args:
-        results: `models` and `training` of each variant's report, or its `error`.
+        results: `models` and `training` of each variant's report, and by set how far its last model is from the
+            first variant's (`against_first`, with `low` and `high`); or its `error`.
         reference: name of the model that is compared with.
 
     Returns:
         Rows with `name`, `model`, `parameters`, `non_embedding_parameters`, `steps`, `tokens`, `scores` (by set,
-        at the full dim), `mean` (over the sets), `by_dim` (the mean by dim), and `kept`, the share of the
-        reference's mean; or `name` and `error`.
+        at the full dim), `mean` (over the sets), `by_dim` (the mean by dim), `kept`, the share of the
+        reference's mean, and `against_first`; or `name` and `error`.
     """
     rows: list[Row] = []
     for result in results.values():
@@ -44,7 +45,8 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
             rows.append({"name": name, "error": result["error"]})
             continue
         training = list(result["training"].values())
-        rows.append(_row(name, result["models"][-1], training[-1] if training else None))
+        row = _row(name, result["models"][-1], training[-1] if training else None)
+        rows.append({**row, "against_first": result["against_first"]})
     for row in rows:
         if "mean" in row:
             row["kept"] = row["mean"] / whole if whole and row["mean"] is not None else None
@@ -88,7 +90,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 words.count(row["non_embedding_parameters"]),
                 words.count(row["steps"]),
                 words.count(row["tokens"]),
-                *(words.score(row["scores"].get(name)) for name in sets),
+                *(words.score(row["scores"].get(name)) + _sure(row, name) for name in sets),
                 words.score(row["mean"]),
                 words.NOT_MEASURED if row["kept"] is None else f"{100 * row['kept']:.1f} %",
             ]
@@ -133,7 +135,16 @@ def _row(name: str, model: Mapping[str, Any], training: Mapping[str, Any] | None
         "mean": _mean(list(full.values())),
         "by_dim": {str(dim): _mean([scores[dim] for scores in by_set.values() if dim in scores]) for dim in dims},
         "kept": None,
+        "against_first": {},
     }
+
+
+def _sure(row: Row, name: str) -> str:
+    """A sign after a score that is surely above or below the first variant's: its 95 % interval leaves out 0."""
+    gap = row["against_first"].get(name)
+    if gap is None or gap["low"] <= 0 <= gap["high"]:
+        return ""
+    return " ▲" if gap["low"] > 0 else " ▼"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -147,8 +147,7 @@ def compare(kind: Kind, a: Measured | pa.Table, b: Measured | pa.Table, dims: tu
         ValueError: they are not the same units.
     """
     table_a, table_b = (found.units if isinstance(found, Measured) else found for found in (a, b))
-    fixed = ["id", "language", "target"]
-    if not table_a.select(fixed).equals(table_b.select(fixed)):
+    if not same_units(table_a, table_b):
         raise ValueError(f"compare: {len(table_a)} units against {len(table_b)}, and they are not the same ones")
     target_n = table_a["target"].to_numpy().astype(np.float64)
     value_n2 = np.column_stack(
@@ -168,6 +167,12 @@ def compare(kind: Kind, a: Measured | pa.Table, b: Measured | pa.Table, dims: tu
         language: _difference(point_l2[place], samples_lr2[place]) for place, language in enumerate(of_language)
     }
     return Comparison(overall, macro, languages)
+
+
+def same_units(a: pa.Table, b: pa.Table) -> bool:
+    """Whether the units of two measurements are the same ones, in the same order."""
+    fixed = ["id", "language", "target"]
+    return bool(a.select(fixed).equals(b.select(fixed)))
 
 
 def _samples(kind: Kind, target_n: Values, value_nm: Values, of_language: Mapping[str, Positions]) -> Values:
