@@ -82,7 +82,7 @@ def _measure(pipeline: Pipeline, sets: Folder, places: dict[str, Folder]) -> Non
     new = {model: place for model, place in folders.items() if not place.exists(DONE)}
     for model in folders.keys() - new:
         say(f"{model}: measured before")
-    work = pipeline.task(measure_folder)
+    work = pipeline.work.task(measure_folder)
     results = ray.get([work.remote(Folder.at(m), sets, pipeline.recipe, place) for m, place in new.items()])
     for (model, place), found in zip(new.items(), results, strict=True):
         place.write_json(DONE, {"model": model, **found})

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from f2llm_ray import words
+from f2llm_ray.errors import RunError
 from f2llm_ray.evaluate.scored import by_dim, by_language, interval, main_metric, metrics_of, sets_of
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
 from f2llm_ray.run import Folder
 
 Facts = Mapping[str, Any]
 
+CARD = "README.md"
 NO_LICENCE = "to-be-stated-by-the-publisher"
 PLACEHOLDER = "MODEL_FOLDER"
 """What the examples call the model until it has a name on the hub (`evaluate.publish`)."""
@@ -39,9 +41,27 @@ def write_cards(root: Folder, report: Facts) -> list[str]:
         folder = root / str(model.get("folder"))
         if model.get("folder") and folder.exists(INFO_FILE):
             info = read_info(folder)
-            folder.write_bytes("README.md", model_card(report, model, info).encode("utf-8"))
+            folder.write_bytes(CARD, model_card(report, model, info).encode("utf-8"))
             written.append(folder.uri)
     return written
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], str]:
+    """The front matter of a card, and the text below it.
+
+    Raises:
+        RunError: there is no card, or its front matter cannot be read.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: there is no model card; jobs/pipeline.py or jobs/evaluate.py writes it")
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
+    except yaml.YAMLError as error:
+        raise RunError(f"{path}: its front matter is not YAML: {error}") from None
+    if not isinstance(front, dict):
+        raise RunError(f"{path}: found no front matter, expected the hub's fields between two lines of ---")
+    return front, parts[2]
 
 
 def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:

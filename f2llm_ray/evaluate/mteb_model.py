@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
+from f2llm_ray.evaluate.model_card import CARD, read_card
 from f2llm_ray.model.checkpoint import ModelInfo, load_info
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.run import Folder
@@ -58,32 +59,40 @@ def instruction_of(task: TaskMetadata, prompt_type: PromptType | None) -> str:
 def model_meta(folder: Path) -> ModelMeta:
     """What mteb files a model's results under: the name of the model, and its fingerprint as the revision.
 
+    Languages, licence and base model are those of the folder's card, as far as mteb knows them.
+
     Raises:
-        RunError: the folder is not a model folder.
+        RunError: the folder is not a model folder, or its card cannot be read.
     """
+    from mteb.abstasks.task_metadata import Licenses
+    from mteb.languages import ISO_TO_LANGUAGE
     from mteb.models.model_meta import ModelMeta
 
     info, place = load_info(folder), Folder.at(str(folder))
     config = place.read_json("config.json")
+    card = read_card(folder / CARD)[0] if (folder / CARD).is_file() else {}
+    spoken = card.get("language") or []
+    spoken = [spoken] if isinstance(spoken, str) else spoken
     return ModelMeta(
         loader=None,
         name=f"f2llm_ray/{info.name}",
         revision=fingerprint(place),
         release_date=None,
-        languages=None,
+        languages=[language for language in spoken if language in ISO_TO_LANGUAGE] or None,
         n_parameters=_parameters(folder),
         n_embedding_parameters=config["vocab_size"] * config["hidden_size"],
         memory_usage_mb=None,
         max_tokens=info.max_tokens,
         embed_dim=info.dims[-1],
-        license=None,
+        license=card["license"] if card.get("license") in get_args(Licenses) else None,
         open_weights=None,
         public_training_code=None,
         public_training_data=None,
-        framework=["PyTorch"],
+        framework=["PyTorch", "Sentence Transformers", "Transformers", "safetensors"],
         similarity_fn_name="cosine",
         use_instructions=info.instructions,
         training_datasets=None,
+        adapted_from=card.get("base_model"),
     )
 
 

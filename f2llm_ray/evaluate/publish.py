@@ -11,15 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from f2llm_ray.data.optional import require
 from f2llm_ray.errors import RunError
-from f2llm_ray.evaluate.model_card import NO_LICENCE, PLACEHOLDER
+from f2llm_ray.evaluate.model_card import CARD, NO_LICENCE, PLACEHOLDER, read_card
 
-CARD = "README.md"
 FIELDS = ("language", "license", "library_name", "pipeline_tag", "tags")
 """What the hub files a model under."""
 SAFE = (".safetensors", ".json", ".md", ".txt", ".jinja")
@@ -98,15 +97,7 @@ def finished_card(folder: Path, repo: str, licence: str) -> str:
         RunError: there is no card, or it lacks a field, or it states another licence.
     """
     path = folder / CARD
-    if not path.is_file():
-        raise RunError(f"{path}: there is no model card; jobs/pipeline.py or jobs/evaluate.py writes it")
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
-    try:
-        front: Any = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-    except yaml.YAMLError as error:
-        raise RunError(f"{path}: its front matter is not YAML: {error}") from None
-    if not isinstance(front, dict):
-        raise RunError(f"{path}: found no front matter, expected the hub's fields between two lines of ---")
+    front, text = read_card(path)
     for field in FIELDS:
         if not front.get(field):
             raise RunError(f"{path}: the front matter has no {field}")
@@ -116,8 +107,8 @@ def finished_card(folder: Path, repo: str, licence: str) -> str:
     if stated != licence:
         raise RunError(f"{path}: the card says licence {stated!r}, not {licence!r}")
     front["license"] = licence
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{text}---\n{parts[2].replace(PLACEHOLDER, repo)}"
+    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n{text.replace(PLACEHOLDER, repo)}"
 
 
 def check_vectors(folder: Path) -> None:

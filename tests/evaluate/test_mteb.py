@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+import yaml
 from mteb.mocks.mock_tasks.bitext_mining import MockBitextMiningTask
 from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
 from mteb.mocks.mock_tasks.sts import MockSTSTask
@@ -108,6 +110,20 @@ def test_meta_counts_parameters(folder: Path) -> None:
     meta = model_meta(folder)
     assert meta.n_parameters == sum(weight.numel() for weight in load_backbone(folder).parameters())
     assert meta.embed_dim == 32
+
+
+def test_meta_has_what_the_card_says(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    assert model_meta(copy).languages is None
+    facts = {"language": ["deu", "xx-no-such", "sco"], "license": "other", "base_model": "Qwen/Qwen3-0.6B"}
+    (copy / "README.md").write_text(f"---\n{yaml.safe_dump(facts)}---\n# tiny\n")
+    meta = model_meta(copy)
+    assert (meta.languages, meta.license, meta.adapted_from) == (["deu", "sco"], None, "Qwen/Qwen3-0.6B")
+    (copy / "README.md").write_text(f"---\n{yaml.safe_dump(facts | {'license': 'apache-2.0'})}---\n# tiny\n")
+    assert model_meta(copy).license == "apache-2.0"
+    (copy / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(RunError, match="front matter is not YAML"):
+        model_meta(copy)
 
 
 def test_unknown_names_get_one_line() -> None:
