@@ -225,12 +225,16 @@ def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
 
 
 def _weakest(model: Model) -> list[str]:
-    """Which languages the model is weak in, by its score at the full dim."""
+    """Which languages the model is weak in, by its score at the full dim; those of a few queries say too little."""
     sentences = []
     for name in sets_of([model]):
         main = main_metric([model], name)
         found = by_language(model, name)
-        scored = sorted((facts.get(main) or 0.0, language) for language, facts in found.items())
+        scored = sorted(
+            (facts.get(main) or 0.0, language)
+            for language, facts in found.items()
+            if facts.get("queries", FEW) >= FEW
+        )
         if len(scored) > WEAKEST:
             named = [f"{language} {words.score(score)}" for score, language in scored[:WEAKEST]]
             middle = scored[len(scored) // 2][0]

@@ -13,7 +13,7 @@ Facts = Mapping[str, Any]
 BESIDE = ("queries", "ci", "macro", "macro_ci")
 """What stands among the metrics without being one."""
 FEW = 10
-"""Queries of a language below which an interval is too narrow to be shown."""
+"""Queries of a language below which its score says little, and its interval is too narrow to be shown."""
 
 BITS = {"float": 32, "int8": 8, "binary": 1}
 """Of a dim, by type of vector."""
