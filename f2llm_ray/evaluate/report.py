@@ -14,6 +14,7 @@ from f2llm_ray.evaluate.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.evaluate.resources import by_resources
 from f2llm_ray.evaluate.scored import (
     BITS,
+    FEW,
     at_full,
     by_dim,
     by_language,
@@ -225,7 +226,7 @@ def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
 
 
 def _weakest(model: Model) -> list[str]:
-    """Which languages the model is weak in, by its score at the full dim; those of a few queries say too little."""
+    """Which languages the model is weak in, by its score at the full dim; a few queries say too little."""
     sentences = []
     for name in sets_of([model]):
         main = main_metric([model], name)
