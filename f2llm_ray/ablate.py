@@ -113,7 +113,7 @@ def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict
         say(f"variant {number}/{len(ablation.recipes)} {name}: started")
         try:
             found, units = _run(recipe, root)
-            first = first or units
+            first = units if number == 1 else first
             results[name] = {**found, "against_first": _against(first, units)}
         except Exception as error:
             plain: F2LLMError | None = plain_error(error)
@@ -144,7 +144,7 @@ def _run(recipe: Recipe, root: str) -> tuple[dict[str, Any], Units]:
 
 
 def _against(first: Units, units: Units) -> dict[str, dict[str, float]]:
-    """By set, how far the variant is from the first one; sets that are not the same for both are left out."""
+    """By set, how far the variant is from the first one; no set where that failed or has other queries."""
     shared = {name: table for name, table in units.items() if name in first and same_units(first[name], table)}
     if first is units or not shared:
         return {}

@@ -22,8 +22,8 @@ class RunError(F2LLMError):
 def plain_error(error: BaseException) -> F2LLMError | None:
     """Finds our own error inside the layers that Ray wraps around it (None when there is none).
 
-    Ray carries a worker's exception in ``cause``, Python in ``__cause__`` and ``__context__``; Ray Train V2
-    keeps one error per rank in ``worker_failures``.
+    Ray carries a worker's exception in ``cause``, or in ``args`` where it broke an actor's start; Python in
+    ``__cause__`` and ``__context__``; Ray Train V2 keeps one error per rank in ``worker_failures``.
     """
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
@@ -35,6 +35,7 @@ def plain_error(error: BaseException) -> F2LLMError | None:
         if isinstance(found, F2LLMError):
             return found
         queue += [getattr(found, name, None) for name in ("cause", "__cause__", "__context__")]
+        queue += [value for value in found.args if isinstance(value, BaseException)]
         failures = getattr(found, "worker_failures", None)
         if isinstance(failures, dict):
             queue += failures.values()

@@ -8,7 +8,7 @@ from f2llm_ray.data.settings import Data, Mine, TokenizerSection
 from f2llm_ray.data.sources import Source
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.model.settings import Backbone, Prune, Quantize
-from f2llm_ray.section import Section
+from f2llm_ray.section import Name, Section
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Compute, Distill, Tracking, TrainStage
 
@@ -18,12 +18,12 @@ class Recipe(Section):
 
     name: str
     seed: int = 0
-    sources: dict[str, Source]
+    sources: dict[Name, Source]
     data: Data = Data()
     tokenizer: TokenizerSection = TokenizerSection()
     backbone: Backbone
     mine: Mine | None = None
-    stages: dict[str, TrainStage]
+    stages: dict[Name, TrainStage]
     """Contrastive stages in the order they run, each going on from the one before. May be empty where the backbone
     itself is pruned ("untrained")."""
     prune: Prune | None = None

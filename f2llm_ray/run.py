@@ -80,8 +80,11 @@ class Folder:
         self.filesystem.delete_dir_contents(self.path, missing_dir_ok=True)
 
     def files(self, suffix: str = "") -> list[str]:
-        """Names of the files directly in the folder that end so, sorted."""
-        entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        """Names of the files directly in the folder that end so, sorted; none where there is no such folder."""
+        try:
+            entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        except NotADirectoryError:
+            return []
         return sorted(e.base_name for e in entries if e.type == fs.FileType.File and e.base_name.endswith(suffix))
 
     def read_bytes(self, name: str) -> bytes:
@@ -240,7 +243,8 @@ class Run:
         Args:
             stage: the stage whose output is complete.
             started: `time.time()` when its work began.
-            facts: what the stage counted and measured, as JSON values.
+            facts: what the stage counted and measured, as JSON values; `seconds` among them where the stage took
+                less than the time since it began.
         """
         manifest = {
             "stage": stage.name,

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise ValueError(f"found {name!r} as name, expected letters a to z, digits, _, . and -")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""What a recipe calls a source, a stage or a set; files and folders are named after it."""
 
 
 class Section(BaseModel):

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.hits import K, metrics
+from f2llm_ray.evaluate.hits import Judgements, K, metrics
 from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.serve.quantise import dequantise_int8, quantise
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Positions
-    from f2llm_ray.evaluate.sets import Pairs
 
 QUERIES = 1000
 """At most so many queries, evenly drawn: types are compared with each other on the same ones."""
@@ -30,7 +29,7 @@ def by_type(
     vectors_ud: Vectors,
     query_q: Positions,
     corpus_c: Positions,
-    relevant_r2: Pairs,
+    judged: Judgements,
     dims: Sequence[int],
     ranges: Mapping[int, Vectors],
     device: str,
@@ -41,22 +40,25 @@ def by_type(
         vectors_ud: one unit vector per distinct text.
         query_q: which vector each query has.
         corpus_c: which vector each passage has.
-        relevant_r2: the relevant (query, passage) pairs, distinct.
+        judged: what answers the queries.
         dims: the dims the model was trained for.
         ranges: [2, k] by dim k, for int8; a dim without is not measured as int8.
         device: where to compute.
     """
     drawn_n = np.unique(np.linspace(0, len(query_q) - 1, min(QUERIES, len(query_q))).round().astype(np.int64))
-    kept = np.isin(relevant_r2[:, 0], drawn_n)
-    pairs_m2 = np.column_stack([np.searchsorted(drawn_n, relevant_r2[kept, 0]), relevant_r2[kept, 1]])
+    kept_r = np.isin(judged.relevant_r2[:, 0], drawn_n)
+    asked_m, passage_m = judged.relevant_r2[kept_r].T
+    pairs_m2 = np.column_stack([np.searchsorted(drawn_n, asked_m), passage_m])
     query_n = query_q[drawn_n]
 
     asked_n = np.arange(len(query_n))  # the queries' vectors come before the stored ones
 
     def score(asked_nk: Vectors, stored_uk: Vectors) -> float:
         both = np.concatenate([asked_nk, stored_uk])
-        top_nk = top_positions(both, asked_n, corpus_c + len(asked_nk), k=K, device=device)
-        return round(float(metrics(top_nk, pairs_m2, len(corpus_c))["ndcg@10"].mean()), 6)
+        stored_c, own_n = corpus_c + len(asked_nk), judged.own_q[drawn_n]
+        top_nk = top_positions(both, asked_n, stored_c, k=K, left_out_q=own_n, device=device)
+        found = metrics(top_nk, pairs_m2, len(corpus_c), judged.grade_r[kept_r])
+        return round(float(found["ndcg@10"].mean()), 6)
 
     found = {}
     for dim in sorted(dims, reverse=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Folder, Run, device_name
-from f2llm_ray.stages import IMPORTANCE, MINED, TAUGHT, Plan
+from f2llm_ray.stages import DISTILLED, IMPORTANCE, MINED, TAUGHT, Plan
 
 
 def _serve_command(root: Folder) -> str:
@@ -18,11 +18,30 @@ def _serve_command(root: Folder) -> str:
     return f"serve run f2llm_ray.serve.app:build root={root.uri}"
 
 
+def _reference(recipe: Recipe, stages: Plan) -> str | None:
+    """What smaller models are held against: the teacher where it is a model of the run, else what is pruned."""
+    if recipe.distill is not None and recipe.distill.teacher in stages.models:
+        return recipe.distill.teacher
+    return None if recipe.prune is None else recipe.prune.model
+
+
+def _trained_on(recipe: Recipe, stages: Plan) -> dict[str, list[str]]:
+    """By model, the sources whose rows it or the models it is made from were trained on, in the recipe's order."""
+    found: dict[str, set[str]] = {}
+    for name, stage in stages.models.items():
+        made_from = [parent.name for parent in stage.parents if parent.name in found]
+        trained = recipe.distill if name == DISTILLED else recipe.stages.get(name)
+        found[name] = set(found[made_from[0]] if made_from else ())
+        found[name] |= set(() if trained is None else recipe.stage_sources(trained))
+    return {name: [source for source in recipe.sources if source in seen] for name, seen in found.items()}
+
+
 def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
     """The report of a run from the manifests of its finished stages (design of the keys: docs of the report)."""
     prepared = run.manifest(stages.prepare) or {}
     manifests = {name: run.manifest(stage) for name, stage in stages.models.items()}
     evaluations = {name: run.manifest(stage) for name, stage in stages.evaluations.items()}
+    trained_on = _trained_on(recipe, stages)
     models, training, seconds = [], {}, {"prepare": prepared.get("seconds")}
     for name, manifest in manifests.items():
         if manifest is None:
@@ -37,6 +56,7 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
             {
                 "name": name,
                 "folder": f"{stages.models[name].folder_name}/model",
+                "sources": trained_on[name],
                 **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
                 "scores": {found: result["scores"] for found, result in results.items()},
                 "languages": {found: result["languages"] for found, result in results.items()},
@@ -68,6 +88,7 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         "mining": None if mined is None else mined["mining"],
         "teaching": None if taught is None else taught["teaching"],
         "models": models,
+        "reference": _reference(recipe, stages),
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},
     }

@@ -34,6 +34,7 @@ def top_positions(
     corpus_c: Positions,
     *,
     k: int,
+    left_out_q: Positions | None = None,
     device: str = "cpu",
     block_entries: int = BLOCK_ENTRIES,
 ) -> Positions:
@@ -48,14 +49,20 @@ def top_positions(
         query_q: which vector each query has.
         corpus_c: which vector each passage has.
         k: results per query.
+        left_out_q: a corpus position that is no result of each query, -1 for none.
         device: where to compute.
         block_entries: scores held at a time.
 
     Returns:
-        [q, min(k, c)].
+        [q, min(k, c)]; -1 at the end of a row that has fewer.
     """
     import torch
 
+    if left_out_q is not None and (left_out_q >= 0).any():
+        one_more = top_positions(
+            vectors_ud, query_q, corpus_c, k=k + 1, device=device, block_entries=block_entries
+        )
+        return _without(one_more, left_out_q)[:, :k]
     first_nk = _first_positions(corpus_c, k)
     distinct_n = corpus_c[first_nk[:, 0]]
     first = torch.from_numpy(first_nk).to(device)
@@ -72,6 +79,13 @@ def top_positions(
             best_bk = _best(torch.cat([best_bk, _better(score_bn, best_bk, offset, k)], dim=1), k)
         found.append(_spread(best_bk, first, min(k, len(corpus_c))).cpu().numpy())
     return np.concatenate(found)
+
+
+def _without(top_qk: Positions, left_out_q: Positions) -> Positions:
+    """The results without those that are left out; what comes after moves up, and -1 fills the rows."""
+    out_qk = top_qk == left_out_q[:, None]
+    order_qk = np.argsort(out_qk, axis=1, kind="stable")
+    return np.take_along_axis(np.where(out_qk, -1, top_qk), order_qk, axis=1)
 
 
 def _first_positions(corpus_c: Positions, k: int) -> Positions:

@@ -5,7 +5,7 @@ Shapes: q queries, k results per query, r relevant pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,28 +19,49 @@ K = 10
 METRICS = ("ndcg@10", "acc@1", "recall@10")
 
 
-def metrics(top_qk: Positions, relevant_r2: Pairs, corpus: int) -> dict[str, Values]:
-    """The metrics of each query, relevance being yes or no.
+class Judgements(NamedTuple):
+    """What answers the queries of a set."""
 
-    ndcg@10 is the sum of 1 / log2(rank + 1) over relevant results, divided by the same sum with all the
-    relevant passages on top; acc@1 is whether the first result is relevant; recall@10 is the share of the
-    query's relevant passages that is among the results.
+    relevant_r2: Pairs
+    """The relevant (query, passage) pairs, sorted and distinct; every query has one."""
+    grade_r: Values
+    """How relevant each is, above 0."""
+    own_q: Positions
+    """The passage that is each query itself and so no result, -1 where there is none."""
+
+
+def metrics(
+    top_qk: Positions, relevant_r2: Pairs, corpus: int, grade_r: Values | None = None
+) -> dict[str, Values]:
+    """The metrics of each query.
+
+    ndcg@10 is the sum of grade / log2(rank + 1) over relevant results, divided by the same sum with the most
+    relevant passages on top (as trec_eval has it); acc@1 is whether the first result is relevant; recall@10 is
+    the share of the query's relevant passages that is among the results.
 
     Args:
-        top_qk: corpus positions of each query's results, best first; at most `K`.
-        relevant_r2: the relevant (query, passage) pairs, distinct; every query has one.
+        top_qk: corpus positions of each query's results, best first; at most `K`, -1 where there are fewer.
+        relevant_r2: the relevant (query, passage) pairs, sorted and distinct; every query has one.
         corpus: number of passages.
+        grade_r: how relevant each is; all alike when left out.
 
     Returns:
         By metric: [q].
     """
-    query_q1 = np.arange(len(top_qk))[:, None]
-    hit_qk = np.isin(query_q1 * corpus + top_qk, relevant_r2[:, 0] * corpus + relevant_r2[:, 1])
-    relevant_q = np.bincount(relevant_r2[:, 0], minlength=len(top_qk))
-    gain_k = 1 / np.log2(np.arange(2, K + 2))
-    ideal_q = np.cumsum(gain_k)[np.minimum(relevant_q, K) - 1]
+    query_r, passage_r = relevant_r2.T
+    grade_r = np.ones(len(relevant_r2)) if grade_r is None else grade_r
+    pair_r, pair_qk = query_r * corpus + passage_r, np.arange(len(top_qk))[:, None] * corpus + top_qk
+    place_qk = np.minimum(np.searchsorted(pair_r, pair_qk), len(pair_r) - 1)
+    hit_qk = (pair_r[place_qk] == pair_qk) & (top_qk >= 0)
+    gain_qk = np.where(hit_qk, grade_r[place_qk], 0)
+    relevant_q = np.bincount(query_r, minlength=len(top_qk))
+    # The grades of each query from its highest on, and the rank of each there.
+    best_r = np.lexsort((-grade_r, query_r))
+    rank_r = np.arange(len(query_r)) - np.repeat(np.cumsum(relevant_q) - relevant_q, relevant_q) + 1
+    ideal_r = np.where(rank_r <= K, grade_r[best_r] / np.log2(rank_r + 1), 0)
+    discount_k = 1 / np.log2(np.arange(2, top_qk.shape[1] + 2))
     return {
-        "ndcg@10": hit_qk @ gain_k[: hit_qk.shape[1]] / ideal_q,
+        "ndcg@10": gain_qk @ discount_k / np.bincount(query_r, ideal_r, minlength=len(top_qk)),
         "acc@1": hit_qk[:, 0].astype(np.float64),
         "recall@10": hit_qk.sum(axis=1) / relevant_q,
     }

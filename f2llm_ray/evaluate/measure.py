@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from f2llm_ray.evaluate.encode import as_queries
@@ -22,6 +23,8 @@ class Measurement(TypedDict):
     """Scores by set."""
     query_ms: float
     """Milliseconds to embed one query of the first set by itself."""
+    seconds: float
+    """What all of it took."""
 
 
 def measure(
@@ -55,10 +58,12 @@ def measure_folder(model: Folder, sets: Folder, recipe: Recipe, out: Folder | No
     """
     import torch
 
+    started = time.time()
     torch.set_num_threads(1)
     with model.as_local() as path:
         encoder = open_folder(path)
         results = measure(encoder, sets, recipe, out)
     first = read_task(sets / next(iter(results)))
     queries = as_queries(encoder, first.screened().asked, first.instruction)
-    return {"results": results, "query_ms": query_ms(encoder, queries)}
+    took = query_ms(encoder, queries)
+    return {"results": results, "query_ms": took, "seconds": round(time.time() - started, 2)}

@@ -80,7 +80,7 @@ def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:
         _usage(info),
         _quality(model),
         _weak(model),
-        _data(report),
+        _data(trained_on(report, model)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -102,8 +102,8 @@ def front_matter(report: Facts, model: Facts, info: ModelInfo) -> dict[str, Any]
     }
     if isinstance(base, str) and HUB_NAME.fullmatch(base) and not Path(base).exists():
         front["base_model"] = base
-    named = [facts.get("dataset") for facts in (report.get("sources") or {}).values()]
-    datasets = sorted({name for name in named if isinstance(name, str) and HUB_NAME.fullmatch(name)})
+    given = [facts.get("dataset") for facts in trained_on(report, model).values()]
+    datasets = sorted({name for name in given if isinstance(name, str) and HUB_NAME.fullmatch(name)})
     if datasets:
         front["datasets"] = datasets
     results = [
@@ -216,8 +216,13 @@ def _weak(model: Facts) -> str:
     )
 
 
-def _data(report: Facts) -> str:
-    sources = report.get("sources") or {}
+def trained_on(report: Facts, model: Facts) -> dict[str, Facts]:
+    """The sources that a model was trained on, and what the report says of each."""
+    found = report.get("sources") or {}
+    return {name: found[name] for name in model.get("sources") or () if name in found}
+
+
+def _data(sources: Mapping[str, Facts]) -> str:
     if not sources:
         return ""
     lines = ["## Trained on", "", "| source | task | rows | licence |", "|---|---|---|---|"]

@@ -7,11 +7,14 @@ file is there is not run again, so a second run goes on where the first ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.errors import RunError
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.progress import Progress
+from f2llm_ray.run import Folder
 from f2llm_ray.session import connect
 
 if TYPE_CHECKING:
@@ -34,19 +37,44 @@ def find_tasks(benchmarks: Sequence[str], names: Sequence[str], languages: Seque
     except ModuleNotFoundError as error:
         raise RunError(f"mteb is not installed ({error.name}); it comes with the extra `mteb`") from None
     try:
-        wanted = list(names)
-        if benchmarks:
-            of_all = [task.metadata.name for name in benchmarks for task in mteb.get_benchmark(name).tasks]
-            missing = sorted(set(names) - set(of_all))
-            if missing:
-                raise RunError(f"--tasks: {missing} are not in {list(benchmarks)}")
-            wanted = [name for name in of_all if not names or name in names]
-        tasks = mteb.get_tasks(tasks=list(dict.fromkeys(wanted)), languages=list(languages) or None)
+        found = _of_benchmarks(benchmarks) if benchmarks else mteb.get_tasks(tasks=list(dict.fromkeys(names)))
     except (KeyError, ValueError) as error:
         raise RunError(f"mteb: {error.args[0] if error.args else error}") from None
+    known = {task.metadata.name for task in found}
+    missing = sorted(set(names) - known)
+    if missing and benchmarks:
+        raise RunError(f"--tasks: {missing} are not in {list(benchmarks)}")
+    wanted = [task for task in found if not names or not benchmarks or task.metadata.name in names]
+    tasks = [task for task in wanted if not languages or _cut(task, languages)]
     if not tasks:
-        raise RunError(f"mteb: none of {wanted} has one of the languages {list(languages)}")
-    return list(tasks)
+        raise RunError(
+            f"mteb: none of {[task.metadata.name for task in wanted]} has one of the languages {list(languages)}"
+        )
+    return tasks
+
+
+def _of_benchmarks(names: Sequence[str]) -> list[AbsTask]:
+    """The tasks of benchmarks, with the subsets and splits that these take of them."""
+    import mteb
+
+    found: dict[str, AbsTask] = {}
+    for name in names:
+        for task in mteb.get_benchmark(name).tasks:
+            # A copy: the benchmark's own are shared by all who ask for it.
+            other = found.setdefault(task.metadata.name, copy(task))
+            subsets, splits = {*other.hf_subsets, *task.hf_subsets}, {*other.eval_splits, *task.eval_splits}
+            other.hf_subsets = [subset for subset in task.metadata.hf_subsets if subset in subsets]
+            other.filter_eval_splits(sorted(splits))
+    return list(found.values())
+
+
+def _cut(task: AbsTask, languages: Sequence[str]) -> bool:
+    """Leaves of a task's subsets those with one of the languages; says whether there are any."""
+    try:
+        task.filter_languages(languages, hf_subsets=task.hf_subsets)
+    except ValueError:
+        return False
+    return True
 
 
 def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None) -> dict[str, float]:
@@ -62,12 +90,15 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
         mteb's main score of each task, also of those that were there already.
 
     Raises:
-        RunError: the folder is not a model folder; or, after all other tasks are done, the tasks that failed, each
-            with its error.
+        RunError: the folder is not a model folder, or one of both is not on a disk; or, after all other tasks are
+            done, the tasks that failed, each with its error.
     """
     import ray
     from ray.util import ActorPool
 
+    # Workers stand in other folders than we do, and mteb reads and writes files.
+    model, output = (_on_disk(place) for place in (model, output))
+    load_info(Path(model))
     connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
     cores = int(ray.cluster_resources()["CPU"])
@@ -86,6 +117,13 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
     if failed:
         raise RunError("\n".join(["mteb: these tasks failed, the others are written", *sorted(failed)]))
     return dict(sorted(scores.items()))
+
+
+def _on_disk(place: str) -> str:
+    path = Folder.at(place).local
+    if path is None:
+        raise RunError(f"mteb: {place} is not on a disk; give --model and --output as paths that every node sees")
+    return str(path)
 
 
 class _Worker:
@@ -110,6 +148,8 @@ class _Worker:
             result: Any = mteb.evaluate(
                 self.model, task, cache=self.cache, show_progress_bar=False, co2_tracker=False
             )
-            return name, float(result.task_results[0].get_score()), None
+            # A file of before may hold more subsets than are asked for.
+            (found,) = result.task_results
+            return name, float(found.validate_and_filter_scores(task).get_score()), None
         except Exception as error:  # noqa: BLE001 -- of any kind: the other tasks go on, and all are told at the end
             return name, 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -54,14 +54,16 @@ def write_report(root: Folder, report: dict[str, Any]) -> None:
 def render(report: Report, plots: Plots) -> str:
     """The HTML page; all text in it is escaped."""
     models = list(report.get("models") or [])
-    teacher = _teacher(models)
-    against = [] if teacher is None else [f"of {teacher.get('name')}"]
+    reference = _reference(report)
+    against = [] if reference is None else [f"of {reference.get('name')}"]
     return render_page(
         "evaluate/report.html",
         name=report.get("name") or "run",
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
-        quality=[(name, _scores_head(models, name), _quality(models, teacher, name)) for name in sets_of(models)],
+        quality=[
+            (name, _scores_head(models, name), _quality(models, reference, name)) for name in sets_of(models)
+        ],
         matryoshka=plots.matryoshka,
         types=_types(models[-1]) if models else [],
         type_plots=dict(plots.types),
@@ -69,11 +71,11 @@ def render(report: Report, plots: Plots) -> str:
         last=str(models[-1].get("name")) if models else "",
         against=against,
         languages=[
-            (name, _scores_head(models, name), _languages(models[-1], teacher, name))
+            (name, _scores_head(models, name), _languages(models[-1], reference, name))
             for name in sets_of(models[-1:])
         ],
         resources=[
-            (name, main_metric(models, name), _resources(models[-1], report, teacher, name))
+            (name, main_metric(models, name), _resources(models[-1], report, reference, name))
             for name in sets_of(models[-1:])
         ],
         missing=[str(stage) for stage in report.get("missing") or []],
@@ -97,14 +99,14 @@ def render(report: Report, plots: Plots) -> str:
 def headline(report: Report) -> list[str]:
     """The main numbers as sentences; what was not measured is left out."""
     models = list(report.get("models") or [])
-    teacher = _teacher(models)
+    reference = _reference(report)
     sentences = []
     rows, languages = report.get("rows") or [], report.get("languages") or {}
     if rows:
         read, kept = rows[0].get("in"), rows[-1].get("out")
         where = f" in {words.plural(len(languages), 'language')}" if languages else ""
         sentences.append(f"{words.count(kept)} training rows{where}, of {words.count(read)} read.")
-    trained = teacher or (models[-1] if models else None)
+    trained = reference or (models[-1] if models else None)
     if trained is not None:
         results = [
             f"{main_metric([trained], name)} {words.score(at_full(trained, name))} on {name}"
@@ -113,8 +115,8 @@ def headline(report: Report) -> list[str]:
         ]
         if results:
             sentences.append(f"The {trained.get('name')} model reaches {words.listed(results)}.")
-    if teacher is not None and models[-1] is not teacher:
-        sentences += _kept(models[-1], teacher)
+    if reference is not None:
+        sentences += _kept(models[-1], reference)
     if models:
         sentences += _weakest(models[-1])
     missing = report.get("missing") or []
@@ -123,18 +125,24 @@ def headline(report: Report) -> list[str]:
     seconds = report.get("seconds") or {}
     if seconds:
         device = f" on {report['device']}" if report.get("device") else ""
-        sentences.append(f"The run took {words.duration(sum(seconds.values()))}{device}.")
+        sentences.append(f"Its stages took {words.duration(sum(seconds.values()))}{device}.")
     return sentences
 
 
 # What the report holds
 
 
-def _teacher(models: Sequence[Model]) -> Model | None:
-    """The model that was pruned: the one before "pruned"."""
+def _reference(report: Report) -> Model | None:
+    """The model that the pruned one and those made from it are held against; None before there are both."""
+    models = report.get("models") or []
+    wanted = report.get("reference") if _shrunk(models) else None
+    return next((model for model in models if model.get("name") == wanted), None)
+
+
+def _shrunk(models: Sequence[Model]) -> Sequence[Model]:
+    """The pruned model and those made from it."""
     names = [model.get("name") for model in models]
-    at = names.index("pruned") if "pruned" in names else 0
-    return models[at - 1] if at else None
+    return models[names.index("pruned") :] if "pruned" in names else []
 
 
 # The parts of the page
@@ -146,12 +154,12 @@ def _before(first: Model, trained: Model, name: str) -> str:
     return f" ({words.score(before)} untrained)" if known else ""
 
 
-def _kept(last: Model, teacher: Model) -> list[str]:
+def _kept(last: Model, reference: Model) -> list[str]:
     kept = [
-        f"{words.share(at_full(last, name), at_full(teacher, name))}{'' if index else ' of that'} on {name}"
+        f"{words.share(at_full(last, name), at_full(reference, name))}{'' if index else ' of that'} on {name}"
         for index, name in enumerate(sets_of([last]))
     ]
-    size = words.share(last.get("non_embedding_parameters"), teacher.get("non_embedding_parameters"))
+    size = words.share(last.get("non_embedding_parameters"), reference.get("non_embedding_parameters"))
     subject = f"The {last.get('name')} model, with {size} of the parameters outside the embeddings,"
     return [f"{subject} keeps {words.listed(kept)}."] if kept else []
 
@@ -167,15 +175,15 @@ def _scores_cells(models: Sequence[Model], name: str, facts: Mapping[str, Any]) 
     return [main, interval(facts), *others]
 
 
-def _quality(models: Sequence[Model], teacher: Model | None, name: str) -> Cells:
-    """Rows of model, d and the metrics at d, and the main one as a share of the teacher's."""
-    shrunk = [] if teacher is None else models[models.index(teacher) + 1 :]
+def _quality(models: Sequence[Model], reference: Model | None, name: str) -> Cells:
+    """Rows of model, d and the metrics at d, and the main one as a share of the reference's."""
+    shrunk = _shrunk(models)
     rows = []
     for model in models:
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
         row = [str(model.get("name")), words.count(dim), *_scores_cells(models, name, facts)]
-        if teacher is not None:
-            share = words.share(at_full(model, name), at_full(teacher, name))
+        if reference is not None:
+            share = words.share(at_full(model, name), at_full(reference, name))
             row.append(share if model in shrunk else "")
         rows.append(row)
     return rows
@@ -211,16 +219,16 @@ def _sizes(model: Model) -> list[str]:
     ]
 
 
-def _languages(model: Model, teacher: Model | None, name: str) -> Cells:
-    """Rows of language, queries and the metrics at d, and the main one against the teacher's; weakest first."""
+def _languages(model: Model, reference: Model | None, name: str) -> Cells:
+    """Rows of language, queries and the metrics at d, and the main one against the reference's; weakest first."""
     found, main = by_language(model, name), main_metric([model], name)
-    reference = {} if teacher is None else by_language(teacher, name)
+    theirs = {} if reference is None else by_language(reference, name)
     rows = []
     for language in sorted(found, key=lambda language: (found[language].get(main) or 0.0, language)):
         facts = found[language]
         row = [language, words.count(facts.get("queries")), *_scores_cells([model], name, facts)]
-        if teacher is not None:
-            row.append(words.share(facts.get(main), (reference.get(language) or {}).get(main)))
+        if reference is not None:
+            row.append(words.share(facts.get(main), (theirs.get(language) or {}).get(main)))
         rows.append(row)
     return rows
 
@@ -246,16 +254,16 @@ def _weakest(model: Model) -> list[str]:
     return sentences
 
 
-def _resources(model: Model, report: Report, teacher: Model | None, name: str) -> Cells:
-    """Rows of class, languages, training rows of each, mean of the main metric, and that against the teacher's."""
+def _resources(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+    """Rows of class, languages, training rows of each, the mean score, and that as a share of the reference's."""
     trained, main = report.get("languages") or {}, main_metric([model], name)
-    reference = {} if teacher is None else by_language(teacher, name)
+    theirs = {} if reference is None else by_language(reference, name)
     rows = []
     for group in by_resources(by_language(model, name), trained):
         mean = group.mean(group.scores, main)
         row = [group.name, str(len(group.languages)), group.rows(trained), words.score(mean)]
-        if teacher is not None:
-            row.append(words.share(mean, group.mean(reference, main)))
+        if reference is not None:
+            row.append(words.share(mean, group.mean(theirs, main)))
         rows.append(row)
     return rows
 

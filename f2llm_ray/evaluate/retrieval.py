@@ -41,11 +41,13 @@ def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[i
     passages = as_documents(encoder, retrieval_set.corpus_texts)
     encoded = encode_distinct(encoder, [*queries, *passages])
     query_q, corpus_c = encoded.of(queries), encoded.of(passages)
+    judged = retrieval_set.judgements
     by_dim = {
         dim: metrics(
-            top_positions(cut_ud, query_q, corpus_c, k=K, device=encoder.device),
-            retrieval_set.relevant,
+            top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),
+            judged.relevant_r2,
             len(corpus_c),
+            judged.grade_r,
         )
         for dim, cut_ud in encoded.at_dims(divisors)
     }
@@ -62,7 +64,7 @@ def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[i
         encoded.vectors_ud,
         query_q,
         corpus_c,
-        retrieval_set.relevant,
+        judged,
         encoder.info.dims,
         encoder.ranges,
         encoder.device,

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError
+from f2llm_ray.evaluate.hits import Judgements
+from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 from f2llm_ray.run import Folder
@@ -52,6 +54,8 @@ class RetrievalSet:
     relevant: Pairs
     """[r, 2]: (query, passage) as positions in the lists above, distinct and sorted: one array that whole
     result tables are looked up in at once."""
+    grades: Values | None = None
+    """[r], above 0: how relevant each pair is; None where all are alike."""
     kind: ClassVar[Kind] = "retrieval"
 
     def write(self, folder: Folder) -> None:
@@ -69,12 +73,23 @@ class RetrievalSet:
             "qrels.parquet": {
                 "query_id": query_ids.take(pa.array(query_r)),
                 "corpus_id": corpus_ids.take(pa.array(passage_r)),
+                SCORE: pa.array(self.judgements.grade_r),
             },
         }
         folder.create()
         for name, columns in tables.items():
             pq.write_table(pa.table(columns), f"{folder.path}/{name}", filesystem=folder.filesystem)
         folder.write_json("set.json", {"kind": self.kind, "name": self.name, "instruction": self.instruction})
+
+    @property
+    def judgements(self) -> Judgements:
+        """What answers the queries. A passage with a query's id that does not answer it is the query itself."""
+        at = {passage_id: position for position, passage_id in enumerate(self.corpus_ids)}
+        own_q = np.array([at.get(query_id, -1) for query_id in self.query_ids], dtype=np.int64)
+        query_r, passage_r = self.relevant.T
+        own_q[query_r[own_q[query_r] == passage_r]] = -1
+        grade_r = np.ones(len(query_r)) if self.grades is None else self.grades
+        return Judgements(self.relevant, grade_r, own_q)
 
     def screened(self) -> Screened:
         """Queries, and the passages as their answers."""
@@ -101,9 +116,10 @@ def read_set(folder: Folder) -> RetrievalSet:
 def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
     """Reads a folder in the BEIR layout: queries and corpus as .parquet or .jsonl, qrels as those or a split.
 
-    The usual spellings of a column are all known (`_id`, `id`; `query-id`, `query_id`; ...), a `title` goes
-    before its text, a judgement counts when its `score` is above 0 or it has none. Where the judgements are
-    BEIR's `qrels/test.tsv`, queries outside that split are left out; in any other file all queries are judged.
+    The usual spellings of a column are all known (`_id`, `id`; `query-id`, `query_id`; ...) and a `title` goes
+    before its text. A judgement counts when its `score`, which is its grade, is above 0 or it has none. Where the
+    judgements are BEIR's `qrels/test.tsv`, queries outside that split are left out; in any other file all queries
+    are judged.
 
     Args:
         uri: local path or URI of the folder.
@@ -141,7 +157,7 @@ def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int
     columns = (pairs.column(column).to_pylist() for column in ("query", "passage", "language"))
     queries: dict[str, tuple[str, str]] = {}
     corpus: dict[str, str] = {}
-    relevant: set[tuple[str, str]] = set()
+    relevant: set[tuple[str, str, float]] = set()
     for query, passage, found in zip(*columns, strict=True):
         if query == passage:
             continue
@@ -149,7 +165,7 @@ def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int
         query_id, passage_id = _query_key(query, language), text_key(passage).hex()
         queries[query_id] = (query, language)
         corpus[passage_id] = passage
-        relevant.add((query_id, passage_id))
+        relevant.add((query_id, passage_id, 1.0))
     return _assemble(
         name,
         name=name,
@@ -181,7 +197,7 @@ def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | Non
         instruction=instruction,
         queries=queries,
         corpus=corpus,
-        relevant=(pair for *pair, score in zip(judged, passages, scores, strict=True) if score > 0),
+        relevant=(found for found in zip(judged, passages, scores, strict=True) if found[2] > 0),
         max_queries=max_queries,
     )
 
@@ -193,7 +209,7 @@ def _assemble(
     instruction: str,
     queries: Mapping[str, tuple[str, str]],
     corpus: Mapping[str, str],
-    relevant: Iterable[Iterable[str]],
+    relevant: Iterable[tuple[str, str, float]],
     max_queries: int | None,
 ) -> RetrievalSet:
     """Checks that the parts fit together, draws the queries and turns ids into positions."""
@@ -201,14 +217,16 @@ def _assemble(
         raise DataError(f"{place}: an empty set: {len(queries)} queries against {len(corpus)} passages")
     query_at = {query_id: position for position, query_id in enumerate(queries)}
     passage_at = {passage_id: position for position, passage_id in enumerate(corpus)}
-    positions: list[tuple[int, int]] = []
-    for query_id, passage_id in relevant:
+    grade_of: dict[tuple[int, int], float] = {}
+    for query_id, passage_id, grade in relevant:
         if query_id not in query_at:
             raise DataError(f"{place}: query {query_id!r} is not among the {len(queries)} queries")
         if passage_id not in passage_at:
             raise DataError(f"{place}: passage {passage_id!r} is not in the corpus of {len(corpus)}")
-        positions.append((query_at[query_id], passage_at[passage_id]))
-    pairs_r2 = np.array(positions, dtype=np.int64).reshape(-1, 2)
+        pair = query_at[query_id], passage_at[passage_id]
+        grade_of[pair] = max(grade, grade_of.get(pair, 0.0))
+    pairs_r2 = np.array(sorted(grade_of), dtype=np.int64).reshape(-1, 2)
+    grade_r = np.array([grade_of[pair] for pair in sorted(grade_of)])
     judged_q = np.zeros(len(queries), dtype=bool)
     judged_q[pairs_r2[:, 0]] = True
     if not judged_q.all():
@@ -220,7 +238,8 @@ def _assemble(
     kept_k = _draw(queries, len(queries) if max_queries is None else max_queries)
     place_q = np.full(len(queries), -1, dtype=np.int64)
     place_q[kept_k] = np.arange(len(kept_k))
-    pairs_r2 = np.column_stack([place_q[pairs_r2[:, 0]], pairs_r2[:, 1]])
+    kept_r = place_q[pairs_r2[:, 0]] >= 0
+    pairs_r2, grade_r = np.column_stack([place_q[pairs_r2[:, 0]], pairs_r2[:, 1]])[kept_r], grade_r[kept_r]
     ids = list(queries)
     kept_ids = [ids[position] for position in kept_k]
     return RetrievalSet(
@@ -231,7 +250,8 @@ def _assemble(
         query_languages=[queries[query_id][1] for query_id in kept_ids],
         corpus_ids=list(corpus),
         corpus_texts=list(corpus.values()),
-        relevant=np.unique(pairs_r2[pairs_r2[:, 0] >= 0], axis=0),
+        relevant=pairs_r2,
+        grades=None if (grade_r == grade_r[0]).all() else grade_r,
     )
 
 

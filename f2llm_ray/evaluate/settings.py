@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from f2llm_ray.data.sources import Source
 from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
-from f2llm_ray.section import Section
+from f2llm_ray.section import Name, Section
 
 
 class FolderSet(Section):
@@ -147,10 +147,17 @@ EvaluationSet = Annotated[
 class Evaluation(Section):
     """What every model of the run is measured on."""
 
-    sets: dict[str, EvaluationSet] = {}
+    sets: dict[Name, EvaluationSet] = {}
     """By name. Tables are .parquet or .jsonl, by path or URI; a column `language` (ISO 639-3) gives the scores by
     language."""
-    divisors: tuple[int, ...] = (1, 2, 4, 8)
-    """The dims measured, as d divided by these."""
+    divisors: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
+    """The dims measured, as d divided by these; 1, the whole d, is among them."""
     during_training: bool = False
     """Measure each checkpoint as well, in tasks beside training, on CPUs or GPUs that it leaves free."""
+
+    @field_validator("divisors")
+    @classmethod
+    def _whole(cls, divisors: tuple[int, ...]) -> tuple[int, ...]:
+        if 1 not in divisors:
+            raise ValueError(f"found {list(divisors)}, expected 1, the whole d, among them")
+        return divisors

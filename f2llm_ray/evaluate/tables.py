@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ UNKNOWN_LANGUAGE = "und"
 """ISO 639-3 for "undetermined": the language of a text that comes without one."""
 LANGUAGE = ("language", "lang")
 TITLE, SCORE = "title", "score"
+
+HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+"""What JSON can spell and UTF-8 cannot: a text that was cut inside an emoji."""
 
 Columns = dict[str, list[Any]]
 Lines = list[tuple[int, str]]
@@ -161,6 +165,8 @@ def _jsonl(lines: Lines, place: str, known: Collection[str]) -> Table:
             raise DataError(f"{place}, line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise DataError(f"{place}, line {number}: found {type(row).__name__}, expected an object")
+        if HALF_A_PAIR.search(json.dumps(row, ensure_ascii=False) if "\\u" in line else ""):
+            raise DataError(f"{place}, line {number}: found half of a surrogate pair, expected whole characters")
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(place, names, {name: [row.get(name) for row in rows] for name in names if name in known})

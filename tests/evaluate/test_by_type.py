@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.evaluate.by_type import QUERIES, by_type
-from f2llm_ray.evaluate.hits import metrics
+from f2llm_ray.evaluate.hits import Judgements, metrics
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve.quantise import dequantise_int8, quantise
 
@@ -26,9 +26,10 @@ def test_each_type_is_its_slow_reference(queries: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     relevant = np.column_stack([np.arange(queries), np.arange(queries) % corpus])
     ranges = {dim: np.stack([(cut := cut_dims(vectors, dim)).min(0), cut.max(0)]) for dim in DIMS if dim != 12}
-    found = by_type(
-        vectors, np.arange(queries), np.arange(queries, queries + corpus), relevant, DIMS, ranges, "cpu"
-    )
+    grades = draw.integers(1, 4, queries).astype(float)
+    own = np.where(np.arange(queries) % 3 == 0, (np.arange(queries) + 1) % corpus, -1)
+    judged = Judgements(relevant, grades, own)
+    found = by_type(vectors, np.arange(queries), np.arange(queries, queries + corpus), judged, DIMS, ranges, "cpu")
 
     count = min(queries, QUERIES)
     drawn = np.unique(np.linspace(0, queries - 1, count).round().astype(int))
@@ -48,5 +49,7 @@ def test_each_type_is_its_slow_reference(queries: int) -> None:
         slow["binary"] = -(signs_q[:, None, :] != signs_c[None]).sum(axis=2)
         assert set(found[str(dim)]) == set(slow)
         for kind, score in slow.items():
-            wanted = metrics(ranked(score), pairs, corpus)["ndcg@10"].mean()
+            without = score.astype(np.float64)
+            without[own[drawn] >= 0, own[drawn][own[drawn] >= 0]] = -np.inf
+            wanted = metrics(ranked(without), pairs, corpus, grades[drawn])["ndcg@10"].mean()
             assert found[str(dim)][kind] == pytest.approx(wanted, abs=2e-6), (dim, kind)

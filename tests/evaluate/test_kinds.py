@@ -267,9 +267,9 @@ def document(place: int) -> str:
 
 
 def trec(runs: list[np.ndarray], relevant: list[np.ndarray], measures: set[str]) -> list[dict[str, float]]:
-    """What trec_eval says of each query, from the scores of its documents and those that are relevant."""
+    """What trec_eval says of each query, from the scores of its documents and how relevant each is."""
     judged = {
-        f"q{q}": {document(c): int(found) for c, found in enumerate(hits)} for q, hits in enumerate(relevant)
+        f"q{q}": {document(c): int(grade) for c, grade in enumerate(grades)} for q, grades in enumerate(relevant)
     }
     run = {f"q{q}": {document(c): float(score) for c, score in enumerate(row)} for q, row in enumerate(runs)}
     found = pytrec_eval.RelevanceEvaluator(judged, measures).evaluate(run)
@@ -302,15 +302,17 @@ def test_reranking_is_trec_evals(problem: tuple[list[np.ndarray], list[np.ndarra
         assert found["mrr@10"][q] == pytest.approx(reciprocal, abs=1e-6)
 
 
-@given(rankings())
-@settings(max_examples=50)
-def test_retrieval_is_trec_evals(problem: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
+@given(rankings(), st.integers(1, 4))
+@settings(max_examples=100)
+def test_retrieval_is_trec_evals(problem: tuple[list[np.ndarray], list[np.ndarray]], grades: int) -> None:
+    """Also where passages answer a query to several grades."""
     scores, relevant = problem
     for row, hits in zip(scores, relevant, strict=True):
+        grade_c = hits * np.random.default_rng(len(row)).integers(1, grades + 1, len(row))
         top_1k = np.argsort(-row, kind="stable")[None, :10]
         pairs_r2 = np.array([(0, c) for c in np.flatnonzero(hits)])
-        found = retrieval_metrics(top_1k, pairs_r2, len(row))
-        (expected,) = trec([row], [hits], {"ndcg_cut", "success", "recall"})
+        found = retrieval_metrics(top_1k, pairs_r2, len(row), grade_c[hits].astype(np.float64))
+        (expected,) = trec([row], [grade_c], {"ndcg_cut", "success", "recall"})
         assert found["ndcg@10"][0] == pytest.approx(expected["ndcg_cut_10"], abs=1e-6)
         assert found["acc@1"][0] == expected["success_1"]
         assert found["recall@10"][0] == pytest.approx(expected["recall_10"], abs=1e-6)

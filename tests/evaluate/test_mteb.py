@@ -138,3 +138,25 @@ def test_unknown_names_get_one_line() -> None:
 def test_benchmarks_are_cut_by_language_and_by_name() -> None:
     names = [task.metadata.name for task in find_tasks(["MTEB(Multilingual, v2)"], ["STS22.v2", "STS17"], ["deu"])]
     assert sorted(names) == ["STS17", "STS22.v2"]
+
+
+def test_a_benchmarks_own_subsets_and_splits_are_kept() -> None:
+    def cut(benchmarks: list[str], languages: list[str]) -> dict[str, tuple[list[str], list[str]]]:
+        tasks = find_tasks(benchmarks, ["STS17", "MassiveIntentClassification"], languages)
+        return {task.metadata.name: (list(task.hf_subsets), list(task.eval_splits)) for task in tasks}
+
+    english = cut(["MTEB(eng, v2)"], [])
+    assert english == {"STS17": (["en-en"], ["test"]), "MassiveIntentClassification": (["en"], ["test"])}
+    assert cut(["MTEB(eng, v2)"], ["eng"]) == english
+    with pytest.raises(RunError, match=r"has one of the languages \['deu'\]"):
+        cut(["MTEB(eng, v2)"], ["deu"])
+    both = cut(["MTEB(eng, v2)", "MTEB(Multilingual, v2)"], ["deu"])
+    assert both["STS17"] == (["en-de"], ["test"])
+    assert cut(["MTEB(eng, v2)"], []) == english, "what others asked for does not stay"
+
+
+def test_a_model_that_is_none_and_a_place_that_is_no_disk_are_told_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a model folder"):
+        run_mteb(str(tmp_path / "no"), [MockSTSTask()], str(tmp_path))
+    with pytest.raises(RunError, match=r"memory://results is not on a disk"):
+        run_mteb(str(tmp_path), [MockSTSTask()], "memory://results")

@@ -43,6 +43,7 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
     return {
         "name": name,
         "folder": f"{name}-0a1b2c3d/model",
+        "sources": [] if name == "untrained" else ["web"],
         "parameters": dim * 50_000,
         "non_embedding_parameters": dim * 20_000,
         "bytes": dim * 200_000,
@@ -97,6 +98,7 @@ def full_report(sets: tuple[str, ...] = ("manual", "phrases")) -> dict[str, Any]
             }
         },
         "models": [model(*facts, sets) for facts in models],
+        "reference": "stage2",
         "missing": [],
         "serving": {"model": "distilled"},
         "commands": {"serve": "serve run app"},
@@ -209,6 +211,9 @@ def test_a_model_folder_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> Non
     assert "| a\\|b | 192 | ndcg@10 | 0.713 | 0.693 to 0.733 |" in text
     assert "- manual (ndcg@10, the full dim), of 45 languages: l44 0.625 (51 queries), l43" in text
     assert "dims: 8, 16, 32" in text
+    assert "| web | retrieval | 4,321 | not stated |" in text
+    untrained = model_card(report, report["models"][0], load_info(tmp_path / "distilled" / "model"))
+    assert "Trained on" not in untrained
     hub = pytest.importorskip("huggingface_hub")
     data = hub.ModelCard(card).data
     assert data.model_name == "tiny"
@@ -274,6 +279,7 @@ def test_models_without_numbers_are_shown_as_not_measured() -> None:
             {"name": "pruned", "scores": {"manual": {}}, "languages": None},
             {"name": "distilled", "scores": None},
         ],
+        "reference": "stage1",
         "rows": [{"step": "read"}],
         "training": {"stage1": {}},
     }
@@ -341,4 +347,4 @@ def test_headline_says_what_was_gained_and_kept() -> None:
     assert "4,321 training rows in 45 languages, of 5,000 read." in words
     assert "The stage2 model reaches ndcg@10 0.741 on manual (0.051 untrained)" in words
     assert "with 75.0 % of the parameters outside the embeddings, keeps 96.2 % of that on manual" in words
-    assert "The run took 1 h 2 min on cpu (x86_64)." in words
+    assert "Its stages took 1 h 2 min on cpu (x86_64)." in words

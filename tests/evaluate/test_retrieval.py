@@ -78,6 +78,17 @@ def test_blocked_search_equals_unblocked_on_real_numbers() -> None:
     assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, k=K, block_entries=3000))
 
 
+def test_what_is_left_out_makes_room_for_the_next() -> None:
+    vectors_ud = np.array([[4.0], [3.0], [2.0], [1.0]], dtype=np.float32)
+    query_q, corpus_c, left_out_q = np.zeros(3, dtype=int), np.arange(4), np.array([-1, 0, 2])
+    top_qk = top_positions(vectors_ud, query_q, corpus_c, k=2, left_out_q=left_out_q)
+    assert top_qk.tolist() == [[0, 1], [1, 2], [0, 1]]
+    top_qk = top_positions(vectors_ud, query_q, corpus_c, k=K, left_out_q=left_out_q)
+    assert top_qk.tolist() == [[0, 1, 2, 3], [1, 2, 3, -1], [0, 1, 3, -1]]
+    values = metrics(top_qk, np.array([[0, 3], [1, 0], [2, 3]]), 4)
+    assert values["recall@10"].tolist() == [1.0, 0.0, 1.0], "-1 is nobody's passage"
+
+
 def test_values_worked_out_by_hand() -> None:
     top_qk = np.array([[4, 1, 0], [2, 3, 4]])
     relevant_r2 = np.array([[0, 0], [0, 1], [0, 2], [1, 2]])

@@ -16,6 +16,7 @@ from f2llm_ray.data.schema import text_key
 from f2llm_ray.errors import DataError, F2LLMError
 from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, read_set
 from f2llm_ray.run import Folder
+from tests.evaluate.planted import Planted
 
 PAIRS = [
     ("Wie geht das?", "So geht das.", "deu"),
@@ -116,6 +117,25 @@ def test_reads_beir(beir: Path) -> None:
     assert found.relevant.tolist() == [[0, 0], [1, 1]]
     drawn = read_beir(str(beir), name="mine", instruction="", max_queries=1)
     assert (len(drawn.query_ids), len(drawn.corpus_ids)) == (1, 2)
+
+
+def test_grades_are_kept_and_a_query_does_not_find_itself(tmp_path: Path) -> None:
+    """A passage with the query's id is the query, unless it is judged to answer it."""
+    write_jsonl(tmp_path, "queries.jsonl", [{"_id": key, "text": key} for key in ("a", "b", "c")])
+    write_jsonl(tmp_path, "corpus.jsonl", [{"_id": key, "text": f"text of {key}"} for key in ("c", "b", "x", "a")])
+    judged = [("a", "x", 1), ("a", "b", 2), ("b", "b", 1), ("c", "a", 3), ("c", "x", 0), ("a", "x", 3)]
+    write_jsonl(tmp_path, "qrels.jsonl", [dict(zip(("qid", "pid", "score"), row, strict=True)) for row in judged])
+    found = read_beir(str(tmp_path), name="graded", instruction="")
+    found.write(Folder.at(str(tmp_path / "written")))
+    for one in (found, read_set(Folder.at(str(tmp_path / "written")))):
+        assert one.relevant.tolist() == [[0, 1], [0, 2], [1, 1], [2, 3]]
+        assert one.judgements.grade_r.tolist() == [2, 3, 1, 3]
+        assert one.judgements.own_q.tolist() == [3, -1, 0], "b answers b"
+    near = Planted({**{key: [1.0, 0.0] for key in "abc"}, **{f"text of {key}": [1.0, 0.0] for key in "abcx"}})
+    scores = found.measure(near, (1,)).scores["scores"]["2"]
+    # In the order of the corpus: a finds c, b, x; b finds c, b, x, a; c finds b, x, a.
+    gains = [(2 / np.log2(3) + 3 / 2) / (3 + 2 / np.log2(3)), 1 / np.log2(3), 1 / 2]
+    assert scores["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-5)
 
 
 def test_queries_outside_the_split_are_left_out(beir: Path) -> None:
