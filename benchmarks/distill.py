@@ -212,7 +212,7 @@ class Run:
 
 def online(place: Place, recipe: Recipe, hidden: int, now: Callable[[], float]) -> dict[str, float]:
     """Seconds and last loss with the teacher beside the student; loading models does not count."""
-    teacher = teacher_of(recipe, model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
+    teacher = teacher_of(model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
     run = Run(place, recipe, hidden, teacher)
     started = now()
     last = run.train(place.batches(None))
@@ -225,7 +225,7 @@ def cached(place: Place, recipe: Recipe, hidden: int, now: Callable[[], float]) 
     started = now()
     texts = teach(place, hidden, out)
     taught = now() - started
-    teacher = teacher_of(recipe, model=None, vectors=out, tokens_per_pass=4096)
+    teacher = teacher_of(model=None, vectors=out, tokens_per_pass=4096)
     run = Run(place, recipe, hidden, teacher)
     started = now()
     last = run.train(place.batches(out))
@@ -258,7 +258,7 @@ def measure(rows: int, hidden: int, teacher: str, negatives: int, rounds: int, c
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         some = list(place.batches(None))
-        warm = teacher_of(recipe, model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
+        warm = teacher_of(model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
         assert warm is not None  # noqa: S101 - a model was given
         run = Run(place, recipe, hidden, warm)
         run.train(some[:1])

@@ -193,4 +193,4 @@ def _command(stage: str) -> str:
     }
     if stage.endswith(INT8):
         return "jobs/quantize.py"
-    return jobs.get(stage, "jobs/train.py")
+    return jobs.get(stage.removesuffix(MERGED), "jobs/train.py")

@@ -42,6 +42,7 @@ class Recipe(Section):
             *self._mine_problems(),
             *self._shrink_problems(),
             *self._quantize_problems(),
+            *self._serving_problems(),
         ]
         if problems:
             raise ValueError("; ".join(problems))
@@ -121,6 +122,7 @@ class Recipe(Section):
         if self.mine is None:
             return []
         problems = []
+        problems += self._unknown_model("mine.model", self.mine.model)
         known = self.mined_sources(Mine(model=self.mine.model))
         wrong = [name for name in self.mine.sources or () if name not in known]
         if wrong or not known:
@@ -136,11 +138,7 @@ class Recipe(Section):
         if self.prune is not None and self.prune.model not in self.model_names():
             problems.append(f"prune.model: {self.prune.model!r} is not one of {self.model_names()}")
         teacher = None if self.distill is None else self.distill.teacher
-        if teacher is not None and teacher not in self.model_names() and "/" not in teacher:
-            problems.append(
-                f"distill.teacher: {teacher!r} is not one of {self.model_names()}, nor a path of a model folder, "
-                "which has a /"
-            )
+        problems += [] if teacher is None else self._unknown_model("distill.teacher", teacher)
         shape = self.backbone.shape
         if self.prune is not None and shape is not None:
             problems += [
@@ -151,17 +149,37 @@ class Recipe(Section):
             ]
         return problems
 
+    def _unknown_model(self, place: str, model: str) -> list[str]:
+        made = self.model_names()
+        known = model in made or "/" in model
+        return (
+            []
+            if known
+            else [f"{place}: {model!r} is not one of {made}, nor a path of a model folder, which has a /"]
+        )
+
     def _quantize_problems(self) -> list[str]:
         if self.quantize is None:
             return []
+        made = self._float_models()
+        return [
+            f"quantize.models: {name!r} is not one of {made}" for name in self.quantize.models if name not in made
+        ]
+
+    def _serving_problems(self) -> list[str]:
+        small = [] if self.quantize is None else [f"{name}-int8" for name in self.quantize.models]
+        made = [*self._float_models(), *small]
+        known = self.serving.model is None or self.serving.model in made
+        return [] if known else [f"serving.model: {self.serving.model!r} is not one of {made}"]
+
+    def _float_models(self) -> list[str]:
+        """Names of all models but the quantised ones."""
         made = self.model_names()
         if self.prune is not None:
             made.append("pruned")
         if self.distill is not None:
             made += ["distilled", *(["distilled-merged"] if self.distill.merge else [])]
-        return [
-            f"quantize.models: {name!r} is not one of {made}" for name in self.quantize.models if name not in made
-        ]
+        return made
 
     def mined_sources(self, settings: Mine) -> list[str]:
         """Names of the retrieval sources that are mined, in the recipe's order."""

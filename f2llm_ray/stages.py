@@ -8,6 +8,7 @@ from typing import Any
 from f2llm_ray.model.settings import PARTS
 from f2llm_ray.recipe import Recipe
 from f2llm_ray.run import Stage
+from f2llm_ray.train.settings import TrainStage
 
 MINED, IMPORTANCE, TAUGHT = "mined", "importance", "taught"
 DISTILLED = "distilled"
@@ -72,11 +73,16 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Works out every stage and its hash; nothing is read or run."""
     dump = recipe.model_dump(mode="json")
-    used = ("seed", "sources", "data", "tokenizer", "evaluation")
+    used = ("seed", "data", "tokenizer", "evaluation")
     prepare = Stage(
         name="prepare",
         settings={
             **{key: dump[key] for key in used},
+            # How often a row is seen is decided by each stage that trains on it.
+            "sources": {
+                name: {key: value for key, value in source.items() if key != "weight"}
+                for name, source in dump["sources"].items()
+            },
             # Batches are drawn from them in turn, and the first one's instruction is the model's default prompt.
             "order": list(recipe.sources),
             "evaluation": dump["evaluation"]["sets"],
@@ -91,7 +97,7 @@ def plan(recipe: Recipe) -> Plan:
     for name in recipe.stages:
         mined = _mining(recipe, dump, prepare, models)
         parents = (prepare, last) if mined is None else (prepare, last, mined)
-        last = models[name] = Stage(name=name, settings=_training(dump, dump["stages"][name]), parents=parents)
+        last = models[name] = Stage(name=name, settings=_training(recipe, recipe.stages[name]), parents=parents)
         last = _merging(models, name, dump["stages"][name]["merge"], prepare)
     mined = _mining(recipe, dump, prepare, models)
     if recipe.prune is not None:
@@ -112,7 +118,7 @@ def plan(recipe: Recipe) -> Plan:
             teachers = (taught,)
         models[DISTILLED] = Stage(
             name=DISTILLED,
-            settings=_training(dump, dump["distill"]),
+            settings=_training(recipe, recipe.distill),
             parents=(prepare, models["pruned"], *teachers, *common),
         )
         _merging(models, DISTILLED, dump["distill"]["merge"], prepare)
@@ -133,10 +139,13 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _teaching(recipe: Recipe, dump: dict[str, Any]) -> dict[str, Any]:
-    assert recipe.distill is not None  # noqa: S101 - the stage is made from it
-    hidden = None if recipe.prune is None else recipe.prune.hidden
-    batches = {key: value for key, value in dump["distill"].items() if key not in NOT_BATCHES}
-    return _training(dump, {**batches, "dims": recipe.distill.teacher_dims(hidden)})
+    stage = recipe.distill
+    assert stage is not None  # noqa: S101 - the stage is made from it
+    assert recipe.prune is not None  # noqa: S101 - the student is made by it
+    batches = {key: value for key, value in _training(recipe, stage).items() if key not in NOT_BATCHES}
+    # A student whose hidden size is not named has that of the backbone.
+    width = recipe.prune.hidden or dump["backbone"]
+    return {**batches, "dims": width if stage.teacher_is_cut else None}
 
 
 def _mining(recipe: Recipe, dump: dict[str, Any], prepare: Stage, models: dict[str, Stage]) -> Stage | None:
@@ -159,7 +168,9 @@ def _merging(models: dict[str, Stage], name: str, settings: dict[str, Any] | Non
     return merged
 
 
-def _training(dump: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+def _training(recipe: Recipe, stage: TrainStage) -> dict[str, Any]:
     # The world size is not among them: any number of workers sees the same global batches.
     # Nor is what is made of a finished stage.
-    return {**{key: value for key, value in stage.items() if key != "merge"}, "seed": dump["seed"]}
+    settings = {key: value for key, value in stage.model_dump(mode="json").items() if key != "merge"}
+    weights = {name: recipe.sources[name].weight for name in recipe.stage_sources(stage)}
+    return {**settings, "weights": weights, "seed": recipe.seed}

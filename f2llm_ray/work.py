@@ -29,6 +29,12 @@ class Work:
 
         return ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(function)
 
+    def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives in a Ray task: whole models are loaded where there is memory, not on the head."""
+        import ray
+
+        return ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
+
     def prepare(self, out: Folder) -> dict[str, Any]:
         """The data steps."""
         from f2llm_ray.data.prepare import prepare
@@ -59,6 +65,7 @@ class Work:
                 prepared=prepared,
                 mined=None if mined is None else self.run.folder(mined),
                 teacher=self._folder_of(self.recipe.distill.teacher),
+                parent=self._pruned_from(),
                 out=out,
             )
         }
@@ -87,45 +94,10 @@ class Work:
         facts = work(out)
         prepared = self.run.folder(self.plan.prepare)
         ray.get(self.task(_calibrate).remote(out / "model", prepared, self.recipe))
-        return {**facts, **model_facts(out / "model")}
+        return {**facts, **self._on_worker(model_facts, out / "model")}
 
     def _untrained(self, out: Folder) -> dict[str, Any]:
-        from f2llm_ray.model.checkpoint import (
-            INFO_FILE,
-            ModelInfo,
-            load_backbone,
-            load_info,
-            load_tokenizer,
-            matryoshka_dims,
-            save_model,
-        )
-        from f2llm_ray.model.sizes import random_backbone
-
-        settings = self.recipe.backbone
-        with (self.run.folder(self.plan.prepare) / "tokenizer").as_local() as folder:
-            tokenizer = load_tokenizer(folder)
-        vocabulary = tokenizer.get_vocab_size()
-        if settings.shape is not None:
-            backbone = random_backbone(settings.shape, vocabulary, self.recipe.seed)
-        else:
-            backbone = load_backbone(str(settings.path))
-            if vocabulary > backbone.config.vocab_size:
-                raise RunError(
-                    f"the tokenizer has {vocabulary} entries, the backbone {settings.path!r} only "
-                    f"{backbone.config.vocab_size}"
-                )
-        info = ModelInfo(
-            name=f"{self.recipe.name}-untrained",
-            dims=matryoshka_dims(backbone.config.hidden_size),
-            max_tokens=self.recipe.data.max_tokens,
-            prompts={"query": ""},
-            instructions=False,
-        )
-        if settings.path is not None and (Path(settings.path) / INFO_FILE).is_file():
-            # A model of another run: it keeps the dims and prompts that it was trained with.
-            info = replace(load_info(Path(settings.path)), name=info.name, max_tokens=info.max_tokens)
-        with (out / "model").writing() as path:
-            save_model(path, backbone, tokenizer, info)
+        self._on_worker(make_untrained, self.recipe, self.run.folder(self.plan.prepare), out)
         return {}
 
     def _trained(self, name: str, out: Folder) -> dict[str, Any]:
@@ -164,19 +136,18 @@ class Work:
         assert stage is not None  # noqa: S101 - plan() made the merge from it
         assert stage.merge is not None  # noqa: S101
         folder = self.run.folder(self.plan.models[trained])
-        return merge_stage(stage.merge, folder, f"{self.recipe.name}-{name}", out)
+        facts: dict[str, Any] = self._on_worker(
+            merge_stage, stage.merge, folder, f"{self.recipe.name}-{name}", out
+        )
+        return facts
 
     def _quantized(self, name: str, out: Folder) -> dict[str, Any]:
-        import ray
-
         from f2llm_ray.model.quantize import quantize_model
 
         parent = self._model_folder(self.plan.models[name.removesuffix(INT8)])
         prepared = self.run.folder(self.plan.prepare)
-        work = ray.remote(num_cpus=1)(quantize_model)
-        facts: dict[str, Any] = ray.get(
-            work.remote(self.recipe, f"{self.recipe.name}-{name}", prepared, parent, out)
-        )
+        model = f"{self.recipe.name}-{name}"
+        facts: dict[str, Any] = self._on_worker(quantize_model, self.recipe, model, prepared, parent, out)
         return facts
 
     def _pruned(self, out: Folder) -> dict[str, Any]:
@@ -184,7 +155,9 @@ class Work:
 
         assert self.plan.importance is not None  # noqa: S101 - plan() made it with this stage
         scored = self.run.folder(self.plan.importance)
-        return shrink(self.recipe, self.run.folder(self.plan.prepare), self._pruned_from(), scored, out)
+        prepared = self.run.folder(self.plan.prepare)
+        facts: dict[str, Any] = self._on_worker(shrink, self.recipe, prepared, self._pruned_from(), scored, out)
+        return facts
 
     def _pruned_from(self) -> Folder:
         assert self.recipe.prune is not None  # noqa: S101 - plan() made the stage from it
@@ -197,6 +170,50 @@ class Work:
 
     def _model_folder(self, stage: Stage) -> Folder:
         return self.run.folder(stage) / "model"
+
+
+def make_untrained(recipe: Recipe, prepared: Folder, out: Folder) -> None:
+    """Writes the model that the first stage starts from: the backbone with the prepared tokenizer.
+
+    Raises:
+        RunError: the backbone cannot be loaded or trained, or has fewer entries than the tokenizer.
+    """
+    from f2llm_ray.model.checkpoint import (
+        INFO_FILE,
+        ModelInfo,
+        load_backbone,
+        load_info,
+        load_tokenizer,
+        matryoshka_dims,
+        save_model,
+    )
+    from f2llm_ray.model.sizes import random_backbone
+
+    settings = recipe.backbone
+    with (prepared / "tokenizer").as_local() as folder:
+        tokenizer = load_tokenizer(folder)
+    vocabulary = tokenizer.get_vocab_size()
+    if settings.shape is not None:
+        backbone = random_backbone(settings.shape, vocabulary, recipe.seed)
+    else:
+        backbone = load_backbone(str(settings.path))
+        if vocabulary > backbone.config.vocab_size:
+            raise RunError(
+                f"the tokenizer has {vocabulary} entries, the backbone {settings.path!r} only "
+                f"{backbone.config.vocab_size}"
+            )
+    info = ModelInfo(
+        name=f"{recipe.name}-untrained",
+        dims=matryoshka_dims(backbone.config.hidden_size),
+        max_tokens=recipe.data.max_tokens,
+        prompts={"query": ""},
+        instructions=False,
+    )
+    if settings.path is not None and (Path(settings.path) / INFO_FILE).is_file():
+        # A model of another run: it keeps the dims and prompts that it was trained with.
+        info = replace(load_info(Path(settings.path)), name=info.name, max_tokens=info.max_tokens)
+    with (out / "model").writing() as path:
+        save_model(path, backbone, tokenizer, info)
 
 
 def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:

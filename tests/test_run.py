@@ -28,6 +28,9 @@ def test_a_changed_setting_changes_only_what_depends_on_it() -> None:
     assert changed("serving.max_inputs=3", "name=other", "compute.workers=1") == set()
     assert changed("evaluation.divisors=[1]") == {name for name in hashes() if name.startswith("evaluate-")}
     assert changed("seed=99") == set(hashes())
+    trained = changed("sources.plone_ui.weight=2")
+    assert {"stage1", "stage2", "taught", "distilled"} < trained
+    assert not {"prepare", "untrained"} & trained, "how often a row is seen is no matter of its text"
 
 
 def test_the_order_of_sources_counts() -> None:

@@ -44,8 +44,10 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
         if "error" in result:
             rows.append({"name": name, "error": result["error"]})
             continue
-        training = list(result["training"].values())
-        row = _row(name, result["models"][-1], training[-1] if training else None)
+        last = result["models"][-1]
+        # A model that was merged or quantised has the training of the one it is made from; a pruned one has none.
+        trained = last["name"].removesuffix("-int8").removesuffix("-merged")
+        row = _row(name, last, result["training"].get(trained))
         rows.append({**row, "against_first": result["against_first"]})
     for row in rows:
         if "mean" in row:

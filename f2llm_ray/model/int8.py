@@ -37,6 +37,10 @@ def quantize_rows(weight_oi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.round(weight_oi / scale_o[:, None]).to(torch.int8), scale_o
 
 
+EMBEDDINGS = "embed_tokens"
+"""Name of the input embeddings in the decoders of all families."""
+
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights and activations."""
 
@@ -84,6 +88,9 @@ def quantize(backbone: PreTrainedModel, *, embeddings: bool = True) -> PreTraine
         if name.endswith(".scale"):
             weight = name.removesuffix("scale") + "weight"
             state[weight], state[name] = quantize_rows(float_state[weight])
+    if embeddings:
+        # Gemma's embedding multiplies what it looks up; the int8 one has that in its scales.
+        state[f"{EMBEDDINGS}.scale"] *= getattr(backbone.get_input_embeddings(), "scalar_embed_scale", 1.0)
     small.load_state_dict(state)
     return small.eval()
 
@@ -127,7 +134,7 @@ def load_quantized(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model with int8 weights: {error}") from None
     backbone = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=_is_int8(state, "embed_tokens"))
+    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=_is_int8(state, EMBEDDINGS))
     try:
         small.load_state_dict(state)
     except RuntimeError as error:

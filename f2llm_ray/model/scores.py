@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TENSORS, FACTS = "importance.safetensors", "importance.json"
 TOKENS_PER_PIECE = 65_536
-"""What one task measures, at least. A 2-layer model does it in seconds, so one piece is not worth an actor."""
+"""What an actor measures at a time, at least."""
 TOKENS_PER_PASS = 4_096
 """The inputs of all layers are held for a pass: 0.5 GB for 28 layers of 1,024 channels."""
 
@@ -61,8 +61,15 @@ def score(
     Raises:
         RunError: the parent's family cannot be pruned.
     """
+    import ray
+
     if settings.importance == "activation":
         return _measured(parent, pieces_of(calibration), compute).importance()
+    found: Importance = ray.get(ray.remote(num_cpus=1)(_of_weights).remote(parent, settings, seed))
+    return found
+
+
+def _of_weights(parent: Folder, settings: Prune, seed: int) -> Importance:
     with parent.as_local() as folder:
         backbone = load_backbone(folder)
     return magnitude(backbone) if settings.importance == "magnitude" else chance(backbone.config, seed)
@@ -71,16 +78,13 @@ def score(
 def _measured(parent: Folder, pieces: list[list[Tokens]], compute: Compute) -> Sums:
     make = partial(Meter, parent, compute.threads_per_worker)
     items = [{"piece": number, "tokens": piece} for number, piece in enumerate(pieces)]
-    if len(pieces) == 1 and not compute.gpus_per_worker:
-        found = [Meter(parent, None)(items[0])]
-    else:
-        actors = start_actors(
-            make,
-            min(compute.workers, len(pieces)),
-            num_cpus=compute.cpus_per_worker,
-            num_gpus=compute.gpus_per_worker,
-        )
-        found = sorted(each_on_actors("importance", items, actors), key=lambda row: row["piece"])
+    actors = start_actors(
+        make,
+        min(compute.workers, len(pieces)),
+        num_cpus=compute.cpus_per_worker,
+        num_gpus=compute.gpus_per_worker,
+    )
+    found = sorted(each_on_actors("importance", items, actors), key=lambda row: row["piece"])
     total: Sums = found[0]["sums"]
     for more in found[1:]:
         total = total + more["sums"]
@@ -92,14 +96,13 @@ class Meter:
 
     Args:
         parent: the model folder.
-        threads: torch threads on CPU; as they are when None.
+        threads: torch threads on CPU.
     """
 
-    def __init__(self, parent: Folder, threads: int | None) -> None:
+    def __init__(self, parent: Folder, threads: int) -> None:
         import torch
 
-        if threads is not None:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         with parent.as_local() as folder:

@@ -97,7 +97,6 @@ def _fewer_tokens(
     vocabulary = Vocabulary(tokenizer)
     ids = vocabulary.choose(counts, wanted)
     small, table = vocabulary.cut(ids)
-    say(f"pruned: {len(ids):,} of {rows:,} tokens stay")
     return replace(kept, vocabulary=tuple(ids.tolist())), small, table
 
 

@@ -122,6 +122,8 @@ def _write_epoch(
     rows = rows.filter(pc.equal(rows["validation"], validation)).rename_columns(
         [names.get(column, column) for column in columns]
     )
+    if not len(rows):  # a small source may have no held-out rows, and with data.validation 0 none has
+        return {**work, "batches": 0}
     seed = f"{recipe.seed}/{name}/{_split(validation)}/{epoch}"
     rates = np.ones(len(rows)) if validation else _rates(rows, settings.weight, stage.language_temperature)
     order = epoch_rows(rates, rng(seed, source, "order"))

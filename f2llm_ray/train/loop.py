@@ -79,7 +79,7 @@ def work(config: dict[str, Any]) -> None:
             nullcontext() if job.taught is None else job.taught.as_local() as taught,
         ):
             teacher = teacher_of(
-                job.recipe, model=job.teacher, vectors=taught, tokens_per_pass=job.stage.engine.tokens_per_pass
+                model=job.teacher, vectors=taught, tokens_per_pass=job.stage.engine.tokens_per_pass
             )
             loss = StageLoss(job.recipe, job.stage, load_info(student).dims[-1], teacher)
             Worker(job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss).run()

@@ -116,12 +116,13 @@ def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: Batch) -> list[
     often: passes of a chunk would differ between ranks, and one would wait for ever.
     """
     settings, backbone = stage.engine, engine.module.backbone
+    budget = settings.tokens_per_chunk
     if settings.zero_stage == 3:
-        budget = min(settings.tokens_per_chunk or settings.tokens_per_pass, settings.tokens_per_pass)
-        return plan(backbone, batch.tokens, budget)
-    if settings.tokens_per_chunk is not None:
-        return plan(backbone, batch.tokens, settings.tokens_per_chunk)
-    return [list(range(len(batch.tokens)))]
+        budget = min(budget or settings.tokens_per_pass, settings.tokens_per_pass)
+    if budget is None:
+        return [list(range(len(batch.tokens)))]
+    # As the encoder reads them: with fewer tokens in the vocabulary texts take more of them.
+    return plan(backbone, remap(batch.tokens, engine.module.tokens), budget)
 
 
 def encoder_of(engine: DeepSpeedEngine, batch: Batch) -> Callable[[Sequence[int]], torch.Tensor]:

@@ -151,9 +151,10 @@ class Distill(TrainStage):
         """Whether a term compares single vectors, and not only similarities."""
         return self.mse_weight + self.cosine_weight > 0
 
-    def teacher_dims(self, hidden: int | None) -> int | None:
-        """How many of the teacher's first dims a student of this hidden size learns from; None for all of them."""
-        return hidden if self.matches_vectors and not self.projection else None
+    @property
+    def teacher_is_cut(self) -> bool:
+        """Whether the student learns from as many of the teacher's first dims as it has, and not from all."""
+        return self.matches_vectors and not self.projection and not self.similarity_weight
 
     @model_validator(mode="after")
     def _projects_something(self) -> Distill:

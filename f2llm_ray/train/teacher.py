@@ -42,7 +42,14 @@ PLAN = "plan.json"
 
 
 def teach(
-    recipe: Recipe, name: str, *, prepared: Folder, mined: Folder | None, teacher: Folder, out: Folder
+    recipe: Recipe,
+    name: str,
+    *,
+    prepared: Folder,
+    mined: Folder | None,
+    teacher: Folder,
+    parent: Folder,
+    out: Folder,
 ) -> dict[str, Any]:
     """Computes the teacher's vectors of every text in the distillation's batches, held-out rows included.
 
@@ -52,6 +59,7 @@ def teach(
         prepared: folder of the prepare stage.
         mined: folder of the mining stage, where the student trains on its negatives.
         teacher: the teacher's model folder.
+        parent: the model folder that the student is pruned from; it says how wide the student is.
         out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher has
             another tokenizer than the prepared data.
 
@@ -73,7 +81,7 @@ def teach(
         nonlocal started
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
-    dims = learned_dims(recipe, read_info(teacher).dims[-1])
+    dims = learned_dims(recipe, read_info(teacher).dims[-1], read_info(parent).dims[-1])
     own = bool(differences(prepared / "tokenizer", teacher))
     tokens = out / "tokens" if own else prepared / "tokens"
     if own:
@@ -115,11 +123,19 @@ def teach(
     }
 
 
-def learned_dims(recipe: Recipe, width: int) -> int:
-    """How many of the dims of a teacher of this width the recipe's student learns from."""
+def learned_dims(recipe: Recipe, teacher: int, parent: int) -> int:
+    """How many of the teacher's dims the recipe's student learns from.
+
+    Args:
+        recipe: with `distill`.
+        teacher: how many the teacher has.
+        parent: how many the model has that the student is pruned from.
+    """
     assert recipe.distill is not None  # noqa: S101 - there is no teacher otherwise
-    hidden = None if recipe.prune is None else recipe.prune.hidden
-    return min(recipe.distill.teacher_dims(hidden) or width, width)
+    if not recipe.distill.teacher_is_cut:
+        return teacher
+    named = None if recipe.prune is None else recipe.prune.hidden
+    return min(named or parent, teacher)
 
 
 def _tokenize(recipe: Recipe, prepared: Folder, teacher: Folder, tokens: Folder) -> None:
@@ -232,8 +248,8 @@ class Cached:
 class Online:
     """A frozen model run on the same texts in the same order, in bf16 on a GPU."""
 
-    def __init__(self, engine: Any, dims: int) -> None:
-        self.engine, self.dims = engine, dims
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.dims = engine, engine.info.dims[-1]
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Vectors [n, dims] of a batch's texts."""
@@ -241,17 +257,14 @@ class Online:
 
         longest = self.engine.info.max_tokens
         with torch.no_grad():
-            vectors: torch.Tensor = self.engine.encode([cut(ids, longest) for ids in batch.tokens])[:, : self.dims]
+            vectors: torch.Tensor = self.engine.encode([cut(ids, longest) for ids in batch.tokens])
         return vectors
 
 
-def teacher_of(
-    recipe: Recipe, *, model: Folder | None, vectors: Path | None, tokens_per_pass: int
-) -> Teacher | None:
+def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: int) -> Teacher | None:
     """What teaches in a worker: a model that runs there, vectors that come with the batches, or nobody.
 
     Args:
-        recipe: the run's recipe.
         model: model folder of an online teacher.
         vectors: the store of a cached one.
         tokens_per_pass: token budget of a forward pass.
@@ -264,7 +277,7 @@ def teacher_of(
 
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)
-    return Online(engine, learned_dims(recipe, engine.info.dims[-1]))
+    return Online(engine)
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.int8 import (
     WEIGHTS_FILE,
     Int8Linear,
@@ -24,6 +25,7 @@ from f2llm_ray.model.int8 import (
 from f2llm_ray.model.quantize import compare
 from f2llm_ray.model.sizes import count_parameters
 from f2llm_ray.serve.engine import Engine
+from tests.model.small import FAMILIES, decoder, texts
 from tests.tiny import LINES, tiny_model
 
 
@@ -72,6 +74,18 @@ def test_vectors_stay_close_and_bytes_shrink(parent: Path, small: Path) -> None:
     assert facts["cosine"]["least"] > 0.99
     before, after = ((parent / "model.safetensors").stat().st_size, (small / WEIGHTS_FILE).stat().st_size)
     assert after < 0.35 * before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_keeps_its_vectors(family: str) -> None:
+    """Gemma scales what it looks up in the embeddings."""
+    model, given = decoder(family), texts()
+    expected = encode(model, given, tokens_per_pass=64)
+    for embeddings in (False, True):
+        found = encode(quantize(model, embeddings=embeddings), given, tokens_per_pass=64)
+        cosine = torch.cosine_similarity(found, expected, dim=1)
+        assert cosine.min() > 0.97
+        assert cosine.mean() > 0.995
 
 
 def test_a_vector_does_not_depend_on_its_batch(small: Path) -> None:

@@ -30,10 +30,10 @@ from f2llm_ray.serve.engine import Engine
 from f2llm_ray.session import connect
 from f2llm_ray.stages import NOT_BATCHES, plan
 from f2llm_ray.train import teacher_store
-from f2llm_ray.train.loader import Batch, read
+from f2llm_ray.train.loader import Batch, build_batches, read
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import Distill
-from f2llm_ray.train.teacher import Teacher, _Work, check_online, teach, teacher_of
+from f2llm_ray.train.teacher import Teacher, _Work, check_online, learned_dims, teach, teacher_of
 from f2llm_ray.train.teacher_store import TeacherStore
 from tests.corpus import write_corpus
 from tests.tiny import tiny_model
@@ -149,7 +149,8 @@ class Made:
         return BatchTable(self.out / "batches" / "train", ("pairs", "labels", "clusters"))
 
     def teach(self, recipe: Recipe, out: Path, teacher: Path | None = None, prepared: Path | None = None) -> Any:
-        folders = {"prepared": prepared or self.prepared, "teacher": teacher or self.model, "out": out}
+        folders = {"prepared": prepared or self.prepared, "teacher": teacher or self.model, "parent": self.model}
+        folders["out"] = out
         return teach(recipe, "distilled", mined=None, **{name: Folder.at(str(f)) for name, f in folders.items()})
 
 
@@ -240,26 +241,62 @@ def losses(made: Made, recipe: Recipe, teacher: Teacher, vectors: Path | None) -
         v = torch.randn(len(batch.tokens), width, generator=generator).requires_grad_()
         value, parts = loss(v, batch)
         value.backward()
-        assert set(parts.distillation) == {"mse", "cosine", "similarity"}
+        similar = {"similarity"} if recipe.distill.similarity_weight else set()
+        assert set(parts.distillation) == {"mse", "cosine"} | similar
         yield batch, value.detach(), v.grad
 
 
-@pytest.mark.parametrize("projection", [False, True])
-def test_cached_and_online_teachers_give_the_same_loss(made: Made, tmp_path: Path, *, projection: bool) -> None:
-    recipe = recipe_of(made.given, cosine_weight=1.0, similarity_weight=1.0, projection=projection)
-    vectors = made.out / "vectors"
-    if projection:  # all of the teacher's dims
-        vectors = whole_vectors(made, tmp_path / "whole")
-    of = partial(teacher_of, recipe, tokens_per_pass=4096)
+@pytest.mark.parametrize(("projection", "similarity"), [(False, 0.0), (False, 1.0), (True, 1.0)])
+def test_cached_and_online_teachers_give_the_same_loss(
+    made: Made, tmp_path: Path, *, projection: bool, similarity: float
+) -> None:
+    recipe = recipe_of(made.given, cosine_weight=1.0, similarity_weight=similarity, projection=projection)
+    vectors, dims = made.out / "vectors", STUDENT
+    if projection or similarity:  # all of the teacher's dims
+        vectors, dims = whole_vectors(made, tmp_path / "whole"), HIDDEN
+    assert learned_dims(recipe, HIDDEN, HIDDEN) == dims
+    of = partial(teacher_of, tokens_per_pass=4096)
     cached, online = of(model=None, vectors=vectors), of(model=Folder.at(str(made.model)), vectors=None)
     assert cached is not None
     assert online is not None
-    assert cached.dims == online.dims == (HIDDEN if projection else STUDENT)
+    assert (cached.dims, online.dims) == (dims, HIDDEN)
     pairs = list(zip(losses(made, recipe, cached, vectors), losses(made, recipe, online, None), strict=True))
     assert {batch.source for (batch, _, _), _ in pairs} == {"pairs", "labels", "clusters"}
     for (_, one, of_one), (_, other, of_other) in pairs:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=0)
         assert (of_one - of_other).norm() < 1e-3 * of_other.norm()
+
+
+def test_a_wider_teacher_is_cut_to_the_students_width(made: Made) -> None:
+    """Named in the recipe or not; but whole where all of its dims are used."""
+    unnamed = {**made.given, "prune": {**made.given["prune"], "hidden": None}}
+    assert learned_dims(recipe_of(made.given), 1024, 64) == STUDENT
+    assert learned_dims(recipe_of(unnamed), 1024, 64) == 64
+    assert learned_dims(recipe_of(unnamed), 32, 64) == 32
+    assert learned_dims(recipe_of(unnamed, projection=True), 1024, 64) == 1024
+    assert learned_dims(recipe_of(unnamed, similarity_weight=1), 1024, 64) == 1024
+    assert learned_dims(recipe_of(unnamed, mse_weight=0, similarity_weight=1), 1024, 64) == 1024
+    wide = {**unnamed, "backbone": {"shape": {**made.given["backbone"]["shape"], "hidden": 64}}}
+    stages = [plan(recipe_of(given, teacher="./a/model")).taught for given in (unnamed, wide)]
+    assert stages[0] != stages[1], "the backbone's width decides what is stored"
+
+
+def test_sources_without_held_out_rows_are_trained_on(made: Made, tmp_path: Path) -> None:
+    """A small source may have none by chance; with data.validation 0 no source has."""
+    recipe, prepared = made.recipe, Folder.at(str(shutil.copytree(made.prepared, tmp_path / "prepared")))
+    assert recipe.distill is not None
+    for name in recipe.sources:
+        table = (prepared / "table").read_table(f"{name}.parquet")
+        none = pa.array([False] * len(table))
+        table = table.set_column(table.column_names.index("validation"), "validation", none)
+        (prepared / "table").write_table(f"{name}.parquet", [table], table.schema)
+    out = Folder.at(str(tmp_path / "batches"))
+    build_batches(recipe, "distilled", recipe.distill, prepared, None, out)
+    trained, held_out = (
+        BatchTable(tmp_path / "batches" / part, made.batches.sources) for part in ("train", "validation")
+    )
+    assert len(trained.order()) >= len(made.batches.order())
+    assert list(read(held_out, made.prepared / "tokens", rank=0, world=1)) == []
 
 
 def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path) -> None:
@@ -289,7 +326,7 @@ def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path
         made.teach(recipe, tmp_path / "none", teacher, without)
     # The student has 24 dims, the teacher 16: a map from one to the other is trained with it.
     assert recipe.distill is not None
-    known = teacher_of(recipe, model=None, vectors=out / "vectors", tokens_per_pass=4096)
+    known = teacher_of(model=None, vectors=out / "vectors", tokens_per_pass=4096)
     assert StageLoss(recipe, recipe.distill, STUDENT, known).projected_dims == 16
     assert StageLoss(recipe, recipe.distill, 16, known).projected_dims is None
 
