@@ -26,7 +26,9 @@ def milliseconds(value: float | None) -> str:
 
 def share(part: float | None, whole: float | None) -> str:
     """A part of a whole in percent."""
-    return NOT_MEASURED if part is None or not whole else f"{100 * part / whole:.1f} %"
+    if part is None or whole is None:
+        return NOT_MEASURED
+    return f"{100 * part / whole:.1f} %" if whole else "–"
 
 
 def size(number: float | None) -> str:

@@ -89,6 +89,12 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         "teaching": None if taught is None else taught["teaching"],
         "models": models,
         "reference": _reference(recipe, stages),
+        "sets": {
+            name: {key: result[key] for key in ("kind", "queries", "corpus")}
+            for measured in evaluations.values()
+            if measured is not None
+            for name, result in measured["results"].items()
+        },
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},
     }

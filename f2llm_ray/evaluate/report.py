@@ -9,20 +9,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray import words
+from f2llm_ray.evaluate.headline import headline
 from f2llm_ray.evaluate.model_card import write_cards
 from f2llm_ray.evaluate.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.evaluate.resources import by_resources
 from f2llm_ray.evaluate.scored import (
     BITS,
-    FEW,
     at_full,
     by_dim,
     by_language,
+    enough,
     interval,
     main_metric,
     megabytes,
     metrics_of,
+    reference_of,
     sets_of,
+    shrunk_of,
 )
 from f2llm_ray.page import render_page
 from f2llm_ray.run import Folder
@@ -31,8 +34,6 @@ Report = Mapping[str, Any]
 Model = Mapping[str, Any]
 Cells = list[list[str]]
 
-WEAKEST = 5
-"""Languages of a set that the headline names."""
 LANGUAGES_OPEN = 20
 """Rows of the per-language table that are seen without unfolding it."""
 
@@ -54,7 +55,7 @@ def write_report(root: Folder, report: dict[str, Any]) -> None:
 def render(report: Report, plots: Plots) -> str:
     """The HTML page; all text in it is escaped."""
     models = list(report.get("models") or [])
-    reference = _reference(report)
+    reference = reference_of(report)
     against = [] if reference is None else [f"of {reference.get('name')}"]
     return render_page(
         "evaluate/report.html",
@@ -62,7 +63,8 @@ def render(report: Report, plots: Plots) -> str:
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
         quality=[
-            (name, _scores_head(models, name), _quality(models, reference, name)) for name in sets_of(models)
+            (name, _asked(report, name), _scores_head(models, name), _quality(models, reference, name))
+            for name in sets_of(models)
         ],
         matryoshka=plots.matryoshka,
         types=_types(models[-1]) if models else [],
@@ -71,7 +73,7 @@ def render(report: Report, plots: Plots) -> str:
         last=str(models[-1].get("name")) if models else "",
         against=against,
         languages=[
-            (name, _scores_head(models, name), _languages(models[-1], reference, name))
+            (name, _scores_head(models, name), _languages(models[-1], report, reference, name))
             for name in sets_of(models[-1:])
         ],
         resources=[
@@ -96,72 +98,16 @@ def render(report: Report, plots: Plots) -> str:
     )
 
 
-def headline(report: Report) -> list[str]:
-    """The main numbers as sentences; what was not measured is left out."""
-    models = list(report.get("models") or [])
-    reference = _reference(report)
-    sentences = []
-    rows, languages = report.get("rows") or [], report.get("languages") or {}
-    if rows:
-        read, kept = rows[0].get("in"), rows[-1].get("out")
-        where = f" in {words.plural(len(languages), 'language')}" if languages else ""
-        sentences.append(f"{words.count(kept)} training rows{where}, of {words.count(read)} read.")
-    trained = reference or (models[-1] if models else None)
-    if trained is not None:
-        results = [
-            f"{main_metric([trained], name)} {words.score(at_full(trained, name))} on {name}"
-            + _before(models[0], trained, name)
-            for name in sets_of([trained])
-        ]
-        if results:
-            sentences.append(f"The {trained.get('name')} model reaches {words.listed(results)}.")
-    if reference is not None:
-        sentences += _kept(models[-1], reference)
-    if models:
-        sentences += _weakest(models[-1])
-    missing = report.get("missing") or []
-    if missing:
-        sentences.append(f"Not finished: {words.listed([str(stage) for stage in missing])}.")
-    seconds = report.get("seconds") or {}
-    if seconds:
-        device = f" on {report['device']}" if report.get("device") else ""
-        sentences.append(f"Its stages took {words.duration(sum(seconds.values()))}{device}.")
-    return sentences
-
-
-# What the report holds
-
-
-def _reference(report: Report) -> Model | None:
-    """The model that the pruned one and those made from it are held against; None before there are both."""
-    models = report.get("models") or []
-    wanted = report.get("reference") if _shrunk(models) else None
-    return next((model for model in models if model.get("name") == wanted), None)
-
-
-def _shrunk(models: Sequence[Model]) -> Sequence[Model]:
-    """The pruned model and those made from it."""
-    names = [model.get("name") for model in models]
-    return models[names.index("pruned") :] if "pruned" in names else []
-
-
 # The parts of the page
 
 
-def _before(first: Model, trained: Model, name: str) -> str:
-    before = at_full(first, name)
-    known = first is not trained and first.get("name") == "untrained" and before is not None
-    return f" ({words.score(before)} untrained)" if known else ""
-
-
-def _kept(last: Model, reference: Model) -> list[str]:
-    kept = [
-        f"{words.share(at_full(last, name), at_full(reference, name))}{'' if index else ' of that'} on {name}"
-        for index, name in enumerate(sets_of([last]))
-    ]
-    size = words.share(last.get("non_embedding_parameters"), reference.get("non_embedding_parameters"))
-    subject = f"The {last.get('name')} model, with {size} of the parameters outside the embeddings,"
-    return [f"{subject} keeps {words.listed(kept)}."] if kept else []
+def _asked(report: Report, name: str) -> str:
+    """How much a set asks, and among how much."""
+    facts = (report.get("sets") or {}).get(name)
+    if not facts:
+        return ""
+    among = f" among {words.count(facts['corpus'])}" if facts["corpus"] else ""
+    return f"{str(facts['kind']).replace('_', ' ')}, {words.count(facts['queries'])} asked{among}"
 
 
 def _scores_head(models: Sequence[Model], name: str) -> list[str]:
@@ -177,7 +123,7 @@ def _scores_cells(models: Sequence[Model], name: str, facts: Mapping[str, Any]) 
 
 def _quality(models: Sequence[Model], reference: Model | None, name: str) -> Cells:
     """Rows of model, d and the metrics at d, and the main one as a share of the reference's."""
-    shrunk = _shrunk(models)
+    shrunk = shrunk_of(models)
     rows = []
     for model in models:
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
@@ -219,39 +165,20 @@ def _sizes(model: Model) -> list[str]:
     ]
 
 
-def _languages(model: Model, reference: Model | None, name: str) -> Cells:
-    """Rows of language, queries and the metrics at d, and the main one against the reference's; weakest first."""
+def _languages(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+    """Rows of language, training rows, queries, the metrics at d, and the main one's share of the reference's."""
+    trained = report.get("languages") or {}
     found, main = by_language(model, name), main_metric([model], name)
     theirs = {} if reference is None else by_language(reference, name)
     rows = []
     for language in sorted(found, key=lambda language: (found[language].get(main) or 0.0, language)):
         facts = found[language]
-        row = [language, words.count(facts.get("queries")), *_scores_cells([model], name, facts)]
+        counts = [words.count(trained.get(language, 0)), words.count(facts.get("queries"))]
+        row = [language, *counts, *_scores_cells([model], name, facts)]
         if reference is not None:
             row.append(words.share(facts.get(main), (theirs.get(language) or {}).get(main)))
         rows.append(row)
     return rows
-
-
-def _weakest(model: Model) -> list[str]:
-    """Which languages the model is weak in, by its score at the full dim; a few queries say too little."""
-    sentences = []
-    for name in sets_of([model]):
-        main = main_metric([model], name)
-        found = by_language(model, name)
-        scored = sorted(
-            (facts.get(main) or 0.0, language)
-            for language, facts in found.items()
-            if facts.get("queries", FEW) >= FEW
-        )
-        if len(scored) > WEAKEST:
-            named = [f"{language} {words.score(score)}" for score, language in scored[:WEAKEST]]
-            middle = scored[len(scored) // 2][0]
-            sentences.append(
-                f"The {model.get('name')} model is weakest on {name} in {words.listed(named)}; "
-                f"the language in the middle of {len(scored)} has {words.score(middle)}."
-            )
-    return sentences
 
 
 def _resources(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
@@ -259,7 +186,7 @@ def _resources(model: Model, report: Report, reference: Model | None, name: str)
     trained, main = report.get("languages") or {}, main_metric([model], name)
     theirs = {} if reference is None else by_language(reference, name)
     rows = []
-    for group in by_resources(by_language(model, name), trained):
+    for group in by_resources(enough(by_language(model, name)), trained):
         mean = group.mean(group.scores, main)
         row = [group.name, str(len(group.languages)), group.rows(trained), words.score(mean)]
         if reference is not None:

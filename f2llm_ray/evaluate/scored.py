@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray import words
@@ -22,6 +22,24 @@ BITS = {"float": 32, "int8": 8, "binary": 1}
 def megabytes(dim: int, kind: str) -> int:
     """Megabytes of a million vectors."""
     return -(-dim * BITS[kind] // 8)
+
+
+def reference_of(report: Mapping[str, Any]) -> Model | None:
+    """The model that the pruned one and those made from it are held against; None before there are both."""
+    models = report.get("models") or []
+    wanted = report.get("reference") if shrunk_of(models) else None
+    return next((model for model in models if model.get("name") == wanted), None)
+
+
+def shrunk_of(models: Sequence[Model]) -> Sequence[Model]:
+    """The pruned model and those made from it."""
+    names = [model.get("name") for model in models]
+    return models[names.index("pruned") :] if "pruned" in names else []
+
+
+def enough(languages: Mapping[str, Facts]) -> dict[str, Facts]:
+    """The languages whose scores say something: those of `FEW` queries or more."""
+    return {language: facts for language, facts in languages.items() if facts.get("queries", FEW) >= FEW}
 
 
 def sets_of(models: Iterable[Model]) -> list[str]:
@@ -59,7 +77,8 @@ def at_full(model: Model, name: str, metric: str | None = None) -> float | None:
 
 
 def interval(facts: Facts) -> str:
-    """The 95 % interval of the main metric; nothing where it was not measured or there are few queries."""
+    """The 95 % interval of the main metric; nothing where it was not measured, or is too narrow to be one."""
     ends = facts.get("ci")
-    few = facts.get("queries", FEW) < FEW
-    return "" if ends is None or few else f"{words.score(ends[0])} to {words.score(ends[1])}"
+    if ends is None or ends[0] == ends[1] or facts.get("queries", FEW) < FEW:
+        return ""
+    return f"{words.score(ends[0])} to {words.score(ends[1])}"

@@ -99,6 +99,7 @@ def full_report(sets: tuple[str, ...] = ("manual", "phrases")) -> dict[str, Any]
         },
         "models": [model(*facts, sets) for facts in models],
         "reference": "stage2",
+        "sets": {s: {"kind": "retrieval", "queries": 1234, "corpus": 56789} for s in sets},
         "missing": [],
         "serving": {"model": "distilled"},
         "commands": {"serve": "serve run app"},
@@ -148,24 +149,25 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert ["web", "retrieval", "4,321", "not stated"] in rows
     assert ["stage1", "900", "1,234,567", "8,123", "1.234"] in rows
     assert ["stage1", "1 h 2 min", ""] in rows
-    of_languages = [row for row in rows if len(row) == 7 and row[0] in LANGUAGES]
+    of_languages = [row for row in rows if len(row) == 8 and row[0] in LANGUAGES]
     assert [row[0] for row in of_languages[: len(LANGUAGES)]] == LANGUAGES[::-1], "the weakest first"
-    assert of_languages[0] == ["l44", "51", "0.625", "0.605 to 0.645", "0.500", "0.688", "95.7 %"]
-    assert of_languages[len(LANGUAGES) - 1][:4] == ["l00", "7", "0.713", ""], "of 7 queries, no interval"
+    assert of_languages[0] == ["l44", "1,560", "51", "0.625", "0.605 to 0.645", "0.500", "0.688", "95.7 %"]
+    assert of_languages[len(LANGUAGES) - 1][:5] == ["l00", "2,000", "7", "0.713", ""], "of 7 queries, no interval"
     assert "the largest 40 of 45" in page
+    assert "retrieval, 1,234 asked among 56,789" in page
     assert "not measured" not in page
     assert page.count("<svg") == 7, "two sets by dim and by size, the languages, one loss, one held-out score"
     assert "64 dims" in page
-    # l00 has the most training rows and the best score of all: its third is the first.
-    assert ["high", "15", "1,860 to 2,000", "0.699", "96.1 %"] in rows
-    assert ["low", "15", "1,560 to 1,700", "0.639", "95.8 %"] in rows
+    # The more training rows, the better here; l00 to l02 have too few queries to count.
+    assert ["high", "14", "1,840 to 1,970", "0.694", "96.1 %"] in rows
+    assert ["low", "14", "1,560 to 1,690", "0.638", "95.8 %"] in rows
 
 
 def test_weak_languages_and_missing_stages_are_said_first() -> None:
     words = " ".join(headline({**full_report(), "missing": ["evaluate-pruned", "distilled"]}))
     assert (
-        "The distilled model is weakest on manual in l44 0.625, l43 0.627, l42 0.629, l41 0.631 and l40 0.633"
-        in words
+        "The distilled model is weakest on manual in l44 0.625, l43 0.627, l42 0.629, l41 0.631 and l40 0.633, "
+        "and strongest in l03 0.707, l04 0.705 and l05 0.703;" in words
     )
     # Three of the 45 have fewer than ten queries.
     assert "the language in the middle of 42 has 0.667" in words
@@ -342,9 +344,17 @@ def test_more_sets_than_fit_follow_below() -> None:
     assert re.findall(r"set\d", table) == [f"set{i}" for i in range(5)]
 
 
+def test_a_better_model_that_is_not_the_last_is_named() -> None:
+    report = full_report()
+    report["models"][1] = model("stage1", 0.8, 256, ("manual",))
+    words = " ".join(headline(report))
+    assert "Better than both: stage1 on manual (0.800)." in words
+    assert "Better than both" not in " ".join(headline(full_report()))
+
+
 def test_headline_says_what_was_gained_and_kept() -> None:
     words = " ".join(headline(full_report()))
     assert "4,321 training rows in 45 languages, of 5,000 read." in words
     assert "The stage2 model reaches ndcg@10 0.741 on manual (0.051 untrained)" in words
-    assert "with 75.0 % of the parameters outside the embeddings, keeps 96.2 % of that on manual" in words
+    assert "with 75.0 % of the parameters (75.0 % outside the embeddings), keeps 96.2 % of that on manual" in words
     assert "Its stages took 1 h 2 min on cpu (x86_64)." in words
