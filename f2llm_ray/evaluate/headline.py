@@ -74,7 +74,8 @@ def _better(models: Sequence[Model], told: Sequence[Model]) -> list[str]:
         score, best = max(scored, key=lambda item: item[0])
         if score > max(at_full(model, name) or 0.0 for model in told):
             found.append(f"{best} on {name} ({words.score(score)})")
-    return [f"Better than both: {words.listed(found)}."] if found else []
+    those = "both" if told[0] is not told[-1] else "it"
+    return [f"Better than {those}: {words.listed(found)}."] if found else []
 
 
 def _weakest(model: Model) -> list[str]:
