@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from f2llm_ray.errors import RunError
 from f2llm_ray.serve.engine import Engine
@@ -24,8 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def apart(folder: Path) -> EngineProcess:
-    return EngineProcess(folder, tokens_per_pass=1024, gone=lambda: None)
+def apart(folder: Path) -> Iterator[EngineProcess]:
+    """One thread there and here: with other numbers of them sums round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield EngineProcess(folder, tokens_per_pass=1024, gone=lambda: None)
+    torch.set_num_threads(threads)
 
 
 def test_it_gives_the_engines_vectors(folder: Path, apart: EngineProcess) -> None:

@@ -104,9 +104,10 @@ def test_vectors_are_shared_by_all_that_trains_on_the_same_batches(tmp_path: Pat
 
     first = taught(recipe_of(given))
     assert taught(parse(Recipe, {**given, "prune": {**given["prune"], "layers": 2, "ffn": 16}}, "r")) == first
-    others = {"lr": 1e-4, "mse_weight": 0.5, "similarity_weight": 1.0, "temperature": 0.1, "checkpoint_every": 3}
+    others = {"lr": 1e-4, "mse_weight": 0.5, "cosine_weight": 1.0, "temperature": 0.1, "checkpoint_every": 3}
     assert taught(recipe_of(given, **others)) == first
-    for name, value in {"epochs": 1, "global_batch": 8, "instructions": False, "projection": True}.items():
+    changed = {"epochs": 1, "global_batch": 8, "instructions": False, "projection": True, "similarity_weight": 1}
+    for name, value in changed.items():
         assert taught(recipe_of(given, **{name: value})) != first, name
     assert taught(parse(Recipe, {**given, "prune": {**given["prune"], "hidden": 16}}, "r")) != first
     assert Distill.model_fields.keys() > NOT_BATCHES
