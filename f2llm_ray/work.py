@@ -97,7 +97,10 @@ class Work:
         return {**facts, **self._on_worker(model_facts, out / "model")}
 
     def _untrained(self, out: Folder) -> dict[str, Any]:
-        self._on_worker(make_untrained, self.recipe, self.run.folder(self.plan.prepare), out)
+        path = self.recipe.backbone.path
+        if path is not None and Path(path).exists():
+            path = str(Path(path).absolute())  # a worker stands in another folder than we do
+        self._on_worker(make_untrained, self.recipe, path, self.run.folder(self.plan.prepare), out)
         return {}
 
     def _trained(self, name: str, out: Folder) -> dict[str, Any]:
@@ -172,8 +175,14 @@ class Work:
         return self.run.folder(stage) / "model"
 
 
-def make_untrained(recipe: Recipe, prepared: Folder, out: Folder) -> None:
+def make_untrained(recipe: Recipe, path: str | None, prepared: Folder, out: Folder) -> None:
     """Writes the model that the first stage starts from: the backbone with the prepared tokenizer.
+
+    Args:
+        recipe: the run's recipe.
+        path: the checkpoint of the backbone, None where the recipe gives a shape.
+        prepared: folder of the prepare stage.
+        out: folder that gets `model/`.
 
     Raises:
         RunError: the backbone cannot be loaded or trained, or has fewer entries than the tokenizer.
@@ -187,20 +196,24 @@ def make_untrained(recipe: Recipe, prepared: Folder, out: Folder) -> None:
         matryoshka_dims,
         save_model,
     )
+    from f2llm_ray.model.int8 import is_quantized
     from f2llm_ray.model.sizes import random_backbone
 
-    settings = recipe.backbone
-    with (prepared / "tokenizer").as_local() as folder:
-        tokenizer = load_tokenizer(folder)
+    shape = recipe.backbone.shape
+    with (prepared / "tokenizer").as_local() as tokens:
+        tokenizer = load_tokenizer(tokens)
     vocabulary = tokenizer.get_vocab_size()
-    if settings.shape is not None:
-        backbone = random_backbone(settings.shape, vocabulary, recipe.seed)
+    if shape is not None:
+        backbone = random_backbone(shape, vocabulary, recipe.seed)
     else:
-        backbone = load_backbone(str(settings.path))
+        if is_quantized(str(path)):
+            raise RunError(
+                f"backbone.path: {path} has int8 weights, which cannot be trained; give the model they are of"
+            )
+        backbone = load_backbone(str(path))
         if vocabulary > backbone.config.vocab_size:
             raise RunError(
-                f"the tokenizer has {vocabulary} entries, the backbone {settings.path!r} only "
-                f"{backbone.config.vocab_size}"
+                f"the tokenizer has {vocabulary} entries, the backbone {path!r} only {backbone.config.vocab_size}"
             )
     info = ModelInfo(
         name=f"{recipe.name}-untrained",
@@ -209,11 +222,11 @@ def make_untrained(recipe: Recipe, prepared: Folder, out: Folder) -> None:
         prompts={"query": ""},
         instructions=False,
     )
-    if settings.path is not None and (Path(settings.path) / INFO_FILE).is_file():
+    if path is not None and (Path(path) / INFO_FILE).is_file():
         # A model of another run: it keeps the dims and prompts that it was trained with.
-        info = replace(load_info(Path(settings.path)), name=info.name, max_tokens=info.max_tokens)
-    with (out / "model").writing() as path:
-        save_model(path, backbone, tokenizer, info)
+        info = replace(load_info(Path(path)), name=info.name, max_tokens=info.max_tokens)
+    with (out / "model").writing() as folder:
+        save_model(folder, backbone, tokenizer, info)
 
 
 def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.errors import RecipeError, RunError
+from f2llm_ray.model.checkpoint import load_info
+from f2llm_ray.model.int8 import save_quantized
 from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.run import Folder
 from f2llm_ray.stages import Plan, plan
+from f2llm_ray.work import make_untrained
 from tests.corpus import write_corpus, write_recipe
+from tests.tiny import tiny_model
 
 
 def recipe(folder: Path, **prune: Any) -> Path:
@@ -54,6 +60,19 @@ def test_a_chain_starts_from_the_last_recipes_model(tmp_path: Path) -> None:
     again = planned(path, f"backbone={{path: {folder}}}", "tokenizer={}")
     assert list(again.models) == ["untrained", "pruned", "distilled"]
     assert again.models["pruned"].hash != first.models["pruned"].hash
+
+
+def test_a_chain_keeps_the_facts_of_the_model_and_refuses_int8_weights(tmp_path: Path) -> None:
+    """Int8 weights would be taken for float ones, and nothing would say so."""
+    folder, prepared, out = tiny_model(tmp_path / "model"), tmp_path / "prepared", Folder.at(str(tmp_path / "out"))
+    shutil.copytree(folder, prepared / "tokenizer")
+    found = load_recipe(str(recipe(tmp_path, layers=1)), [f"backbone={{path: {folder}}}", "tokenizer={}"])
+    make_untrained(found, str(folder), Folder.at(str(prepared)), out)
+    before, after = load_info(folder), load_info(tmp_path / "out" / "model")
+    assert (after.dims, after.prompts, after.name) == (before.dims, before.prompts, f"{found.name}-untrained")
+    save_quantized(folder, tmp_path / "int8")
+    with pytest.raises(RunError, match=r"backbone\.path: .*int8 has int8 weights, which cannot be trained"):
+        make_untrained(found, str(tmp_path / "int8"), Folder.at(str(prepared)), out)
 
 
 @pytest.mark.parametrize(
