@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from f2llm_ray.evaluate.encode import evenly_drawn
 from f2llm_ray.evaluate.exact import top_positions
 from f2llm_ray.evaluate.hits import Judgements, K, metrics
 from f2llm_ray.model.dims import Vectors, cut_dims
@@ -45,19 +46,19 @@ def by_type(
         ranges: [2, k] by dim k, for int8; a dim without is not measured as int8.
         device: where to compute.
     """
-    drawn_n = np.unique(np.linspace(0, len(query_q) - 1, min(QUERIES, len(query_q))).round().astype(np.int64))
+    drawn_n = evenly_drawn(len(query_q), QUERIES)
     kept_r = np.isin(judged.relevant_r2[:, 0], drawn_n)
     asked_m, passage_m = judged.relevant_r2[kept_r].T
     pairs_m2 = np.column_stack([np.searchsorted(drawn_n, asked_m), passage_m])
-    query_n = query_q[drawn_n]
+    grade_m, own_n, query_n = judged.grade_r[kept_r], judged.own_q[drawn_n], query_q[drawn_n]
 
     asked_n = np.arange(len(query_n))  # the queries' vectors come before the stored ones
 
     def score(asked_nk: Vectors, stored_uk: Vectors) -> float:
         both = np.concatenate([asked_nk, stored_uk])
-        stored_c, own_n = corpus_c + len(asked_nk), judged.own_q[drawn_n]
+        stored_c = corpus_c + len(asked_nk)
         top_nk = top_positions(both, asked_n, stored_c, k=K, left_out_q=own_n, device=device)
-        found = metrics(top_nk, pairs_m2, len(corpus_c), judged.grade_r[kept_r])
+        found = metrics(top_nk, pairs_m2, len(corpus_c), grade_m)
         return round(float(found["ndcg@10"].mean()), 6)
 
     found = {}

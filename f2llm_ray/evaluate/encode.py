@@ -60,6 +60,11 @@ class Encoded:
         return ((dim, cut_dims(self.vectors_ud, dim)) for dim in dims)
 
 
+def evenly_drawn(count: int, most: int) -> Positions:
+    """Places of at most so many of `count` things, evenly drawn, in their order."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
+
+
 def as_queries(encoder: Encoder, texts: Sequence[str], instruction: str) -> list[str]:
     """Texts as the query side's input: with the instruction where the model was trained with instructions.
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from f2llm_ray.data.optional import require
 from f2llm_ray.data.schema import rng
+from f2llm_ray.evaluate.encode import evenly_drawn
 from f2llm_ray.evaluate.hits import K
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ MILLION = 1_000_000
 
 def query_ms(encoder: Encoder, queries: Sequence[str]) -> float:
     """Median milliseconds in which a model embeds one query by itself, over at most 50 of them, evenly drawn."""
-    drawn = np.unique(np.linspace(0, len(queries) - 1, min(QUERIES, len(queries))).round().astype(np.int64))
-    texts = [queries[place] for place in drawn]
+    texts = [queries[place] for place in evenly_drawn(len(queries), QUERIES)]
     encoder.embed_counted(texts[:1])  # the first one also pays for what is made on first use
     return _median_ms([partial(encoder.embed_counted, [text]) for text in texts])
 
