@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.memory import Peak
-from f2llm_ray.session import connect
+from f2llm_ray.base.session import connect
 
 CORES = 2
 FILES = 8
@@ -69,13 +69,13 @@ def write_files(texts: list[str], folder: Path) -> None:
 def ours(folder: Path, out: Path) -> tuple[float, dict[int, Any]]:
     """Seconds of near dedup from the cleaned rows on, and the group of each text that has one."""
     from f2llm_ray.data.flow import parts_of
-    from f2llm_ray.data.groups import Groups
-    from f2llm_ray.data.near import find_groups
+    from f2llm_ray.data.near.find import find_groups
+    from f2llm_ray.data.near.groups import Groups
     from f2llm_ray.data.read import write_rows
     from f2llm_ray.data.schema import key_numbers
-    from f2llm_ray.recipe import Recipe
-    from f2llm_ray.recipe_file import parse
-    from f2llm_ray.run import Folder
+    from f2llm_ray.recipe.files import parse
+    from f2llm_ray.recipe.recipe import Recipe
+    from f2llm_ray.run.folder import Folder
 
     recipe = parse(
         Recipe,
@@ -142,7 +142,7 @@ def theirs(folder: Path, out: Path) -> tuple[float, dict[int, Any]]:
 
 def compare(rows: int) -> dict[str, Any]:
     """Runs both on the same files."""
-    from f2llm_ray.data.minhash import PRESETS
+    from f2llm_ray.data.near.minhash import PRESETS
 
     texts, pairs = make_texts(rows, seed=0)
     connect()

@@ -35,25 +35,25 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from f2llm_ray.data import tokens as token_files
-from f2llm_ray.data.batches import BatchTable, mix, write_source
+from f2llm_ray.data.batches.table import BatchTable, mix, write_source
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import KEY, key_numbers, text_key
-from f2llm_ray.data.tokenizer import train_tokenizer
-from f2llm_ray.data.vectors import Encoder
+from f2llm_ray.data.tokens import store as token_files
+from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.vector_files import Encoder
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
-from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import forward_flops_per_token
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
-from f2llm_ray.train.cache import cached_backward, engine_backward
+from f2llm_ray.train.deepspeed import start_engine
+from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.loader import Batch, read
 from f2llm_ray.train.objective import StageLoss, Student, chunks_of, encoder_of
 from f2llm_ray.train.teacher import Teacher, teacher_of
-from f2llm_ray.train.zero import start_engine
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EPOCHS = 2

@@ -32,13 +32,13 @@ def main() -> None:
     import ray
     from sentence_transformers import SentenceTransformer
 
-    from f2llm_ray.data.tokenizer import train_tokenizer
+    from f2llm_ray.base.session import connect
+    from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+    from f2llm_ray.engine.engine import Engine
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
     from f2llm_ray.serve.bulk import run
-    from f2llm_ray.serve.engine import Engine
     from f2llm_ray.serve.shards import Job
-    from f2llm_ray.session import connect
 
     texts = [f"{number} {text}" for number, text in enumerate(texts_of(arguments.rows, seed=0))]
     tokenizer = train_tokenizer(texts[:2000], 4000)

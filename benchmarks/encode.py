@@ -42,10 +42,10 @@ def main() -> None:
 
     from sentence_transformers import SentenceTransformer
 
-    from f2llm_ray.data.tokenizer import train_tokenizer
+    from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+    from f2llm_ray.engine.engine import Engine
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
-    from f2llm_ray.serve.engine import Engine
 
     texts = texts_of(arguments.rows, seed=0)
     tokenizer = train_tokenizer(texts, 4000)

@@ -49,12 +49,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
 
-    from f2llm_ray.data.tokenizer import train_tokenizer
+    from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+    from f2llm_ray.engine.engine import Engine
     from f2llm_ray.evaluate.retrieval import evaluate
     from f2llm_ray.evaluate.sets import RetrievalSet
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
-    from f2llm_ray.serve.engine import Engine
 
     torch.set_num_threads(arguments.threads)
     rows = arguments.rows

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.data import tokens
-from f2llm_ray.data.batches import BatchTable
+from f2llm_ray.base.session import connect
+from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import KEY, KEY_BYTES, key_numbers
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.data.tokens import store as tokens
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import build_batches, stream
 
 SCALE = (100_000, 1_000_000)

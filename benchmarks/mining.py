@@ -21,14 +21,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from f2llm_ray.data.candidates import Candidates, number_texts, write_array
-from f2llm_ray.data.mine import found_name
-from f2llm_ray.data.mined import join_source
 from f2llm_ray.data.schema import KEY, seeded_key
-from f2llm_ray.data.search import FOUND, Layout, search
 from f2llm_ray.data.settings import Mine
-from f2llm_ray.data.vectors import shard_name
-from f2llm_ray.run import Folder
+from f2llm_ray.engine.vector_files import shard_name
+from f2llm_ray.mine.candidates import Candidates, number_texts
+from f2llm_ray.mine.join import join_source
+from f2llm_ray.mine.mine import found_name
+from f2llm_ray.mine.search import FOUND, Layout, search
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def write_input(folder: Path, queries: Floats, passages: Floats) -> None:
     order = np.argsort(np.array([*keys[0], *keys[1]], dtype="V16").view("S16"))
     vectors, at = np.concatenate([queries, passages]).astype(np.float16), Folder.at(str(folder / "vectors"))
     for first in range(0, len(order), LAYOUT.texts):
-        write_array(at, shard_name(first // LAYOUT.texts), vectors[order[first : first + LAYOUT.texts]])
+        at.write_array(shard_name(first // LAYOUT.texts), vectors[order[first : first + LAYOUT.texts]])
 
 
 def plan(out: Folder) -> None:

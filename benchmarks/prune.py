@@ -24,16 +24,15 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
-from f2llm_ray.data.tokenizer import load_tokenizer
-from f2llm_ray.data.tokens import tokenize
+from f2llm_ray.base.progress import say
+from f2llm_ray.data.tokens.store import tokenize
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
-from f2llm_ray.model.encoder import encode
-from f2llm_ray.model.families import shape_parameters
-from f2llm_ray.model.importance import Importance, chance, magnitude, measure
-from f2llm_ray.model.prune import choose, prune
+from f2llm_ray.model.prune import Importance, choose, prune
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY, count_parameters, parameters, random_backbone
-from f2llm_ray.progress import say
+from f2llm_ray.shrink.importance import chance, magnitude, measure
 
 SMOLLM2 = {
     "small": Prune(model="smollm2", layers=20, hidden=432, ffn=1024, kv_heads=2),
@@ -93,7 +92,7 @@ def exported(small: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     return {
         "parameters": count_parameters(loaded)[0],
         "non_embedding_parameters": count_parameters(loaded)[1],
-        "arithmetic": shape_parameters(loaded.config)[0],
+        "arithmetic": count_parameters(loaded)[0],
         "worst_cosine_to_sentence_transformers": round(float(cosine_similarity(ours, theirs).min()), 6),
     }
 
@@ -137,7 +136,7 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
     small = prune(backbone, choose(kinds["activation"], SMOLLM2["small"]))
     return {
         "parent_parameters": count_parameters(backbone)[0],
-        "parent_arithmetic": shape_parameters(backbone.config)[0],
+        "parent_arithmetic": count_parameters(backbone)[0],
         "load_s": round(load_s, 1),
         "importance_s": round(importance_s, 1),
         "kept_cosine": kept,
@@ -147,7 +146,7 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
 
 def qwen3(texts: list[str]) -> dict[str, Any]:
     """Qwen3-0.6B's shape with random weights, cut to the family's three small ones."""
-    from f2llm_ray.data.tokenizer import train_tokenizer
+    from f2llm_ray.data.tokens.tokenizer import train_tokenizer
 
     started = time.perf_counter()
     tokenizer = train_tokenizer(texts, 2000)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main
-from f2llm_ray.errors import RunError
-from f2llm_ray.progress import say
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import job_parser, main
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,9 +25,9 @@ def ablate(arguments: argparse.Namespace) -> None:
         RecipeError: a variant that is no recipe.
         RunError: at the end, if a variant failed.
     """
-    from f2llm_ray.ablate import ablate, load_ablation
-    from f2llm_ray.evaluate.ablation import markdown
-    from f2llm_ray.session import connect
+    from f2llm_ray.base.session import connect
+    from f2llm_ray.pipeline.ablate import ablate, load_ablation
+    from f2llm_ray.report.ablation import markdown
 
     ablation = load_ablation(arguments.recipe, arguments.variants, arguments.set)
     connect()

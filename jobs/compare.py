@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main, pipeline_of
-from f2llm_ray.progress import say
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,8 +24,8 @@ def parser() -> argparse.ArgumentParser:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Measures what is not measured yet, and compares."""
-    from f2llm_ray.compare import compare as compared
     from f2llm_ray.evaluate.differences import table
+    from f2llm_ray.pipeline.compare import compare as compared
 
     pipeline = pipeline_of(arguments)
     rows = compared(pipeline, arguments.models)

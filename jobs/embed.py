@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main, recipe_of
-from f2llm_ray.errors import RecipeError
-from f2llm_ray.progress import say
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import job_parser, main, recipe_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def _model(arguments: argparse.Namespace) -> str:
         return str(arguments.model)
     if arguments.recipe is None or arguments.root is None:
         raise RecipeError("give --model, or --recipe and --root")
-    from f2llm_ray.pipeline import Pipeline
+    from f2llm_ray.pipeline.pipeline import Pipeline
 
     return Pipeline(recipe_of(arguments), arguments.root).served_model().uri
 

@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 
-from f2llm_ray.cli import job_parser, main, pipeline_of
-from f2llm_ray.errors import RecipeError
-from f2llm_ray.evaluate.terminal import terminal_table
-from f2llm_ray.progress import say
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
+from f2llm_ray.report.terminal import terminal_table
 
 
 def parser() -> argparse.ArgumentParser:

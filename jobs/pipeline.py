@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main, pipeline_of
-from f2llm_ray.evaluate.terminal import terminal_table
-from f2llm_ray.progress import say
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
+from f2llm_ray.report.terminal import terminal_table
 
 
 def pipeline(arguments: argparse.Namespace) -> None:

@@ -11,12 +11,12 @@ import re
 import sys
 from dataclasses import asdict
 
-from f2llm_ray import words
-from f2llm_ray.cli import main, recipe_of
+from f2llm_ray.base import formatting
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import main, recipe_of
 from f2llm_ray.plan.summary import stage_numbers
 from f2llm_ray.plan.table import GB, table, totals
 from f2llm_ray.plan.work import Cluster, corpus, stage_work, training_stages
-from f2llm_ray.progress import say
 
 UNITS = {"": 1.0, "b": 1.0, "mb": 1e6, "gb": GB, "mib": 2.0**20, "gib": 2.0**30}
 
@@ -97,7 +97,7 @@ def plan(arguments: argparse.Namespace) -> None:
     if arguments.json:
         say(json.dumps({"recipe": recipe.name, "cluster": asdict(cluster), "stages": stages}, indent=2))
         return
-    where = f"{words.plural(cluster.nodes, 'node')} of {words.plural(cluster.gpus_per_node, 'GPU')}"
+    where = f"{formatting.plural(cluster.nodes, 'node')} of {formatting.plural(cluster.gpus_per_node, 'GPU')}"
     say(
         f"{recipe.name} on {where} of {cluster.gpu_memory_bytes / GB:.1f} GB, at {arguments.mfu:.0%} of "
         f"{arguments.gpu_tflops:g} TFLOP/s; GB are 1e9 bytes, > is what the recipe says"

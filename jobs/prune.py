@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main, pipeline_of
+from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
 
 
 def prune(arguments: argparse.Namespace) -> None:

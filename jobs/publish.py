@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from f2llm_ray import words
-from f2llm_ray.cli import main
-from f2llm_ray.progress import say
+from f2llm_ray.base import formatting
+from f2llm_ray.base.progress import say
+from f2llm_ray.pipeline.command_line import main
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,14 +28,14 @@ def parser() -> argparse.ArgumentParser:
 
 def publish(arguments: argparse.Namespace) -> None:
     """Checks and sends."""
-    from f2llm_ray.evaluate import publish as work
+    from f2llm_ray.export import publish as work
 
     upload = None if arguments.dry_run else work.hub_upload(private=arguments.private)
     done = work.publish(arguments.model, arguments.repo, arguments.licence, upload)
     for name, size in done.files.items():
-        say(f"{words.byte_size(size):>10}  {name}")
+        say(f"{formatting.byte_size(size):>10}  {name}")
     where = done.url or f"checked; a dry run sends nothing to {arguments.repo}"
-    total = f"{words.plural(len(done.files), 'file')}, {words.byte_size(sum(done.files.values()))}"
+    total = f"{formatting.plural(len(done.files), 'file')}, {formatting.byte_size(sum(done.files.values()))}"
     say(f"{total}, licence {arguments.licence}: {where}")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from f2llm_ray.cli import job_parser, main, pipeline_of
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
 
 
 def quantize(arguments: argparse.Namespace) -> None:

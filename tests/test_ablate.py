@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from f2llm_ray.ablate import ablate, load_ablation
-from f2llm_ray.errors import RecipeError
-from f2llm_ray.evaluate.ablation import cells, markdown, page, rows_of
-from f2llm_ray.stages import plan
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.pipeline.ablate import ablate, load_ablation
+from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.report.ablation import cells, markdown, page, rows_of
 from tests.corpus import write_corpus, write_recipe
 
 
@@ -106,7 +106,7 @@ def test_the_table_compares_with_the_reference() -> None:
 
 @pytest.fixture(scope="module")
 def ray_here() -> Iterator[None]:
-    from f2llm_ray.session import connect
+    from f2llm_ray.base.session import connect
 
     connect()
     yield

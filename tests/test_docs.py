@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.recipe_file import builtin_recipes
-from f2llm_ray.serve import asks, routes
+from f2llm_ray.recipe.files import builtin_recipes
+from f2llm_ray.serve import routes
+from f2llm_ray.serve import text_routes as asks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

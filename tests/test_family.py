@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from f2llm_ray.model.encoder import encode
+from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.sizes import (
     FAMILY,
@@ -25,7 +25,7 @@ from f2llm_ray.model.sizes import (
 )
 from f2llm_ray.plan.advice import fits
 from f2llm_ray.plan.work import Work, backbone_shape, stage_work, training_stages
-from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe
 
 PRUNED = ("80m", "160m", "330m")

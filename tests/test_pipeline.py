@@ -21,15 +21,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from f2llm_ray.data.tokens import TokenStore
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.session import connect
+from f2llm_ray.data.tokens.store import TokenStore
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.vocabulary import load_map, remap
-from f2llm_ray.pipeline import Pipeline
-from f2llm_ray.recipe_file import load_recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.catalog import Arguments, find_model
-from f2llm_ray.serve.engine import Engine
-from f2llm_ray.session import connect
 from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
 

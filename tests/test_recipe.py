@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.errors import RecipeError
-from f2llm_ray.recipe_file import builtin_recipes, load_recipe
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.recipe.files import builtin_recipes, load_recipe
 
 SMALL = """
 name: small

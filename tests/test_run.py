@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.errors import RunError
-from f2llm_ray.recipe_file import load_recipe
-from f2llm_ray.run import Folder, Run, Stage
-from f2llm_ray.stages import plan
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.folder import Folder, Run, Stage
 
 
 def hashes(*overrides: str) -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model, with_eos
+from f2llm_ray.data.tokens.tokenizer import with_eos
+from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
 from f2llm_ray.model.sizes import Shape, random_backbone
 
 LINES = [

@@ -45,7 +45,7 @@ SCENARIOS = {"short": ("short", 1), "natural": ("natural", 1), "natural_x32": ("
 
 def make_model(folder: Path) -> None:
     """A 4-layer, 256-wide Qwen3 of random weights and its tokenizer."""
-    from f2llm_ray.data.tokenizer import train_tokenizer
+    from f2llm_ray.data.tokens.tokenizer import train_tokenizer
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
 

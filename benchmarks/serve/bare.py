@@ -17,7 +17,7 @@ def main() -> None:
     """Answers until its input closes."""
     import torch
 
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     torch.set_num_threads(int(sys.argv[2]))
     engine = Engine(Path(sys.argv[1]))

@@ -36,8 +36,8 @@ from benchmarks.train.peers import CLOCKS
 from benchmarks.train.scaling import scaling
 from benchmarks.train.setup import STAGE, Place, prepare, recipe_of, tokens_of
 from benchmarks.train.turns import KINDS, streamed, turns
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.base.session import connect
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import build_batches, read
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from benchmarks.train.setup import SHAPE, Place
+from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
-from f2llm_ray.model.encoder import encode
+from f2llm_ray.train.deepspeed import start_engine
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.losses import Objective, Places, contrastive
 from f2llm_ray.train.settings import TrainStage
-from f2llm_ray.train.zero import start_engine
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[Batch], None]

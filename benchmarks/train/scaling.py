@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.train.setup import STAGE, Place, prepare, recipe_of, tokens_of
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.base.session import connect
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import read
 from f2llm_ray.train.trainer import train
 

@@ -9,17 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.loader import random_keys
-from f2llm_ray.data import tokens as store_files
-from f2llm_ray.data.batches import BatchTable
+from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.tokenizer import train_tokenizer
+from f2llm_ray.data.tokens import store as store_files
+from f2llm_ray.data.tokens.tokenizer import train_tokenizer
 from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.settings import TrainStage
 

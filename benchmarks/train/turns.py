@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.train.peers import CLOCKS, Peer, Step, bare_step, official_step, our_step
 from benchmarks.train.setup import Place, tokens_of
-from f2llm_ray.session import connect
+from f2llm_ray.base.session import connect
 from f2llm_ray.train.loader import Batch, read, stream
 
 KINDS = ("ours", "official", "sentence_transformers", "bare")

@@ -17,9 +17,9 @@ from mkdocs.structure.files import File, Files
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import builtin_recipes
-from f2llm_ray.section import Section
+from f2llm_ray.base.section import Section
+from f2llm_ray.recipe.files import builtin_recipes
+from f2llm_ray.recipe.recipe import Recipe
 
 Kind = type[Section]
 

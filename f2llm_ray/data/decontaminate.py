@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.clean import normalize
+from f2llm_ray.data.near.shingles import Hashes, shingle
 from f2llm_ray.data.ragged import Ints, ranges
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.data.shingles import Hashes, shingle
 from f2llm_ray.evaluate.task import Task
 
 

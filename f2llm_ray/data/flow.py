@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from f2llm_ray.data.sources.base import Piece, SourceBase
-from f2llm_ray.errors import DataError, F2LLMError, RunError
-from f2llm_ray.progress import Progress
+from f2llm_ray.base.errors import DataError, F2LLMError, RunError
+from f2llm_ray.base.progress import Progress
+from f2llm_ray.data.reading.base import Piece, SourceBase
 
 if TYPE_CHECKING:
     import ray.data

@@ -18,12 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.base.optional import not_installed, require
 from f2llm_ray.data.language import CODE, UNKNOWN, iso639_3, macrolanguage
-from f2llm_ray.data.optional import not_installed, require
+from f2llm_ray.data.reading.paths import store_errors
 from f2llm_ray.data.settings import LanguageId
-from f2llm_ray.data.sources.paths import store_errors
-from f2llm_ray.errors import DataError, RunError
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 
 EXTRA = "language-id"
 FOUND = pa.schema([("detected", pa.string()), ("confidence", pa.float32()), ("verdict", pa.string())])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import KEY, query_text, seeded_key, text_key
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
@@ -45,6 +46,17 @@ def shard_of(keys: Keys, shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The key range [n] each key [n, 2] falls into; ranges are equal, and in the order of the keys."""
     top = (keys[:, 0] >> np.uint64(32)).astype(np.int64)
     return top * shards >> 32
+
+
+def distinct_keys(keys: Keys) -> tuple[Keys, Ints]:
+    """The distinct ones [m, 2] of keys [n, 2], rising, and the place of each key among them [n]."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    new = np.ones(len(keys), bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    place = np.empty(len(keys), np.int64)
+    place[order] = np.cumsum(new) - 1
+    return ordered[new], place
 
 
 def find_keys(ordered: Keys, keys: Keys) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from f2llm_ray.data.optional import require
+from f2llm_ray.base.optional import require
 
 UNKNOWN = "und"
 CODE = "code:"

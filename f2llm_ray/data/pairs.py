@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.groups import Groups
+from f2llm_ray.data.near.groups import Groups
+from f2llm_ray.data.near.shingle_store import jaccards
+from f2llm_ray.data.near.shingles import Hashes, shingle
 from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
-from f2llm_ray.data.shingle_store import jaccards
-from f2llm_ray.data.shingles import Hashes, shingle
 
 # With 24 negatives each about a million characters, whose shingles stay in the cache: all 4,096 rows of a table at
 # once took twice as long, and a gigabyte.

@@ -12,26 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import STEPS
-from f2llm_ray.data.card import write_card
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.dedup import NEAR
 from f2llm_ray.data.flow import parts_of
-from f2llm_ray.data.near import find_groups
+from f2llm_ray.data.near.find import find_groups
 from f2llm_ray.data.read import read_pairs, write_rows
 from f2llm_ray.data.schema import query_text, text_key
-from f2llm_ray.data.store import write_store
 from f2llm_ray.data.table import samples, write_table
-from f2llm_ray.data.tokenizer import load_tokenizer, train_tokenizer
-from f2llm_ray.errors import DataError
+from f2llm_ray.data.tokens.build import write_store
+from f2llm_ray.data.tokens.tokenizer import open_tokenizer, save_tokenizer, train_tokenizer
 from f2llm_ray.evaluate.bitext import bitext_of_pairs
 from f2llm_ray.evaluate.kinds import task_of
 from f2llm_ray.evaluate.sets import from_pairs
 from f2llm_ray.evaluate.settings import SourceSet
 from f2llm_ray.evaluate.task import Task
-from f2llm_ray.model.checkpoint import save_tokenizer
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.report.data_card import write_card
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -135,7 +134,7 @@ def _tokenizer(recipe: Recipe, folder: Folder) -> Tokenizer:
     if settings.train_vocab is not None:
         tokenizer = train_tokenizer(_texts(recipe, folder), settings.train_vocab)
     else:
-        tokenizer = load_tokenizer(settings.path or str(recipe.backbone.path))
+        tokenizer = open_tokenizer(settings.path or str(recipe.backbone.path))
     with (folder / "tokenizer").writing() as path:
         save_tokenizer(path, tokenizer, recipe.data.max_tokens)
     return tokenizer

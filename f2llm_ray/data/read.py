@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.progress import Progress
 from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean
 from f2llm_ray.data.decontaminate import Screen, decontaminate
@@ -18,12 +19,11 @@ from f2llm_ray.data.identify import FOUND, Identifier
 from f2llm_ray.data.keys import KEYS, add_keys
 from f2llm_ray.data.pairs import drop_near_positives
 from f2llm_ray.data.ragged import lengths_of
+from f2llm_ray.data.reading.base import SourceBase
 from f2llm_ray.data.schema import ROW
 from f2llm_ray.data.settings import Data
-from f2llm_ray.data.sources.base import SourceBase
-from f2llm_ray.progress import Progress
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.section import Section
+from f2llm_ray.base.section import Section
 
 Preset = Literal["loose", "standard", "strict"]
 

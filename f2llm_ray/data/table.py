@@ -12,19 +12,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import Account, count_by
 from f2llm_ray.data.dedup import dedup
 from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts
-from f2llm_ray.data.groups import Groups
 from f2llm_ray.data.keys import KEYS, shard_of
+from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers
 from f2llm_ray.data.split import is_validation
-from f2llm_ray.errors import DataError
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 
 READ_COLUMNS = ["source", "language", "passage_language", "label", *KEYS.names]
 GROUPS = pa.schema([("query_group", KEY), ("passage_group", KEY)])

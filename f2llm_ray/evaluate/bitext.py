@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.errors import DataError
 from f2llm_ray.evaluate.encode import Encoded, Positions, as_documents, as_queries, encode_distinct
 from f2llm_ray.evaluate.exact import top_positions
 from f2llm_ray.evaluate.intervals import Values

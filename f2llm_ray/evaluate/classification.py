@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.data.optional import require
-from f2llm_ray.errors import DataError
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.optional import require
 from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import as_queries, encode_distinct
 from f2llm_ray.evaluate.intervals import Values

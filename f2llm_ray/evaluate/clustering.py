@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from f2llm_ray.data.optional import require
+from f2llm_ray.base.optional import require
 from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import as_queries, encode_distinct
 from f2llm_ray.evaluate.intervals import Values

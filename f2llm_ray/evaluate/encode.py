@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.errors import RunError
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
 

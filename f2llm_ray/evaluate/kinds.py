@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from f2llm_ray.errors import DataError
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.evaluate.bitext import Bitext
 from f2llm_ray.evaluate.classification import Classification
 from f2llm_ray.evaluate.clustering import Clustering
@@ -14,7 +14,7 @@ from f2llm_ray.evaluate.sets import read_beir, read_set
 from f2llm_ray.evaluate.settings import ClassificationSet, FolderSet, LabelledFile
 from f2llm_ray.evaluate.task import Task
 from f2llm_ray.evaluate.text_pairs import PairClassification, Sts
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 
 LABELLED: dict[str, type[LabelledSet]] = {
     found.kind: found for found in (Bitext, Classification, Clustering, Sts, PairClassification, Reranking)

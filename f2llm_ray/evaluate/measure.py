@@ -9,8 +9,8 @@ from f2llm_ray.evaluate.encode import as_queries
 from f2llm_ray.evaluate.kinds import read_task
 from f2llm_ray.evaluate.outside import open_folder
 from f2llm_ray.evaluate.speed import query_ms
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
-from f2llm_ray.evaluate.model_card import CARD, read_card
 from f2llm_ray.model.checkpoint import ModelInfo, load_info
 from f2llm_ray.model.fingerprint import fingerprint
-from f2llm_ray.run import Folder
+from f2llm_ray.report.model_card import CARD, read_card
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -109,7 +109,7 @@ class MtebEncoder:
             revision: not used; the folder says what it is.
             device: not used; the engine takes the GPU where there is one.
         """
-        from f2llm_ray.serve.engine import Engine
+        from f2llm_ray.engine.engine import Engine
 
         del revision, device
         self.engine = Engine(Path(model_name))

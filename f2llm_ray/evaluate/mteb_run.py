@@ -11,11 +11,11 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.progress import Progress
+from f2llm_ray.base.session import connect
 from f2llm_ray.model.checkpoint import load_info
-from f2llm_ray.progress import Progress
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask

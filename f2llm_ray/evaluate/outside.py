@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def open_folder(folder: Path) -> Encoder:
     Raises:
         RunError: it is neither, or cannot be loaded.
     """
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     if (folder / INFO_FILE).is_file():
         return Engine(folder)

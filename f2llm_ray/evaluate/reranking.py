@@ -16,9 +16,9 @@ import numpy as np
 
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.encode import Positions, as_documents, as_queries, cosines, encode_distinct
-from f2llm_ray.evaluate.hits import K
 from f2llm_ray.evaluate.intervals import Values
 from f2llm_ray.evaluate.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.ranking_metrics import K
 from f2llm_ray.evaluate.summary import Metric, measured
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
 

@@ -14,7 +14,7 @@ import numpy as np
 from f2llm_ray.evaluate.by_type import by_type
 from f2llm_ray.evaluate.encode import as_documents, as_queries, encode_distinct
 from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.hits import METRICS, K, metrics
+from f2llm_ray.evaluate.ranking_metrics import METRICS, K, metrics
 from f2llm_ray.evaluate.summary import Metric, Units, measured
 from f2llm_ray.evaluate.task import Measured
 

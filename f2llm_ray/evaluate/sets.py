@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.errors import DataError
-from f2llm_ray.evaluate.hits import Judgements
 from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.ranking_metrics import Judgements
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.task import Kind, Measured, Screened
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from f2llm_ray.data.sources import Source
-from f2llm_ray.data.sources.base import DEFAULT_INSTRUCTION
-from f2llm_ray.section import Name, Section
+from f2llm_ray.base.section import Name, Section
+from f2llm_ray.data.reading import Source
+from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 
 
 class FolderSet(Section):

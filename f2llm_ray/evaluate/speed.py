@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from f2llm_ray.data.optional import require
+from f2llm_ray.base.optional import require
 from f2llm_ray.data.schema import rng
 from f2llm_ray.evaluate.encode import evenly_drawn
-from f2llm_ray.evaluate.hits import K
+from f2llm_ray.evaluate.ranking_metrics import K
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

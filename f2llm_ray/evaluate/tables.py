@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from f2llm_ray.errors import DataError
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.run.folder import Folder
 
 UNKNOWN_LANGUAGE = "und"
 """ISO 639-3 for "undetermined": the language of a text that comes without one."""

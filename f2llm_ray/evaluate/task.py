@@ -9,7 +9,7 @@ import pyarrow as pa
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder
-    from f2llm_ray.run import Folder
+    from f2llm_ray.run.folder import Folder
 
 Kind = Literal["retrieval", "bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2llm_ray.errors import RunError
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.tokens.tokenizer import save_tokenizer
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -39,24 +40,6 @@ def matryoshka_dims(hidden: int, smallest: int = 8) -> tuple[int, ...]:
     """The trained dims: doublings of the smallest below the hidden size, and the hidden size (paper)."""
     dims = [smallest << i for i in range(hidden.bit_length()) if smallest << i < hidden]
     return (*dims, hidden)
-
-
-def with_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
-    """The tokenizer with a post-processor that ends every text with EOS (after a BOS, where it had one)."""
-    from tokenizers import Tokenizer as Tokenizers
-    from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
-
-    ours = Tokenizers.from_str(tokenizer.to_str())
-    ours.no_truncation()
-    ours.no_padding()
-    added, bare = ours.encode("a").tokens, ours.encode("a", add_special_tokens=False).tokens
-    prefix = added[: added.index(bare[0])] if bare and bare[0] in added else []
-    special = [(token, ours.token_to_id(token)) for token in dict.fromkeys([*prefix, eos])]
-    template = TemplateProcessing(
-        single=[*prefix, "$A", eos], pair=[*prefix, "$A", "$B:1", f"{eos}:1"], special_tokens=special
-    )
-    ours.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
-    return ours
 
 
 def save_model(
@@ -109,22 +92,6 @@ def save_model(
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Writes tokenizer.json and the config that makes AutoTokenizer load it."""
-    from transformers import PreTrainedTokenizerFast
-
-    eos = tokenizer.id_to_token(tokenizer.encode("").ids[-1])
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=eos,
-        model_max_length=max_tokens,
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.save_pretrained(folder)
-
-
 def load_info(folder: Path) -> ModelInfo:
     """The facts of a model folder.
 
@@ -172,20 +139,3 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
         )
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model: {error}") from None
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder, which ends every text with EOS by itself.
-
-    Raises:
-        RunError: no tokenizer.json there.
-    """
-    from tokenizers import Tokenizer as Tokenizers
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise RunError(f"{folder}: it has no tokenizer.json")
-    tokenizer = Tokenizers.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer

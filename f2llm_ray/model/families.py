@@ -10,10 +10,9 @@ norms that read it are divided by c. `Weight.power` says which power of c a weig
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -130,18 +129,3 @@ def axis_sizes(config: PreTrainedConfig) -> dict[Axis, int]:
         "kv_heads": config.num_key_value_heads * head_dim,
         "head_dim": head_dim,
     }
-
-
-def shape_parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """Parameters of a config's decoder by arithmetic: all, and those outside its input embeddings.
-
-    Raises:
-        RunError: as `family_of`.
-    """
-    family, sizes = family_of(config), axis_sizes(config)
-
-    def count(weights: dict[str, Weight]) -> int:
-        return sum(prod(sizes[axis] for axis in weight.axes) for weight in weights.values())
-
-    total = config.num_hidden_layers * count(family.layer) + count(family.ends)
-    return total, total - sizes["vocabulary"] * sizes["hidden"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 
 SAMPLE = 1 << 20
 """Bytes at each end of a weight file that tell two models apart; training moves every weight."""

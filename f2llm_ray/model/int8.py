@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,14 +13,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.families import Axis, Family, axis_sizes, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from f2llm_ray.model.importance import Importance
     from f2llm_ray.model.settings import Prune
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of a model's parts; larger matters more. FFN channels and heads are compared within their layer."""
+
+    hidden_d: torch.Tensor
+    ffn_lf: torch.Tensor
+    kv_heads_lg: torch.Tensor
+    layers_l: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from f2llm_ray.base.section import Section
 from f2llm_ray.model.sizes import Shape
-from f2llm_ray.section import Section
 
 PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
 """What pruning can cut."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from f2llm_ray.errors import RecipeError
-from f2llm_ray.section import Section
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.section import Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

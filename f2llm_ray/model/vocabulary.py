@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from f2llm_ray.errors import RecipeError, RunError
+from f2llm_ray.base.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from f2llm_ray.model.encoder import Tokens
+    from f2llm_ray.data.tokens.store import Tokens
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 MAP_FILE = "token_map.safetensors"

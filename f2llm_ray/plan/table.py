@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from f2llm_ray import words
+from f2llm_ray.base import formatting
 from f2llm_ray.plan.advice import WORLD
 from f2llm_ray.plan.work import Cluster
 
@@ -67,7 +67,7 @@ def _verdict(numbers: dict[str, Any]) -> str:
         f"{value} GPUs" if name == WORLD else f"engine.{name}: {json.dumps(value)}"
         for name, value in changes.items()
     ]
-    return f"does not fit into {room}; it would with {words.listed(steps)}"
+    return f"does not fit into {room}; it would with {formatting.listed(steps)}"
 
 
 def _costs(numbers: dict[str, Any]) -> list[str]:
@@ -80,12 +80,14 @@ def _costs(numbers: dict[str, Any]) -> list[str]:
         return [*lines, "time:  unknown, since a source has no cap; give --rows"]
     if texts["rows_per_epoch"] is not None:
         rows = f"{texts['rows_per_epoch']:,.0f} rows{'' if texts['rows_given'] else ' (the caps)'}"
-        hours = words.duration(cost["hours_per_epoch"] * 3600)
-        lines.append(f"epoch: {rows}, {hours}{most}; the recipe has {words.plural(epochs, 'epoch')}")
-    lines.append(f"time:  {words.plural(cost['steps'], 'step')}, {words.duration(cost['hours'] * 3600)}{most}")
+        hours = formatting.duration(cost["hours_per_epoch"] * 3600)
+        lines.append(f"epoch: {rows}, {hours}{most}; the recipe has {formatting.plural(epochs, 'epoch')}")
+    lines.append(
+        f"time:  {formatting.plural(cost['steps'], 'step')}, {formatting.duration(cost['hours'] * 3600)}{most}"
+    )
     if cost["teacher_hours"] is not None:
         lines.append(
-            f"       and {words.duration(cost['teacher_hours'] * 3600)} at most for the teacher's vectors, once"
+            f"       and {formatting.duration(cost['teacher_hours'] * 3600)} at most for the teacher's vectors, once"
         )
     if cost["price"] is not None:
         lines.append(f"cost:  {cost['price']:,.0f}{most}")
@@ -99,6 +101,6 @@ def totals(stages: list[dict[str, Any]], cluster: Cluster) -> list[str]:
         return ["all stages: unknown"]
     hours = sum(cost["hours"] + (cost["teacher_hours"] or 0) for cost in costs)
     most = "" if all(numbers["texts"]["tokens_given"] for numbers in stages) else " at most"
-    line = f"all stages: {words.duration(hours * 3600)} and {hours * cluster.world:,.0f} GPU-hours{most}"
+    line = f"all stages: {formatting.duration(hours * 3600)} and {hours * cluster.world:,.0f} GPU-hours{most}"
     prices = [cost["price"] for cost in costs if cost["price"] is not None]
     return [line + (f", {sum(prices):,.0f} at {cluster.price_per_gpu_hour:g} an hour" if prices else "")]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.data.schema import Task
-from f2llm_ray.errors import RecipeError
 from f2llm_ray.model.sizes import Shape, checkpoint_shape
-from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.settings import Distill, TrainStage
 
 FLOAT32_BYTES = 4

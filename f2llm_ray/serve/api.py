@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-from f2llm_ray.serve.quantise import EMBEDDING_TYPES, EmbeddingType, Quantised
+from f2llm_ray.engine.vector_types import EMBEDDING_TYPES, EmbeddingType, Quantised
 from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.encoder import Tokens
 
 Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]", float]
 """Token lists, where their vectors go, and when they came."""

@@ -15,15 +15,15 @@ from typing import Any
 from pyarrow import parquet as pq
 
 from f2llm_ray import __version__
-from f2llm_ray.errors import DataError, RunError
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.base.progress import Progress
+from f2llm_ray.base.session import connect
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, read_info
 from f2llm_ray.model.fingerprint import fingerprint
-from f2llm_ray.progress import Progress
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.inputs import Unit, find_files, plan
 from f2llm_ray.serve.search import MANIFEST
 from f2llm_ray.serve.shards import DTYPES, Count, Job, ShardWriter
-from f2llm_ray.session import connect
 
 SETTINGS = "_settings.json"
 """Like the manifest with an underscore, so that whoever reads the folder as a parquet data set passes over it."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.section import Section
+from f2llm_ray.engine.vector_types import EMBEDDING_TYPES
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, read_info
-from f2llm_ray.run import Folder
-from f2llm_ray.section import Section
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
-from f2llm_ray.serve.quantise import EMBEDDING_TYPES
 from f2llm_ray.serve.search import check_corpus
 from f2llm_ray.serve.settings import Access, Serving
 

@@ -9,7 +9,7 @@ from click import ClickException
 from pydantic import ValidationError
 from ray.serve.exceptions import RayServeException
 
-from f2llm_ray.errors import F2LLMError, RunError
+from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.serve.settings import Serving
 
 T = TypeVar("T")

@@ -19,11 +19,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from f2llm_ray import __version__
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.catalog import Arguments, Limits, Served, find_model, with_limits
 from f2llm_ray.serve.deploy import checked, options
-from f2llm_ray.serve.gate import Rules
+from f2llm_ray.serve.middleware import Rules
 from f2llm_ray.serve.routes import web
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pyarrow import csv, fs
 from pyarrow import json as pa_json
 from pyarrow import parquet as pq
 
-from f2llm_ray.errors import DataError, RunError
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.run.folder import Folder
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 BLOCK = 64 << 20

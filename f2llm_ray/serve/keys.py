@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from f2llm_ray.errors import F2LLMError, RunError
+from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.serve.api import ApiError
 
 REREAD_S = 5.0

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.data.tokens import cut
+from f2llm_ray.data.tokens.store import cut
+from f2llm_ray.engine.vector_types import EmbeddingType
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo
 from f2llm_ray.serve.api import ApiError
-from f2llm_ray.serve.quantise import EmbeddingType
 from f2llm_ray.serve.settings import Serving
 
 if TYPE_CHECKING:
-    from f2llm_ray.model.encoder import Tokens
+    from f2llm_ray.data.tokens.store import Tokens
 
 RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""

@@ -8,16 +8,16 @@ import os
 from pydantic import BaseModel
 
 from f2llm_ray import __version__
+from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.calibration import self_check
+from f2llm_ray.engine.process import EngineProcess
+from f2llm_ray.engine.vector_types import EmbeddingType, Quantised, quantise
 from f2llm_ray.model.dims import cut_dims
-from f2llm_ray.model.encoder import Tokens
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
-from f2llm_ray.serve.calibrate import self_check
 from f2llm_ray.serve.catalog import Served
-from f2llm_ray.serve.gate import Rules
-from f2llm_ray.serve.process import EngineProcess
-from f2llm_ray.serve.quantise import EmbeddingType, Quantised, quantise
+from f2llm_ray.serve.middleware import Rules
 from f2llm_ray.serve.search import Corpus, SearchAnswer, SearchRequest
 
 SHORT = 500

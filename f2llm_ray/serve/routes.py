@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
 from f2llm_ray.serve import api, metrics
-from f2llm_ray.serve.asks import EMBED, EMBEDDINGS, SEARCH, Asks, Face
-from f2llm_ray.serve.gate import Gate
+from f2llm_ray.serve.middleware import Gate
 from f2llm_ray.serve.search import SearchAnswer, SearchRequest
+from f2llm_ray.serve.text_routes import EMBED, EMBEDDINGS, SEARCH, Asks, Face
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.fingerprint import fingerprint
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 
 MANIFEST = "_manifest.json"
 """What jobs/embed.py writes last, beside the shards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from f2llm_ray.section import Section
+from f2llm_ray.base.section import Section
 
 
 class Serving(Section):

@@ -16,15 +16,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from f2llm_ray.data.tokens import cut
-from f2llm_ray.errors import DataError, RunError
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.data.tokens.store import Tokens, cut
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.vector_types import quantise
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.encoder import Tokens
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.inputs import Reader, Unit
-from f2llm_ray.serve.quantise import quantise
 
 Dtype = Literal["float32", "float16", "int8", "binary", "ubinary"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)

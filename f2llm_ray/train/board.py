@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from f2llm_ray.progress import Progress, say
+from f2llm_ray.base.progress import Progress, say
 
 SECONDS = 1.0
 

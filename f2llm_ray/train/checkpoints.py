@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from pyarrow import fs
 
-from f2llm_ray.errors import RunError
-from f2llm_ray.run import Folder
-from f2llm_ray.train.zero import inner_optimizer, link_moments, read_state, set_learning_rate, write_state
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.deepspeed import inner_optimizer, link_moments, read_state, set_learning_rate, write_state
 
 if TYPE_CHECKING:
     import torch

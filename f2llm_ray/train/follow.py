@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2llm_ray.errors import RunError, plain_error
-from f2llm_ray.progress import say
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import RunError, plain_error
+from f2llm_ray.base.progress import say
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import checkpoints
 from f2llm_ray.train.checkpoints import Checkpoint
 
@@ -134,8 +134,8 @@ def _score(job: Job, checkpoint: Checkpoint, sets: Folder) -> Scores:
     """Measures one checkpoint, inside a Ray task."""
     import torch
 
+    from f2llm_ray.engine.engine import Engine
     from f2llm_ray.evaluate.measure import measure
-    from f2llm_ray.serve.engine import Engine
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="f2llm-") as folder:
@@ -153,9 +153,10 @@ def write_model(job: Job, checkpoint: Checkpoint, folder: Path) -> ModelInfo:
     Raises:
         RunError: the checkpoint is gone, as Ray Train keeps only the last or the best, or damaged.
     """
-    from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer, save_model
+    from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+    from f2llm_ray.model.checkpoint import load_backbone, load_info, save_model
     from f2llm_ray.model.vocabulary import load_map, save_map
-    from f2llm_ray.train.export import trained_info
+    from f2llm_ray.train.model_folder import trained_info
 
     if not checkpoint.folder.exists():
         raise RunError(f"it was gone before there was room to measure it; raise keep_checkpoints of {job.name!r}")

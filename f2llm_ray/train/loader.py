@@ -17,19 +17,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.batches import BatchTable, by_length, epoch_rows, mix, rank_slice, row_rates, write_source
+from f2llm_ray.data.batches.table import (
+    BatchTable,
+    by_length,
+    epoch_rows,
+    mix,
+    rank_slice,
+    row_rates,
+    write_source,
+)
 from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers, rng
-from f2llm_ray.data.tokens import TokenStore
-from f2llm_ray.data.vectors import Halves
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.data.tokens.store import TokenStore
+from f2llm_ray.engine.vector_files import Halves
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.teacher_store import TeacherStore
 
 if TYPE_CHECKING:
-    from f2llm_ray.model.encoder import Tokens
+    from f2llm_ray.data.tokens.store import Tokens
 
 # Steps that one loading task prepares, each handed on as it is ready. Ray Data's rounds set the rate: tasks of 4
 # steps gave two consumers on 2 cores 15 to 17 batches/s, tasks of 16 gave 43 to 50 (benchmarks/loader.py).

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from f2llm_ray.data.batches import BatchTable
-from f2llm_ray.errors import F2LLMError, RunError
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import F2LLMError, RunError
+from f2llm_ray.data.batches.table import BatchTable
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import checkpoints
 from f2llm_ray.train.board import post, tell
+from f2llm_ray.train.deepspeed import learning_rate, set_learning_rate, start_engine
 from f2llm_ray.train.displays import Displays
 from f2llm_ray.train.loader import read, stream
 from f2llm_ray.train.meters import HELD_OUT, Meters, Seen
 from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.trackers import open_trackers
-from f2llm_ray.train.zero import learning_rate, set_learning_rate, start_engine
 
 if TYPE_CHECKING:
     from f2llm_ray.train.objective import StageLoss
@@ -106,7 +106,8 @@ class Worker:
         taught: Path | None,
         loss: StageLoss,
     ) -> None:
-        from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
+        from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+        from f2llm_ray.model.checkpoint import load_backbone, load_info
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.train.objective import Student
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
@@ -270,7 +271,7 @@ class Worker:
             return opened.step
 
     def _export(self, step: int) -> None:
-        from f2llm_ray.train.export import export, trained_info
+        from f2llm_ray.train.model_folder import export, trained_info
 
         hidden = self.engine.module.backbone.config.hidden_size
         export(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.encoder import encode, plan
 from f2llm_ray.model.checkpoint import matryoshka_dims
-from f2llm_ray.model.encoder import Tokens, encode, plan
 from f2llm_ray.model.vocabulary import TokenMap, remap
-from f2llm_ray.recipe import Recipe
+from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.distillation import Lesson, distillation
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.losses import Objective, Parts, Places, contrastive

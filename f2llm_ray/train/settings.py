@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from f2llm_ray.base.section import Section
 from f2llm_ray.data.schema import TASKS, Task
-from f2llm_ray.section import Section
 
 
 class Engine(Section):

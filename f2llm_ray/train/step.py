@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from f2llm_ray.model.checkpoint import matryoshka_dims
-from f2llm_ray.train.cache import cached_backward, engine_backward
+from f2llm_ray.train.deepspeed import step
+from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.meters import Seen
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
 from f2llm_ray.train.throughput import Flops, positions
-from f2llm_ray.train.zero import step
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

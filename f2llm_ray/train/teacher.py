@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from f2llm_ray.data.batches import ORDER, BatchTable
-from f2llm_ray.data.candidates import distinct_keys, read_array, write_array
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.session import connect
+from f2llm_ray.data.batches.table import ORDER, BatchTable
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
+from f2llm_ray.data.keys import distinct_keys
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.store import write_store
-from f2llm_ray.data.tokenizer import TOKENIZER, differences
-from f2llm_ray.data.tokens import META as TOKENS_META
-from f2llm_ray.data.tokens import cut
-from f2llm_ray.data.vectors import Encoder
-from f2llm_ray.errors import RunError
-from f2llm_ray.model.checkpoint import load_tokenizer, read_info
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.data.tokens.build import write_store
+from f2llm_ray.data.tokens.store import META as TOKENS_META
+from f2llm_ray.data.tokens.store import cut
+from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
+from f2llm_ray.engine.vector_files import Encoder
+from f2llm_ray.model.checkpoint import read_info
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import Batch, build_batches
 from f2llm_ray.train.settings import Distill
@@ -197,12 +197,12 @@ def _part_keys(item: Item, *, out: Folder) -> Item:
             columns = (batch["query"], batch["passage"], batch["negatives"].flatten())
             parts += [key_numbers(column) for column in columns]
         keys_n2, _ = distinct_keys(np.concatenate(parts))
-    write_array(out / "keys", f"{item['part']}.npy", np.ascontiguousarray(keys_n2.T))
+    (out / "keys").write_array(f"{item['part']}.npy", np.ascontiguousarray(keys_n2.T))
     return {"part": item["part"]}
 
 
 def _shard_keys(item: Item, *, out: Folder, parts: list[str], shards: int) -> Item:
-    keys = (read_array(out / "keys", f"{part}.npy") for part in parts)
+    keys = ((out / "keys").read_array(f"{part}.npy") for part in parts)
     return {**item, "texts": teacher_store.write_keys(out / VECTORS, item["shard"], shards, keys)}
 
 
@@ -273,7 +273,7 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
         return Cached(teacher_store.TeacherStore(vectors).dims)
     if model is None:
         return None
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)

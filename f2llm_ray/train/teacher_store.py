@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from f2llm_ray.data.candidates import distinct_keys, read_array, write_array
-from f2llm_ray.data.keys import Keys, find_keys, shard_of
-from f2llm_ray.data.vectors import Halves
-from f2llm_ray.errors import RunError
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.keys import Keys, distinct_keys, find_keys, shard_of
+from f2llm_ray.engine.vector_files import Halves
+from f2llm_ray.run.folder import Folder
 
 META = "store.json"
 PIECE = 16_384
@@ -54,7 +53,7 @@ def write_keys(folder: Folder, shard: int, shards: int, parts: Iterable[Keys]) -
     """
     own = [np.ascontiguousarray(part[:, slice(*_bounds(part, shard, shards))].T) for part in parts]
     keys_n2, _ = distinct_keys(np.concatenate([np.empty((0, 2), np.uint64), *own]))
-    write_array(folder, keys_file(shard), np.ascontiguousarray(keys_n2.T))
+    folder.write_array(keys_file(shard), np.ascontiguousarray(keys_n2.T))
     return len(keys_n2)
 
 
@@ -67,7 +66,7 @@ def _bounds(part: Keys, shard: int, shards: int) -> tuple[int, int]:
 
 def read_keys(folder: Folder, shard: int, piece: int) -> Keys:
     """The keys [m, 2] of one piece."""
-    keys = read_array(folder, keys_file(shard))
+    keys = folder.read_array(keys_file(shard))
     return np.ascontiguousarray(keys[:, piece * PIECE : (piece + 1) * PIECE].T)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from f2llm_ray.model.encoder import Tokens, plan
+from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.attention import packs
+from f2llm_ray.engine.encoder import plan
 from f2llm_ray.model.sizes import count_parameters
-from f2llm_ray.model.varlen import packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.hits import K, metrics
+from f2llm_ray.evaluate.ranking_metrics import K, metrics
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.train.cache import encode_chunks
+from f2llm_ray.train.gradcache import encode_chunks
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.recipe_file import load_recipe
-from f2llm_ray.stages import plan
+from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe
 
 REPO = Path(__file__).parents[2]

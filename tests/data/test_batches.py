@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.data.batches import (
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.batches.table import (
     MOST_REPEATS,
     BatchTable,
     by_length,
@@ -23,7 +24,6 @@ from f2llm_ray.data.batches import (
     write_source,
 )
 from f2llm_ray.data.schema import rng, text_key
-from f2llm_ray.errors import RunError
 
 
 @settings(deadline=None)

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.data import card_parts as parts
-from f2llm_ray.data.card import headline, render, write_card
-from f2llm_ray.run import Folder
+from f2llm_ray.report import data_card_parts as parts
+from f2llm_ray.report.data_card import headline, render, write_card
+from f2llm_ray.run.folder import Folder
 
 HOSTILE = "<script>alert('$x^2$')</script>&\"_"
 ARABIC = "مرحبا بالعالم، هذا نص طويل للتجربة"

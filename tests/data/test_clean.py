@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from f2llm_ray.data.clean import REPEAT_CHARS, clean, is_markup, normalize, repeats_one_character
+from f2llm_ray.data.reading.base import rows_table
 from f2llm_ray.data.settings import Data
-from f2llm_ray.data.sources.base import rows_table
 
 MILLION = 1_000_000
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.data.components import EDGE, smallest, spread, stars
+from f2llm_ray.base.session import connect
+from f2llm_ray.data.near.components import EDGE, smallest, spread, stars
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.session import connect
 
 Edges = list[tuple[int, int]]
 

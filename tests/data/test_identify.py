@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.identify import CHARS, FOUND, MISMATCH, Identifier
 from f2llm_ray.data.language import macrolanguage
+from f2llm_ray.data.reading.base import rows_table
 from f2llm_ray.data.schema import ROW
 from f2llm_ray.data.settings import LanguageId
-from f2llm_ray.data.sources.base import rows_table
-from f2llm_ray.errors import DataError
 
 # Article 1 of the Universal Declaration of Human Rights, first sentence.
 DECLARED = {

@@ -16,21 +16,21 @@ import torch
 from pyarrow import parquet as pq
 from safetensors.torch import load_file, save_file
 
-from f2llm_ray.data import tokens
-from f2llm_ray.data.candidates import Candidates, number_texts, write_array
+from f2llm_ray.base.errors import RecipeError, RunError
+from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.mine import _join, _plan, _search, check_tokenizer, mine
-from f2llm_ray.data.mined import join_negatives
 from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
-from f2llm_ray.data.search import Layout, search
 from f2llm_ray.data.settings import Mine
-from f2llm_ray.data.tokenizer import load_tokenizer
-from f2llm_ray.data.vectors import Encoder, shard_name
-from f2llm_ray.errors import RecipeError, RunError
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.data.tokens import store as tokens
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.vector_files import Encoder, shard_name
+from f2llm_ray.mine.candidates import Candidates, number_texts
+from f2llm_ray.mine.join import join_negatives
+from f2llm_ray.mine.mine import _join, _plan, _search, check_tokenizer, mine
+from f2llm_ray.mine.search import Layout, search
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from tests.tiny import tiny_model
 
 Row = dict[str, Any]
@@ -89,7 +89,7 @@ def mined_here(
     keys = [high.to_bytes(8, "big") + low.to_bytes(8, "big") for high, low in found.texts.T.tolist()]
     for first in range(0, len(keys), layout.texts):
         part = np.stack([vectors[key] for key in keys[first : first + layout.texts]]).astype(np.float16)
-        write_array(at, shard_name(first // layout.texts), part)
+        at.write_array(shard_name(first // layout.texts), part)
     parts, dropped = [], {}
     for shard in reversed(range(-(-len(found.queries) // layout.queries))):
         part, counts = search(found, at, shard, settings, layout=layout)

@@ -19,15 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import add_keys
-from f2llm_ray.data.near import _connect_spread
+from f2llm_ray.data.near.find import _connect_spread
 from f2llm_ray.data.prepare import prepare
 from f2llm_ray.data.schema import key_numbers, text_key
-from f2llm_ray.errors import DataError
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 
 REPO = Path(__file__).parent.parent.parent
 OUTPUT = ("rows", "near/groups", "table", "removed", "tokenizer", "tokens")
@@ -243,8 +243,8 @@ def test_labels_and_single_rows_are_no_duplicates(prepared: Path) -> None:
 
 
 def test_every_key_of_the_table_leads_to_the_tokens_of_its_text(prepared: Path) -> None:
-    from f2llm_ray.data.tokenizer import load_tokenizer
-    from f2llm_ray.data.tokens import TokenStore, tokenize
+    from f2llm_ray.data.tokens.store import TokenStore, tokenize
+    from f2llm_ray.data.tokens.tokenizer import open_tokenizer
 
     texts: dict[bytes, str] = {}
     for file in (prepared / "out" / "rows").glob("*.parquet"):
@@ -256,7 +256,7 @@ def test_every_key_of_the_table_leads_to_the_tokens_of_its_text(prepared: Path) 
     wanted = {key for row in rows for key in (row["query_key"], row["passage_key"], *row["negative_keys"])}
     keys = sorted(wanted)
     found = TokenStore(prepared / "out" / "tokens").lookup(key_numbers(pa.array(keys, pa.binary(16))))
-    tokenizer = load_tokenizer(str(prepared / "out" / "tokenizer"))
+    tokenizer = open_tokenizer(str(prepared / "out" / "tokenizer"))
     for key, tokens in zip(keys, found, strict=True):
         assert tokens.tolist() == tokenize(tokenizer, [texts[key]], 64)[0].tolist()
 

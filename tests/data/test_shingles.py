@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.data.minhash import PRESETS, band_keys, signatures
-from f2llm_ray.data.shingle_store import jaccards
-from f2llm_ray.data.shingles import Hashes, shingle
+from f2llm_ray.data.near.minhash import PRESETS, band_keys, signatures
+from f2llm_ray.data.near.shingle_store import jaccards
+from f2llm_ray.data.near.shingles import Hashes, shingle
 
 
 def sets(texts: list[str], size: int) -> list[set[int]]:

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.reading.base import BadRow, SourceBase
+from f2llm_ray.data.reading.columns import TABLE_ROWS, Columns
+from f2llm_ray.data.reading.datasets import DatasetsSource
+from f2llm_ray.data.reading.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
 from f2llm_ray.data.schema import ROW, TASKS
-from f2llm_ray.data.sources.base import BadRow, SourceBase
-from f2llm_ray.data.sources.columns import TABLE_ROWS, Columns
-from f2llm_ray.data.sources.datasets import DatasetsSource
-from f2llm_ray.data.sources.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
-from f2llm_ray.errors import DataError
-from f2llm_ray.recipe_file import load_recipe
-from f2llm_ray.run import Folder
+from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.folder import Folder
 
 FULL = Columns(negatives="negatives", language="language", passage_language="passage_language")
 PAIRS = [{"query": f"question {i}", "passage": f"answer {i}"} for i in range(5)]

@@ -14,14 +14,14 @@ from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po
 from pydantic import ValidationError
 
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.optional import require
 from f2llm_ray.data.language import iso639_3
-from f2llm_ray.data.optional import require
+from f2llm_ray.data.reading.base import Piece, SourceBase
+from f2llm_ray.data.reading.cldr import LABEL, CldrKindSource, CldrNamesSource
+from f2llm_ray.data.reading.docstrings import DocstringsSource
+from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 from f2llm_ray.data.schema import ROW
-from f2llm_ray.data.sources.base import Piece, SourceBase
-from f2llm_ray.data.sources.cldr import LABEL, CldrKindSource, CldrNamesSource
-from f2llm_ray.data.sources.docstrings import DocstringsSource
-from f2llm_ray.data.sources.gettext import GettextDomainSource, GettextSource
-from f2llm_ray.errors import DataError
 
 CATALOG = r"""
 msgid ""

@@ -8,12 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from f2llm_ray.data import tokens
+from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import key_numbers, text_key
-from f2llm_ray.data.tokenizer import END, load_tokenizer, train_tokenizer
-from f2llm_ray.errors import RecipeError, RunError
-from f2llm_ray.model.checkpoint import save_tokenizer
+from f2llm_ray.data.tokens import store as tokens
+from f2llm_ray.data.tokens.tokenizer import END, open_tokenizer, save_tokenizer, train_tokenizer
 
 SHARDS = 4
 
@@ -85,10 +84,10 @@ def test_a_trained_tokenizer_knows_every_text_and_ends_it(tmp_path: Path) -> Non
         assert ids[-1] == end
         assert tokenizer.decode(ids) == text
     save_tokenizer(tmp_path, tokenizer, 32)
-    again = load_tokenizer(str(tmp_path))
+    again = open_tokenizer(str(tmp_path))
     assert again.encode("hello").ids == tokenizer.encode("hello").ids, "EOS is not added twice"
 
 
 def test_a_tokenizer_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be loaded"):
-        load_tokenizer(str(tmp_path / "none"))
+        open_tokenizer(str(tmp_path / "none"))

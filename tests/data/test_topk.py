@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.data.search import _near_enough, _take_out_cuda
 from f2llm_ray.data.settings import Mine
-from f2llm_ray.data.topk import LOWEST, Nearest, choose, group_floor, pack, unpack
+from f2llm_ray.mine.nearest import LOWEST, Nearest, choose, group_floor, pack, unpack
+from f2llm_ray.mine.search import _near_enough, _take_out_cuda
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 

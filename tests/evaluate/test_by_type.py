@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from f2llm_ray.engine.vector_types import dequantise_int8, quantise
 from f2llm_ray.evaluate.by_type import QUERIES, by_type
-from f2llm_ray.evaluate.hits import Judgements, metrics
+from f2llm_ray.evaluate.ranking_metrics import Judgements, metrics
 from f2llm_ray.model.dims import cut_dims
-from f2llm_ray.serve.quantise import dequantise_int8, quantise
 
 DIMS = (8, 12, 32)
 

@@ -11,18 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from f2llm_ray.compare import compare as compare_models
+from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
+from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.errors import DataError, F2LLMError, RecipeError, RunError
 from f2llm_ray.evaluate.differences import table
 from f2llm_ray.evaluate.kinds import read_task, task_of
 from f2llm_ray.evaluate.summary import compare
-from f2llm_ray.pipeline import Pipeline
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import load_recipe, parse
-from f2llm_ray.run import Folder
-from f2llm_ray.session import connect
+from f2llm_ray.pipeline.compare import compare as compare_models
+from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.recipe.files import load_recipe, parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from tests.corpus import write_corpus, write_recipe
 from tests.tiny import tiny_model
 

@@ -19,13 +19,13 @@ from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from ray import cloudpickle
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.session import connect
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta
 from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
 from f2llm_ray.model.fingerprint import fingerprint
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine
-from f2llm_ray.session import connect
+from f2llm_ray.run.folder import Folder
 from tests.tiny import LINES, tiny_model
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.errors import RunError
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.outside import SentenceTransformers, open_folder
 from f2llm_ray.evaluate.sets import from_pairs
 from f2llm_ray.model.checkpoint import INFO_FILE
-from f2llm_ray.serve.engine import Engine
 from tests.tiny import LINES, tiny_model
 
 INSTRUCTION = "Find the passage that answers."

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from f2llm_ray.errors import RunError
-from f2llm_ray.evaluate.model_card import model_card
-from f2llm_ray.evaluate.publish import hub_upload, publish
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.calibration import calibrate, save_calibration
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.export.publish import hub_upload, publish
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.calibrate import calibrate, save_calibration
-from f2llm_ray.serve.engine import Engine
+from f2llm_ray.report.model_card import model_card
+from f2llm_ray.run.folder import Folder
 from jobs.publish import main, parser
 from jobs.publish import publish as job
 from tests.tiny import LINES, tiny_model

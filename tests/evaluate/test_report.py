@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from f2llm_ray.evaluate.model_card import model_card
-from f2llm_ray.evaluate.report import headline, write_report
-from f2llm_ray.evaluate.report import render as render_with
-from f2llm_ray.evaluate.report_plots import plots_of
-from f2llm_ray.evaluate.resources import by_resources
-from f2llm_ray.evaluate.terminal import TERMINAL_COLUMNS, terminal_table
 from f2llm_ray.model.checkpoint import load_info
-from f2llm_ray.run import Folder
+from f2llm_ray.report.model_card import model_card
+from f2llm_ray.report.report import headline, write_report
+from f2llm_ray.report.report import render as render_with
+from f2llm_ray.report.report_plots import plots_of
+from f2llm_ray.report.resources import by_resources
+from f2llm_ray.report.terminal import TERMINAL_COLUMNS, terminal_table
+from f2llm_ray.run.folder import Folder
 from tests.tiny import tiny_model
 
 
@@ -225,7 +225,7 @@ def test_a_model_folder_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> Non
 
 def test_the_code_of_a_card_runs(tmp_path: Path) -> None:
     """Both ways to load the model give the engine's vectors."""
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     folder = tiny_model(tmp_path)
     card = model_card(full_report(), full_report()["models"][-1], load_info(folder))

@@ -10,9 +10,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import load_info, matryoshka_dims
-from f2llm_ray.serve.engine import Engine
 from tests.tiny import tiny_model
 
 TEXTS = ["hello", "", "ein Text mit Ümläuten", "日本語のテキスト", "a b c " * 100]

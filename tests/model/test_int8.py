@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import load_backbone
-from f2llm_ray.model.encoder import encode
 from f2llm_ray.model.int8 import (
     WEIGHTS_FILE,
     Int8Linear,
@@ -22,9 +23,8 @@ from f2llm_ray.model.int8 import (
     quantize_rows,
     save_quantized,
 )
-from f2llm_ray.model.quantize import compare
 from f2llm_ray.model.sizes import count_parameters
-from f2llm_ray.serve.engine import Engine
+from f2llm_ray.shrink.quantize import compare
 from tests.model.small import FAMILIES, decoder, texts
 from tests.tiny import LINES, tiny_model
 

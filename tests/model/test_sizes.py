@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import (
     BACKBONES,
     FAMILY,

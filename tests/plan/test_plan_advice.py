@@ -9,7 +9,7 @@ import pytest
 from f2llm_ray.plan.advice import changes, fits, variants
 from f2llm_ray.plan.cost import flops_per_token
 from f2llm_ray.plan.work import Work, stage_work
-from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.recipe.files import load_recipe
 
 
 def work_of(name: str, world: int = 8, *overrides: str) -> Work:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from f2llm_ray.model.encoder import encode, plan_passes
+from f2llm_ray.engine.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import FAMILY, Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import Cost, cost, flops_per_token, forward_flops_per_token
 from f2llm_ray.plan.work import Cluster, Corpus, Teacher
-from f2llm_ray.train.cache import cached_backward
+from f2llm_ray.train.gradcache import cached_backward
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
 ROWS = Corpus(rows_per_epoch=1e6, rows_given=True, tokens_per_row=200.0, tokens_given=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY
 from f2llm_ray.plan.work import Teacher, stage_work
-from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.recipe.files import load_recipe
 
 REPO = Path(__file__).parent.parent.parent
 

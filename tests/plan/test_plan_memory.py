@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from f2llm_ray.model.encoder import encode, plan_passes
+from f2llm_ray.engine.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import FAMILY, Shape, parameters, random_backbone
 from f2llm_ray.plan.memory import (
     BUCKET_PARAMETERS,
@@ -29,7 +29,7 @@ from f2llm_ray.plan.memory import (
     memory,
 )
 from f2llm_ray.plan.work import Teacher
-from f2llm_ray.train.cache import cached_backward, engine_backward
+from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.settings import TrainStage
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
@@ -186,7 +186,7 @@ def tensor_bytes() -> dict[int, int]:
 
 def measure(precision: str, zero_stage: int, offload: bool, chunks: int, rank: int) -> dict[str, int]:
     """Bytes that an engine holds in this process after each backward pass and after the step."""
-    from f2llm_ray.train.zero import start_engine
+    from f2llm_ray.train.deepspeed import start_engine
 
     gc.collect()
     before = set(tensor_bytes())

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.calibrate import calibrate, save_calibration
-from f2llm_ray.serve.engine import Engine
+from f2llm_ray.engine.calibration import calibrate, save_calibration
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.keys import new_key
 from tests.ports import free_port
 from tests.serve.endpoint import READY, Server

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from f2llm_ray.serve.engine import Engine
+from f2llm_ray.engine.engine import Engine
 
 TEXTS = [
     "The cat sat on the mat.",

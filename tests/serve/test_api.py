@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from f2llm_ray.engine.vector_types import quantise
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
-from f2llm_ray.serve.quantise import quantise
 from f2llm_ray.serve.settings import Serving
 from tests.tiny import tiny_model
 
@@ -185,7 +185,7 @@ def test_a_huge_wrong_body_is_refused_at_once() -> None:
 
 
 def test_token_ids_are_the_text(tmp_path: Path) -> None:
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     engine = Engine(tiny_model(tmp_path / "model"))
     texts = ["The cat sat.", "猫が眠る", "Кошка"]

@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve.app import build
 from tests.serve.endpoint import MAX_BODY, MAX_QUEUED, TEXTS, Server, error_of
 from tests.tiny import MAX_TOKENS, tiny_model

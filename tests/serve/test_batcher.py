@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.model.encoder import Tokens
+from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.serve.batcher import Batcher
-from f2llm_ray.serve.engine import Engine
 from tests.tiny import tiny_model
 
 LENGTHS = [1, 2, 3, 5, 5, 8, 13, 13, 21, 34, 55, 64]

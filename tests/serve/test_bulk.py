@@ -18,14 +18,14 @@ import ray
 from pyarrow import csv
 from pyarrow import parquet as pq
 
-from f2llm_ray.errors import DataError, RunError
-from f2llm_ray.run import Folder
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.engine.calibration import calibrate, load_calibration, save_calibration
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import inputs
 from f2llm_ray.serve.bulk import run
-from f2llm_ray.serve.calibrate import calibrate, load_calibration, save_calibration
-from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.inputs import Reader, find_files, plan
-from f2llm_ray.serve.quantise import quantise
 from f2llm_ray.serve.shards import DTYPES, Dtype, Job, ShardWriter
 from tests.tiny import MAX_TOKENS, tiny_model
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import app, family
 from f2llm_ray.serve.catalog import Arguments, find_model
 from f2llm_ray.serve.family import FamilyArguments, find_family

@@ -18,14 +18,14 @@ import pytest
 import uvicorn
 from pyarrow import parquet as pq
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import read_info
 from f2llm_ray.model.dims import cut_dims
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Info
 from f2llm_ray.serve.bulk import claim, settings_of
 from f2llm_ray.serve.catalog import Arguments, find_model
-from f2llm_ray.serve.engine import Engine
 from f2llm_ray.serve.inputs import find_files, plan
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web

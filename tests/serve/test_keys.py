@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import keys
 from f2llm_ray.serve.api import ApiError
 from f2llm_ray.serve.keys import Keys, new_key

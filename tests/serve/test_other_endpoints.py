@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.evaluate.outside import KEY_VARIABLE, TEXTS_PER_REQUEST, Endpoint
 from tests.serve.endpoint import KEYED, TEXTS, Server
 
@@ -19,7 +19,7 @@ def test_vectors_and_tokens_are_those_of_the_engine_behind_it(
     texts = [f"{text} {n}" for n in range(TEXTS_PER_REQUEST // 4) for text in TEXTS]
     assert len(texts) > 2 * TEXTS_PER_REQUEST
     found, tokens = endpoint.embed_counted(texts)
-    from f2llm_ray.serve.engine import Engine
+    from f2llm_ray.engine.engine import Engine
 
     expected, counted = Engine(server.folder.parent / "wide").embed_counted(texts)
     np.testing.assert_allclose(found, expected, atol=1e-5)

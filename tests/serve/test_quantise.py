@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers.util import quantize_embeddings
 
-from f2llm_ray.errors import RunError
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.calibration import Calibration, calibrate, load_calibration, save_calibration, self_check
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.vector_types import quantise
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import cut_dims
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.calibrate import Calibration, calibrate, load_calibration, save_calibration, self_check
-from f2llm_ray.serve.engine import Engine
-from f2llm_ray.serve.quantise import quantise
+from f2llm_ray.run.folder import Folder
 from tests.tiny import LINES, tiny_model
 
 

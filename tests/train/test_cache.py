@@ -15,12 +15,12 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.model.encoder import encode, plan_passes
+from f2llm_ray.engine.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.train.cache import cached_backward, encode_chunks, engine_backward
+from f2llm_ray.train.deepspeed import deepspeed_config
+from f2llm_ray.train.gradcache import cached_backward, encode_chunks, engine_backward
 from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
 from f2llm_ray.train.settings import Engine, TrainStage
-from f2llm_ray.train.zero import deepspeed_config
 from tests.train.test_losses import PAPER, ROWS, D, side
 
 N = 4 * ROWS

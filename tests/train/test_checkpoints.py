@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.run import Folder
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import checkpoints
 from f2llm_ray.train.settings import TrainStage
 
@@ -37,8 +37,8 @@ def texts(step: int) -> list[np.ndarray[Any, Any]]:
 
 
 def start(name: str, world: int) -> Any:
+    from f2llm_ray.train.deepspeed import start_engine
     from f2llm_ray.train.objective import Student
-    from f2llm_ray.train.zero import start_engine
 
     stage = TrainStage.model_validate({"global_batch": BATCH, "engine": ENGINES[name]})
     return start_engine(Student(random_backbone(SHAPE, 50, seed=0), 4096, None, None), stage, world)
@@ -46,9 +46,9 @@ def start(name: str, world: int) -> Any:
 
 def train(engine: Any, steps: range, rank: int, world: int, noise: float = 0.1) -> list[float]:
     """Losses of the global batches; each rank takes its share of the texts."""
+    from f2llm_ray.train.deepspeed import set_learning_rate
+    from f2llm_ray.train.deepspeed import step as optimizer_step
     from f2llm_ray.train.objective import mean_over_ranks
-    from f2llm_ray.train.zero import set_learning_rate
-    from f2llm_ray.train.zero import step as optimizer_step
 
     share = BATCH // world
     losses = []
@@ -65,7 +65,7 @@ def train(engine: Any, steps: range, rank: int, world: int, noise: float = 0.1) 
 
 def whole_and_resumed(folder: Path, kind: str, rank: int, world: int, other: int) -> dict[str, Any]:
     """Trains in one go, saving on the way; then from that checkpoint, and from the one of the other world."""
-    from f2llm_ray.train.export import gathered
+    from f2llm_ray.train.model_folder import gathered
 
     torch.manual_seed(7)
     engine = start(kind, world)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from f2llm_ray.pipeline import Pipeline
-from f2llm_ray.recipe_file import load_recipe
+from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe
 
 

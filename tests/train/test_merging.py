@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2llm_ray.data.tokens import tokenize
-from f2llm_ray.errors import RunError
-from f2llm_ray.model.checkpoint import load_backbone, load_info, load_tokenizer
-from f2llm_ray.model.encoder import encode
-from f2llm_ray.run import Folder
-from f2llm_ray.train.merging import merge_stage
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.tokens.store import tokenize
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.encoder import encode
+from f2llm_ray.model.checkpoint import load_backbone, load_info
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.merge_checkpoints import merge_stage
 from f2llm_ray.train.settings import Merge, TrainStage
 from tests.tiny import LINES, tiny_model
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from f2llm_ray.model.encoder import encode
+from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.loader import Batch
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import TrainStage
@@ -86,9 +86,9 @@ def batches(rows: slice) -> list[list[Batch]]:
 def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
     import torch.distributed
 
-    from f2llm_ray.train.export import gathered
+    from f2llm_ray.train.deepspeed import set_learning_rate, start_engine
+    from f2llm_ray.train.model_folder import gathered
     from f2llm_ray.train.step import train_step
-    from f2llm_ray.train.zero import set_learning_rate, start_engine
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))

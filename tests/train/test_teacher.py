@@ -16,19 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2llm_ray.data.batches import BatchTable
+from f2llm_ray.base.errors import RecipeError, RunError
+from f2llm_ray.base.session import connect
+from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, key_numbers, text_key
-from f2llm_ray.data.tokens import TokenStore
-from f2llm_ray.data.vectors import Encoder
-from f2llm_ray.errors import RecipeError, RunError
-from f2llm_ray.pipeline import Pipeline
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
-from f2llm_ray.serve.engine import Engine
-from f2llm_ray.session import connect
-from f2llm_ray.stages import NOT_BATCHES, plan
+from f2llm_ray.data.tokens.store import TokenStore
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.vector_files import Encoder
+from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.pipeline.stages import NOT_BATCHES, plan
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import Batch, build_batches, read
 from f2llm_ray.train.objective import StageLoss, Student

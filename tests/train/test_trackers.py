@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from f2llm_ray.errors import RunError
-from f2llm_ray.recipe import Recipe
-from f2llm_ray.recipe_file import parse
-from f2llm_ray.run import Folder
-from f2llm_ray.stages import plan
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.trackers import Tracker, open_trackers
 
 STAGE = "only"

@@ -1,0 +1,1 @@
+"""What every room uses: errors, progress, text for people, the base of typed settings."""

@@ -1,0 +1,1 @@
+"""Global batches: the tables that fix the order of training."""

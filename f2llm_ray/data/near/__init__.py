@@ -1,0 +1,1 @@
+"""Near-duplicates: shingles, MinHash signatures, candidate pairs and the groups that they make."""

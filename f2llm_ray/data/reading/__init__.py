@@ -1,0 +1,32 @@
+"""Sources: where rows come from. One file per layout; each gives rows of `schema.ROW`.
+
+A reader splits its source into pieces (a row group, a file, a catalog, a locale), and a piece is read by a
+pure function on whichever worker gets it. Pieces keep the order of the recipe and of the file names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from f2llm_ray.data.reading.cldr import CldrKindSource, CldrNamesSource
+from f2llm_ray.data.reading.datasets import DatasetsSource
+from f2llm_ray.data.reading.docstrings import DocstringsSource
+from f2llm_ray.data.reading.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
+from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
+
+Source: TypeAlias = Annotated[
+    ParquetSource
+    | JsonlSource
+    | CsvSource
+    | F2llmSource
+    | DatasetsSource
+    | GettextSource
+    | GettextDomainSource
+    | CldrNamesSource
+    | CldrKindSource
+    | DocstringsSource,
+    Field(discriminator="format"),
+]
+"""Any source of a recipe, told apart by its `format`."""

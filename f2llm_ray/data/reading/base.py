@@ -1,0 +1,78 @@
+"""What all sources share: the settings of an entry, and the two steps of reading."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from f2llm_ray.base.section import Section
+from f2llm_ray.data.schema import ROW, Task
+
+BadRow = Literal["error", "skip"]
+Piece = dict[str, Any]
+"""The smallest part of a source that one worker reads: plain JSON values, so that it travels anywhere."""
+
+DEFAULT_INSTRUCTION: dict[Task, str] = {
+    "retrieval": "Given a question, retrieve passages that can help answer the question.",
+    "classification": "Classify the topic of the given text.",
+    "clustering": "Classify the topic of the given text.",
+}
+
+
+class SourceBase(Section, ABC):
+    """Settings that every source has, whatever its layout."""
+
+    pieces_per_part: ClassVar[int] = 1
+    """Pieces that one task reads; more than one where pieces are small, such as message catalogs."""
+
+    task: Task = "retrieval"
+    """What the pairs are for: it decides the losses and how negatives are found."""
+    language: str | None = None
+    """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it. Where nothing
+    says it, `data.language_id` fills in what it detects; without it the language stays unknown."""
+    instruction: str | None = None
+    """Said before each query in stages with instructions; the paper's default for the task when unset."""
+    cap: int | None = Field(default=None, ge=1)
+    """At most this many rows are kept, drawn by content hash."""
+    weight: float = Field(default=1.0, gt=0, le=100)
+    """How often a row is seen per epoch: 0.5 takes half of the rows, 2 takes each twice."""
+    licence: str | None = None
+    """Licence of the text, carried to the model card."""
+
+    @property
+    def query_instruction(self) -> str:
+        """The instruction of this source's queries."""
+        return DEFAULT_INSTRUCTION[self.task] if self.instruction is None else self.instruction
+
+    @abstractmethod
+    def pieces(self, name: str) -> list[Piece]:
+        """Lists the parts of the source in a fixed order.
+
+        Raises:
+            DataError: the source is not there, is empty, or a file lacks a column that the recipe names.
+        """
+
+    @abstractmethod
+    def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """Reads one part as tables of `schema.ROW`, in the part's own order.
+
+        Args:
+            name: the source's name in the recipe.
+            piece: one of `pieces`.
+            bad_row: "error" raises at the first malformed row; "skip" keeps its place with `drop` set to
+                "read: <reason>" (and empty texts), so that it is counted.
+
+        Raises:
+            DataError: a malformed file, or a malformed row with bad_row="error"; names file, row and field.
+        """
+
+
+def rows_table(rows: Iterable[Mapping[str, Any]], *, source: str, task: Task) -> pa.Table:
+    """Makes a table of `schema.ROW` from mappings; fields left out are null, negatives left out are []."""
+    return pa.Table.from_pylist(
+        [{"negatives": [], **row, "source": source, "task": task} for row in rows], schema=ROW
+    )

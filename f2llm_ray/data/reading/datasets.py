@@ -1,0 +1,86 @@
+"""Pairs in a Hugging Face dataset: from the hub, or a folder that `save_to_disk` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.base.optional import require
+from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
+from f2llm_ray.data.reading.columns import TABLE_ROWS, Columns, check_schema, finish, texts_of
+from f2llm_ray.data.reading.paths import store_errors
+from f2llm_ray.run.folder import Folder
+
+PIECE_ROWS = 50_000
+SAVED = ("dataset_dict.json", "dataset_info.json")
+"""The files by which a folder written by `save_to_disk` is known."""
+
+
+class DatasetsSource(SourceBase):
+    """A split of a dataset; a range of rows is a piece. Loading scripts are never run."""
+
+    format: Literal["datasets"] = "datasets"
+    path: str = Field(min_length=1)
+    """Name on the hub, or a folder written by `save_to_disk` (local or a URI)."""
+    config: str | None = None
+    """Configuration (subset) of a hub dataset."""
+    split: str = "train"
+    columns: Columns = Columns()
+
+    def pieces(self, name: str) -> list[Piece]:
+        """One per 50,000 rows."""
+        path = _saved_folder(self.path)
+        place = f"source {name!r}: {self.path}"
+        dataset = self._load(path, place)
+        check_schema(dataset.features.arrow_schema, self.columns, place)
+        rows = len(dataset)
+        if rows == 0:
+            raise DataError(f"{place}: found no rows in split {self.split!r}, expected at least one")
+        return [
+            {"folder": path, "start": start, "stop": min(start + PIECE_ROWS, rows)}
+            for start in range(0, rows, PIECE_ROWS)
+        ]
+
+    def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """Reads one range of rows."""
+        place = f"source {name!r}: {self.path}"
+        dataset = self._load(piece["folder"], place).select_columns(self.columns.used()).with_format("arrow")
+        for first in range(piece["start"], piece["stop"], TABLE_ROWS):
+            table = dataset[first : min(first + TABLE_ROWS, piece["stop"])]
+            yield finish(
+                self,
+                name,
+                texts_of(table, self.columns),
+                lambda row, first=first: f"{place}: row {first + row} (counted from 0)",  # type: ignore[misc]
+                bad_row,
+            )
+
+    def _load(self, folder: str | None, place: str) -> Any:
+        library = require("datasets", extra="datasets")
+        failures = (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError)
+        try:
+            if folder is None:
+                return library.load_dataset(self.path, self.config, split=self.split, streaming=False)
+            dataset = library.load_from_disk(folder)
+        except failures as error:
+            raise DataError(
+                f"{place}: found neither a folder written by save_to_disk nor a dataset that loads: {error}"
+            ) from None
+        if not isinstance(dataset, library.DatasetDict):
+            return dataset
+        if self.split not in dataset:
+            raise DataError(f"{place}: no split {self.split!r}; the splits are {list(dataset)}")
+        return dataset[self.split]
+
+
+def _saved_folder(path: str) -> str | None:
+    """The folder, absolute so that any worker finds it, or None where the path is a name on the hub."""
+    try:
+        folder = Folder.at(path)
+        return folder.uri if any(folder.exists(file) for file in SAVED) else None
+    except store_errors(RunError):
+        return None

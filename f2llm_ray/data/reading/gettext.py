@@ -1,0 +1,241 @@
+"""Translated messages that installed packages carry in gettext catalogs.
+
+The text is read at run time from the installed package; its licence stays the package's.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from gettext import c2py
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.optional import not_installed, require
+from f2llm_ray.data.language import iso639_3
+from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
+from f2llm_ray.data.schema import Task, seeded_key
+
+# Babel refuses the dates of some headers ("YEAR-MO-DA", "GMT"), which nothing here needs: their names are
+# overwritten by as many bytes, since a .mo file is addressed by offset.
+DATE = re.compile(rb"(?:POT-Creation|PO-Revision)-Date(?=:)")
+DEFAULT = re.compile(r'Default: (".+")')
+COPIED = re.compile(r"[%{}<>\d]|\$")
+MESSAGE_ID = re.compile(r"\S*_\S*")
+
+
+class CatalogsSource(SourceBase):
+    """What both sources of catalogs share."""
+
+    pieces_per_part: ClassVar[int] = 12
+
+    language: None = None
+    """Each catalog says its own language."""
+    package: str = Field(min_length=1)
+    """Name of an installed package ("django") or distribution ("plone.app.locales")."""
+    domains: tuple[str, ...] | None = None
+    """Names of the catalogs that are read, without suffix; all when unset."""
+    languages: tuple[str, ...] | None = None
+    """ISO 639-3 of the languages that are read; all when unset."""
+
+    def catalogs(self, name: str) -> list[Path]:
+        """Paths of the catalogs below the package's root, sorted.
+
+        Raises:
+            DataError: the package is not installed or has no catalogs, or a domain is not among them.
+        """
+        place = f"source {name!r}: package {self.package!r}"
+        found = _catalogs(_files(self.package, place))
+        if not found:
+            raise DataError(f"{place}: found no catalogs, expected <locale>/LC_MESSAGES/<domain>.po or .mo")
+        there = sorted({path.stem for path in found})
+        for domain in self.domains or ():
+            if domain not in there:
+                raise DataError(f"{place}: no domain {domain!r}; the domains are {there}")
+        if self.languages is not None:
+            known = {iso639_3(_locale(path)) for path in found}
+            for language in self.languages:
+                if language not in known:
+                    raise DataError(f"{place}: no language {language!r}; the languages are {sorted(known)}")
+            found = [path for path in found if iso639_3(_locale(path)) in self.languages]
+        return [path for path in found if self.domains is None or path.stem in self.domains]
+
+
+class GettextSource(CatalogsSource):
+    """From a message in some language to its English original; a catalog is a piece."""
+
+    format: Literal["gettext"] = "gettext"
+    plain: bool = False
+    """Leave out messages with a placeholder, markup or a digit, which are found without being understood."""
+
+    def pieces(self, name: str) -> list[Piece]:
+        """One per catalog."""
+        return [{"catalog": path.as_posix()} for path in self.catalogs(name)]
+
+    def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """Reads one catalog; a message without a translation is no row."""
+        del bad_row
+        place = f"source {name!r}: package {self.package!r}"
+        language = iso639_3(_locale(Path(piece["catalog"])))
+        rows = [
+            {
+                "language": language,
+                "query": text,
+                "passage": english,
+                "passage_language": None if language == "eng" else "eng",
+            }
+            for english, text in _messages(self.package, piece["catalog"], place)
+            if not (self.plain and COPIED.search(english))
+        ]
+        if rows:
+            yield rows_table(rows, source=name, task=self.task)
+
+
+class GettextDomainSource(CatalogsSource):
+    """Two messages of one domain, in one language; negatives are messages of the other domains."""
+
+    format: Literal["gettext_domain"] = "gettext_domain"
+    task: Task = "clustering"
+    negatives: int = Field(default=2, ge=0)
+    """At most this many per row."""
+
+    def pieces(self, name: str) -> list[Piece]:
+        """One per locale."""
+        locales: dict[str, list[str]] = {}
+        for path in self.catalogs(name):
+            locales.setdefault(_locale(path), []).append(path.as_posix())
+        return [{"locale": locale, "catalogs": locales[locale]} for locale in sorted(locales)]
+
+    def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """Reads all catalogs of one locale."""
+        del bad_row
+        place = f"source {name!r}: package {self.package!r}"
+        language = iso639_3(piece["locale"])
+        domains = {
+            catalog: {text for _, text in _messages(self.package, catalog, place)} for catalog in piece["catalogs"]
+        }
+        rows = [
+            {"language": language, "query": query, "passage": passage, "negatives": negatives}
+            for domain in domains
+            for query, passage, negatives in _pairs(domain, domains, self.negatives)
+        ]
+        if rows:
+            yield rows_table(rows, source=name, task=self.task)
+
+
+def _pairs(domain: str, domains: dict[str, set[str]], count: int) -> Iterator[tuple[str, str, list[str]]]:
+    """Pairs each message of a domain with the next in an order by hash, with negatives from the others."""
+    inside = sorted(domains[domain], key=lambda text: seeded_key(domain, text))
+    others = set().union(*domains.values()) - domains[domain]
+    outside = sorted(others, key=lambda text: seeded_key(domain, text))
+    if len(inside) < 2:
+        return
+    drawn = min(count, len(outside))
+    for query, passage in zip(inside, [*inside[1:], inside[0]], strict=True):
+        start = int.from_bytes(seeded_key("negatives", domain, query), "big")
+        yield query, passage, [outside[(start + i) % len(outside)] for i in range(drawn)]
+
+
+def _roots(package: str) -> list[Path]:
+    """Folders of an importable package (a namespace package may have several); none when there is none."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return []
+    return [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
+
+
+def _files(package: str, place: str) -> list[Path]:
+    """All catalog files, relative to the folders that `_located` looks in."""
+    roots = _roots(package)
+    if roots:
+        return [
+            path.relative_to(root)
+            for root in roots
+            for pattern in ("*.po", "*.mo")
+            for path in root.rglob(f"LC_MESSAGES/{pattern}")
+        ]
+    try:
+        files = metadata.files(package)
+    except (metadata.PackageNotFoundError, ValueError):
+        raise DataError(f"{place}: {not_installed(package, extra='quickstart')}") from None
+    return [Path(file) for file in files or () if file.parent.name == "LC_MESSAGES"]
+
+
+def _catalogs(files: list[Path]) -> list[Path]:
+    """One file per catalog: the .po, which has comments, where both are there."""
+    found: dict[str, Path] = {}
+    for path in sorted(files, key=lambda path: (path.suffix != ".po", path.as_posix())):
+        if path.suffix in {".po", ".mo"}:
+            found.setdefault(path.with_suffix("").as_posix(), path)
+    return [found[catalog] for catalog in sorted(found)]
+
+
+def _located(package: str, catalog: str, place: str) -> Path:
+    """A catalog's file on this machine; a piece names it relative to the package, wherever that is here."""
+    roots = _roots(package)
+    if not roots:
+        try:
+            roots = [Path(str(metadata.distribution(package).locate_file("")))]
+        except (metadata.PackageNotFoundError, ValueError):
+            raise DataError(f"{place}: {not_installed(package, extra='quickstart')}") from None
+    for root in roots:
+        if (root / catalog).is_file():
+            return root / catalog
+    raise DataError(f"{place}: no file {catalog}; the installed version differs between machines")
+
+
+def _locale(catalog: Path) -> str:
+    return PurePosixPath(catalog.as_posix()).parent.parent.name
+
+
+def _messages(package: str, catalog: str, place: str) -> Iterator[tuple[str, str]]:
+    """English text and translation of each message that is translated and not fuzzy."""
+    path = _located(package, catalog, place)
+    try:
+        parsed = _parsed(path)
+        singular = c2py(parsed.plural_expr)(1)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{place}: {catalog}: found a catalog that cannot be read ({error})") from None
+    for message in parsed:
+        if not message.id or message.fuzzy:
+            continue
+        english = _english(message)
+        forms = (message.string,) if isinstance(message.string, str) else message.string
+        text = forms[min(singular, len(forms) - 1)]
+        if english.strip() and text.strip() and text.strip() != english.strip():
+            yield english, text
+
+
+def _parsed(path: Path) -> Any:
+    """A Babel catalog."""
+    content = io.BytesIO(DATE.sub(lambda match: b"X" * len(match[0]), path.read_bytes()))
+    if path.suffix == ".mo":
+        return require("babel.messages.mofile", extra="quickstart").read_mo(content)
+    with redirect_stdout(io.StringIO()):  # Babel prints what it finds odd, such as a plural form too many
+        return require("babel.messages.pofile", extra="quickstart").read_po(content, ignore_obsolete=True)
+
+
+def _english(message: Any) -> str:
+    """The English original, or "" where the catalog does not say it.
+
+    It is the message's id, unless that is a name such as "label_add": then an extracted comment gives it,
+    as `Default: "..."`. A default over several lines is left out, since Babel keeps equal lines only once.
+    """
+    unescape = require("babel.messages.pofile", extra="quickstart").unescape
+    comments: list[str] = message.auto_comments
+    for index, comment in enumerate(comments):
+        if comment.startswith("Default:"):
+            match = DEFAULT.fullmatch(comment)
+            goes_on = index + 1 < len(comments) and comments[index + 1].startswith('"')
+            return str(unescape(match[1])) if match and not goes_on else ""
+    text = message.id if isinstance(message.id, str) else message.id[0]
+    return "" if MESSAGE_ID.fullmatch(text) else str(text)

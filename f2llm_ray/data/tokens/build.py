@@ -1,0 +1,158 @@
+"""Building the token store: each distinct text of the table is tokenised once, where its row was written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from f2llm_ray.base.progress import Progress
+from f2llm_ray.data.flow import map_groups, part_file
+from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.ragged import lengths_of
+from f2llm_ray.data.schema import KEY, key_numbers, query_text
+from f2llm_ray.data.tokens import store as tokens
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+INDEX = pa.schema([("key", KEY), ("piece", pa.int64()), ("offset", pa.uint64()), ("length", pa.uint32())])
+# What a text is to its row.
+QUERY, INSTRUCTED, PASSAGE, NEGATIVE = range(4)
+TOKENIZE_ROWS = 4096
+
+
+def write_store(recipe: Recipe, tokenizer: Tokenizer, prepared: Folder, store: Folder) -> tuple[int, int]:
+    """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
+
+    Args:
+        recipe: the run's recipe.
+        tokenizer: one that ends texts with EOS.
+        prepared: folder with `rows/` and `table/`.
+        store: gets the files.
+
+    Returns:
+        Number of texts and of tokens.
+    """
+    import ray.data
+
+    shards = recipe.data.shards
+    names = ray.data.from_items(
+        [{"source": name} for name in recipe.sources], override_num_blocks=len(recipe.sources)
+    )
+    places = names.map_batches(
+        partial(_places, table=prepared / "table", shards=shards), batch_size=1, batch_format="pyarrow"
+    )
+    first = map_groups(places, "shard", first_places)
+    tokenize = partial(
+        _tokenize_part,
+        recipe=recipe,
+        tokenizer=tokenizer.to_str(),
+        rows=prepared / "rows",
+        store=store,
+    )
+    written = map_groups(first, "piece", tokenize)
+    indexed = map_groups(written, "shard", partial(_index_shard, store=store))
+    progress, texts, total, done = Progress("prepare: tokens", shards, "shards"), 0, 0, set()
+    for row in indexed.iter_rows():
+        done.add(row["shard"])
+        texts, total = texts + row["texts"], total + row["tokens"]
+        progress.update(len(done), f"{texts:,} texts", f"{total:,} tokens")
+    with store.writing() as path:
+        for shard in set(range(shards)) - done:  # a small corpus leaves key ranges empty
+            tokens.write_index(path, shard, INDEX.empty_table())
+        tokens.write_meta(path, shards=shards, texts=texts, tokens=total)
+    return texts, total
+
+
+def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
+    """Key and place of every text of a source: its row's place, and its role there.
+
+    Negatives that are other rows' labels have no place of their own; they are those rows' passages.
+    """
+    (source,) = batch["source"].to_pylist()
+    columns = {QUERY: "query_key", INSTRUCTED: "instructed_key", PASSAGE: "passage_key"}
+    rows = table.read_table(f"{source}.parquet").combine_chunks()
+    piece, position = (rows[name].to_numpy() for name in ("piece", "position"))
+    lists = rows["negative_keys"].combine_chunks()
+    owner = np.repeat(np.arange(len(rows)), lengths_of(lists))
+    key = pa.concat_arrays(
+        [*(rows[name].combine_chunks() for name in columns.values()), pc.list_flatten(lists).cast(KEY)]
+    )
+    columns_of = {
+        "piece": np.concatenate([*[piece] * len(columns), piece[owner]]),
+        "position": np.concatenate([*[position] * len(columns), position[owner]]),
+        "role": np.concatenate([np.repeat(list(columns), len(rows)), np.full(len(owner), NEGATIVE)]),
+        "shard": shard_of(key_numbers(key), shards),
+    }
+    return pa.table({"key": key, **{name: pa.array(values, pa.int64()) for name, values in columns_of.items()}})
+
+
+def first_places(places: pa.Table) -> pa.Table:
+    """One place of each key, the same one in every run: a passage's or query's before a negative's."""
+    places = places.sort_by([(name, "ascending") for name in ("key", "role", "piece", "position")])
+    keys = places["key"].combine_chunks()
+    first = np.ones(len(keys), dtype=bool)
+    first[1:] = pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False)
+    return places.filter(pa.array(first))
+
+
+def _tokenize_part(places: pa.Table, *, recipe: Recipe, tokenizer: str, rows: Folder, store: Folder) -> pa.Table:
+    from tokenizers import Tokenizer as Tokenizers
+
+    piece = places["piece"][0].as_py()
+    places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
+    loaded = Tokenizers.from_str(tokenizer)
+    file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
+    texts = _texts(places, file, recipe.sources[file["source"][0].as_py()].query_instruction)
+    with store.writing() as path:
+        lengths = tokens.write_piece(
+            path / f"{piece:06d}.bin",
+            (tokens.tokenize(loaded, batch, recipe.data.max_tokens) for batch in _batched(texts, TOKENIZE_ROWS)),
+        )
+    return pa.table(
+        {
+            **{name: places[name] for name in ("key", "piece", "shard")},
+            **dict(zip(lengths.column_names, lengths.columns, strict=True)),
+        }
+    )
+
+
+def _texts(places: pa.Table, file: pa.Table, instruction: str) -> Iterator[str]:
+    names = ("query", "passage", "negatives", "negative_keys")
+    columns = {name: file[name].combine_chunks() for name in names}
+    wanted = (places[name].to_pylist() for name in ("position", "role", "key"))
+    for position, role, key in zip(*wanted, strict=True):
+        if role == NEGATIVE:
+            # By its key: the table has fewer negatives than the row was written with.
+            number = columns["negative_keys"][position].as_py().index(key)
+            yield columns["negatives"][position][number].as_py()
+        elif role == PASSAGE:
+            yield columns["passage"][position].as_py()
+        else:
+            query = columns["query"][position].as_py()
+            yield query_text(query, instruction) if role == INSTRUCTED else query
+
+
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _index_shard(entries: pa.Table, *, store: Folder) -> pa.Table:
+    shard = entries["shard"][0].as_py()
+    with store.writing() as path:
+        tokens.write_index(path, shard, entries)
+    return pa.table({"shard": [shard], "texts": [len(entries)], "tokens": [pc.sum(entries["length"]).as_py()]})

@@ -1,0 +1,1 @@
+"""Tokens in, vectors out: the encoder that training, evaluation, mining, bulk and serving share."""

@@ -1,0 +1,1 @@
+"""Hard negatives: the nearest passages of each query that are not its positives."""

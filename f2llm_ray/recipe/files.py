@@ -1,0 +1,147 @@
+"""Recipes as files: YAML that may extend another, changes by `key=value`, and errors that name the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.section import Section
+from f2llm_ray.recipe.recipe import Recipe
+
+Settings = dict[str, Any]
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def builtin_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("f2llm_ray.recipe") / "builtin"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(
+    name_or_path: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Reads a recipe by built-in name or path, follows `extends`, applies `key=value` overrides, validates.
+
+    Changes are laid over it last, as over a recipe that is extended.
+
+    Raises:
+        RecipeError: unreadable file, unknown key or value (with the place and what is allowed), or an
+            impossible combination.
+    """
+    settings = _read(name_or_path, ())
+    for override in overrides:
+        _apply(settings, override)
+    settings = _merge(settings, changes or {})
+    return parse(Recipe, settings, name_or_path)
+
+
+def parse(section: type[SectionT], settings: Mapping[str, Any], where: str) -> SectionT:
+    """Validates settings, with every problem on a line of its own.
+
+    Raises:
+        RecipeError: the settings do not fit.
+    """
+    try:
+        return section.model_validate(settings)
+    except ValidationError as error:
+        lines = [_describe(section, details) for details in error.errors()]
+        raise RecipeError(f"{where}: " + "\n  ".join(["the recipe does not fit:", *lines])) from None
+
+
+def _read(name_or_path: str, seen: tuple[Path, ...]) -> Settings:
+    path = _locate(name_or_path, seen[-1].parent if seen else None)
+    if path in seen:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path}: found {type(settings).__name__}, expected a mapping of settings")
+    base = settings.pop("extends", None)
+    return settings if base is None else _merge(_read(str(base), (*seen, path)), settings)
+
+
+def _locate(name_or_path: str, beside: Path | None) -> Path:
+    candidates = [Path(name_or_path)] if beside is None else [beside / name_or_path, Path(name_or_path)]
+    candidates.append(Path(str(resources.files("f2llm_ray.recipe"))) / "builtin" / f"{name_or_path}.yaml")
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    raise RecipeError(
+        f"recipe {name_or_path!r}: no such file, and not one of the built-in recipes {builtin_recipes()}"
+    )
+
+
+def _merge(base: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Lays changes over a base: mappings merge key by key, everything else is replaced; null removes a key."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply(settings: Settings, override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override!r}: expected a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    place = settings
+    for part in parts[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {override!r}: {part!r} holds a single value, not further keys")
+    place[parts[-1]] = value
+
+
+def _describe(section: type[Section], details: Any) -> str:
+    where = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        allowed = _allowed(section, details["loc"][:-1])
+        return f"{where}: unknown key" + (f"; allowed here: {', '.join(allowed)}" if allowed else "")
+    message = details["msg"].removeprefix("Value error, ")
+    if details["type"] in {"missing", "value_error"}:
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}; found {details['input']!r}"
+
+
+def _allowed(section: type[Section], path: Sequence[str | int]) -> list[str]:
+    """Keys known at a path of an error; names of a mapping and tags of a union are steps of that path too."""
+    kinds = [section]
+    for part in map(str, path):
+        below = [leaf for kind in kinds for leaf in _leaves(kind.model_fields.get(part))]
+        tagged = [
+            kind
+            for kind in kinds
+            if part in (kind.__name__, getattr(kind.model_fields.get("format"), "default", None))
+        ]
+        kinds = below or tagged or kinds
+    return sorted({name for kind in kinds for name in kind.model_fields})
+
+
+def _leaves(annotation: Any) -> list[type[Section]]:
+    """The sections inside a field or annotation such as dict[str, A | B]."""
+    annotation = getattr(annotation, "annotation", annotation)
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [leaf for argument in getattr(annotation, "__args__", ()) for leaf in _leaves(argument)]

@@ -1,0 +1,98 @@
+"""The first lines of a report: what the run gave, in sentences. What was not measured is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from f2llm_ray.base import formatting
+from f2llm_ray.report.scores import Model, at_full, by_language, enough, main_metric, reference_of, sets_of
+
+WEAKEST, STRONGEST = 5, 3
+"""Languages of a set that are named."""
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+    """The main numbers as sentences."""
+    models = list(report.get("models") or [])
+    reference = reference_of(report)
+    sentences = []
+    rows, languages = report.get("rows") or [], report.get("languages") or {}
+    if rows:
+        read, kept = rows[0].get("in"), rows[-1].get("out")
+        where = f" in {formatting.plural(len(languages), 'language')}" if languages else ""
+        sentences.append(f"{formatting.count(kept)} training rows{where}, of {formatting.count(read)} read.")
+    trained = reference or (models[-1] if models else None)
+    if trained is not None:
+        results = [
+            f"{main_metric([trained], name)} {formatting.score(at_full(trained, name))} on {name}"
+            + _before(models[0], trained, name)
+            for name in sets_of([trained])
+        ]
+        if results:
+            sentences.append(f"The {trained.get('name')} model reaches {formatting.listed(results)}.")
+    if reference is not None:
+        sentences += _kept(models[-1], reference)
+    if models and trained is not None:
+        sentences += _better(models, [trained, models[-1]])
+        sentences += _weakest(models[-1])
+    missing = report.get("missing") or []
+    if missing:
+        sentences.append(f"Not finished: {formatting.listed([str(stage) for stage in missing])}.")
+    seconds = report.get("seconds") or {}
+    if seconds:
+        device = f" on {report['device']}" if report.get("device") else ""
+        sentences.append(f"Its stages took {formatting.duration(sum(seconds.values()))}{device}.")
+    return sentences
+
+
+def _before(first: Model, trained: Model, name: str) -> str:
+    before = at_full(first, name)
+    known = first is not trained and first.get("name") == "untrained" and before is not None
+    return f" ({formatting.score(before)} untrained)" if known else ""
+
+
+def _kept(last: Model, reference: Model) -> list[str]:
+    kept = [
+        f"{formatting.share(at_full(last, name), at_full(reference, name))}{'' if index else ' of that'} on {name}"
+        for index, name in enumerate(sets_of([last]))
+    ]
+    all_of_it, outside = (
+        formatting.share(last.get(key), reference.get(key)) for key in ("parameters", "non_embedding_parameters")
+    )
+    subject = (
+        f"The {last.get('name')} model, with {all_of_it} of the parameters ({outside} outside the embeddings),"
+    )
+    return [f"{subject} keeps {formatting.listed(kept)}."] if kept else []
+
+
+def _better(models: Sequence[Model], told: Sequence[Model]) -> list[str]:
+    """Where a model of the run that the sentences before did not name scores above those that they did."""
+    found = []
+    for name in sets_of(models):
+        scored = [(at_full(model, name) or 0.0, str(model.get("name"))) for model in models]
+        score, best = max(scored, key=lambda item: item[0])
+        if score > max(at_full(model, name) or 0.0 for model in told):
+            found.append(f"{best} on {name} ({formatting.score(score)})")
+    those = "both" if told[0] is not told[-1] else "it"
+    return [f"Better than {those}: {formatting.listed(found)}."] if found else []
+
+
+def _weakest(model: Model) -> list[str]:
+    """In which languages the model is weak and strong, by its score at the full dim."""
+    sentences = []
+    for name in sets_of([model]):
+        main = main_metric([model], name)
+        found = enough(by_language(model, name))
+        scored = sorted((facts.get(main) or 0.0, language) for language, facts in found.items())
+        if len(scored) > WEAKEST + STRONGEST:
+            weak, strong = (
+                formatting.listed([f"{language} {formatting.score(score)}" for score, language in some])
+                for some in (scored[:WEAKEST], scored[: -STRONGEST - 1 : -1])
+            )
+            middle = scored[len(scored) // 2][0]
+            sentences.append(
+                f"The {model.get('name')} model is weakest on {name} in {weak}, and strongest in {strong}; "
+                f"the language in the middle of {len(scored)} has {formatting.score(middle)}."
+            )
+    return sentences

@@ -1,0 +1,231 @@
+"""The report of a run: JSON, one HTML page that needs nothing else, and model cards.
+
+The report's dict may lack any part: a run that has not measured something says so in that place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from f2llm_ray.base import formatting
+from f2llm_ray.report.headline import headline
+from f2llm_ray.report.model_card import write_cards
+from f2llm_ray.report.page import render_page
+from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
+from f2llm_ray.report.resources import by_resources
+from f2llm_ray.report.scores import (
+    BITS,
+    at_full,
+    by_dim,
+    by_language,
+    enough,
+    interval,
+    main_metric,
+    megabytes,
+    metrics_of,
+    reference_of,
+    sets_of,
+    shrunk_of,
+)
+from f2llm_ray.run.folder import Folder
+
+Report = Mapping[str, Any]
+Model = Mapping[str, Any]
+Cells = list[list[str]]
+
+LANGUAGES_OPEN = 20
+"""Rows of the per-language table that are seen without unfolding it."""
+
+TYPES_OPEN = 9
+"""The same of the table of smaller vectors: three dims."""
+
+
+def write_report(root: Folder, report: dict[str, Any]) -> None:
+    """Writes report.json, report.html and plots/ into the run's root, and a card into the folder of each model."""
+    plots = plots_of(report)
+    root.write_json("report.json", report)
+    root.write_bytes("report.html", render(report, plots).encode("utf-8"))
+    (root / "plots").clear()
+    for plot in plots.all():
+        (root / "plots").write_bytes(plot.file, plot.png())
+    write_cards(root, report)
+
+
+def render(report: Report, plots: Plots) -> str:
+    """The HTML page; all text in it is escaped."""
+    models = list(report.get("models") or [])
+    reference = reference_of(report)
+    against = [] if reference is None else [f"of {reference.get('name')}"]
+    return render_page(
+        "report.html",
+        name=report.get("name") or "run",
+        facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
+        headline=headline(report),
+        quality=[
+            (name, _asked(report, name), _scores_head(models, name), _quality(models, reference, name))
+            for name in sets_of(models)
+        ],
+        matryoshka=plots.matryoshka,
+        types=_types(models[-1]) if models else [],
+        type_plots=dict(plots.types),
+        sizes=[_sizes(model) for model in models],
+        last=str(models[-1].get("name")) if models else "",
+        against=against,
+        languages=[
+            (name, _scores_head(models, name), _languages(models[-1], report, reference, name))
+            for name in sets_of(models[-1:])
+        ],
+        resources=[
+            (name, main_metric(models, name), _resources(models[-1], report, reference, name))
+            for name in sets_of(models[-1:])
+        ],
+        missing=[str(stage) for stage in report.get("missing") or []],
+        open_rows=LANGUAGES_OPEN,
+        open_types=TYPES_OPEN,
+        plotted=LANGUAGES_PLOTTED,
+        steps=[_step(row) for row in report.get("rows") or []],
+        sources=_sources(report),
+        language_count=len(report.get("languages") or {}),
+        language_plot=plots.languages,
+        training=[_training(*item) for item in (report.get("training") or {}).items()],
+        loss_plots=plots.losses,
+        score_plots=plots.scores,
+        seconds=_seconds(report),
+        serving=[(key, str(value)) for key, value in (report.get("serving") or {}).items()],
+        commands=list((report.get("commands") or {}).items()),
+        libraries=" · ".join(f"{key} {value}" for key, value in (report.get("libraries") or {}).items()),
+    )
+
+
+# The parts of the page
+
+
+def _asked(report: Report, name: str) -> str:
+    """How much a set asks, and among how much."""
+    facts = (report.get("sets") or {}).get(name)
+    if not facts:
+        return ""
+    among = f" among {formatting.count(facts['corpus'])}" if facts["corpus"] else ""
+    return f"{str(facts['kind']).replace('_', ' ')}, {formatting.count(facts['queries'])} asked{among}"
+
+
+def _scores_head(models: Sequence[Model], name: str) -> list[str]:
+    """The metrics of a set as a table shows them: the main one with its interval, then the others."""
+    main, *others = metrics_of(models, name) or ["score"]
+    return [main, "95 % interval", *others]
+
+
+def _scores_cells(models: Sequence[Model], name: str, facts: Mapping[str, Any]) -> list[str]:
+    main, *others = (formatting.score(facts.get(metric)) for metric in metrics_of(models, name) or ["score"])
+    return [main, interval(facts), *others]
+
+
+def _quality(models: Sequence[Model], reference: Model | None, name: str) -> Cells:
+    """Rows of model, d and the metrics at d, and the main one as a share of the reference's."""
+    shrunk = shrunk_of(models)
+    rows = []
+    for model in models:
+        dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
+        row = [str(model.get("name")), formatting.count(dim), *_scores_cells(models, name, facts)]
+        if reference is not None:
+            share = formatting.share(at_full(model, name), at_full(reference, name))
+            row.append(share if model in shrunk else "")
+        rows.append(row)
+    return rows
+
+
+def _types(model: Model) -> list[tuple[str, Cells]]:
+    """By set, a row per dim and type: the score, megabytes of a million vectors, and how long a search takes."""
+    sets, searches = [], model.get("search_ms") or {}
+    for name, found in (model.get("types") or {}).items():
+        rows = [
+            [
+                formatting.count(dim),
+                kind,
+                formatting.score(found[str(dim)].get(kind)),
+                formatting.count(megabytes(dim, kind)),
+                formatting.milliseconds((searches.get(str(dim)) or {}).get(kind)),
+            ]
+            for dim in sorted(map(int, found), reverse=True)
+            for kind in BITS
+        ]
+        sets.append((name, rows))
+    return sets
+
+
+def _sizes(model: Model) -> list[str]:
+    numbers = [formatting.count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
+    return [
+        str(model.get("name")),
+        *numbers,
+        formatting.byte_size(model.get("bytes")),
+        formatting.milliseconds(model.get("query_ms")),
+        str(model.get("folder") or ""),
+    ]
+
+
+def _languages(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+    """Rows of language, training rows, queries, the metrics at d, and the main one's share of the reference's."""
+    trained = report.get("languages") or {}
+    found, main = by_language(model, name), main_metric([model], name)
+    theirs = {} if reference is None else by_language(reference, name)
+    rows = []
+    for language in sorted(found, key=lambda language: (found[language].get(main) or 0.0, language)):
+        facts = found[language]
+        counts = [formatting.count(trained.get(language, 0)), formatting.count(facts.get("queries"))]
+        row = [language, *counts, *_scores_cells([model], name, facts)]
+        if reference is not None:
+            row.append(formatting.share(facts.get(main), (theirs.get(language) or {}).get(main)))
+        rows.append(row)
+    return rows
+
+
+def _resources(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+    """Rows of class, languages, training rows of each, the mean score, and that as a share of the reference's."""
+    trained, main = report.get("languages") or {}, main_metric([model], name)
+    theirs = {} if reference is None else by_language(reference, name)
+    rows = []
+    for group in by_resources(enough(by_language(model, name)), trained):
+        mean = group.mean(group.scores, main)
+        row = [group.name, str(len(group.languages)), group.rows(trained), formatting.score(mean)]
+        if reference is not None:
+            row.append(formatting.share(mean, group.mean(theirs, main)))
+        rows.append(row)
+    return rows
+
+
+def _step(row: Mapping[str, Any]) -> list[str]:
+    dropped = formatting.tallied(row.get("dropped") or {})
+    return [str(row.get("step")), formatting.count(row.get("in")), formatting.count(row.get("out")), dropped]
+
+
+def _sources(report: Report) -> Cells:
+    sources = report.get("sources") or {}
+    return [
+        [
+            name,
+            str(facts.get("task") or ""),
+            formatting.count(facts.get("rows")),
+            str(facts.get("licence") or "not stated"),
+        ]
+        for name, facts in sources.items()
+    ]
+
+
+def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
+    speed = facts.get("tokens_per_second")
+    return [
+        stage,
+        formatting.count(facts.get("steps")),
+        formatting.count(facts.get("tokens")),
+        formatting.count(None if speed is None else round(speed)),
+        formatting.score(facts.get("final_loss")),
+    ]
+
+
+def _seconds(report: Report) -> list[tuple[str, str, str]]:
+    """Stage, duration, and share of the longest one for a bar."""
+    seconds = report.get("seconds") or {}
+    longest = max(seconds.values(), default=0) or 1
+    return [(stage, formatting.duration(took), f"{100 * took / longest:.1f}%") for stage, took in seconds.items()]

@@ -1,0 +1,80 @@
+"""The stage of a model with int8 weights: made from its parent, and measured beside it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from f2llm_ray.base.progress import say
+from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.model.checkpoint import INFO_FILE
+from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.int8 import save_quantized
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
+
+ROWS, ROUNDS = 256, 3
+"""Training rows whose texts are encoded by both models, and how often, in turn; medians are told."""
+
+
+def quantize_model(recipe: Recipe, name: str, prepared: Folder, parent: Folder, out: Folder) -> dict[str, Any]:
+    """Makes the int8 copy of a model, inside a Ray task.
+
+    Args:
+        recipe: the run's recipe, with `quantize`.
+        name: name of the int8 model.
+        prepared: folder of the prepare stage, for the texts that both models encode.
+        parent: model folder with float weights.
+        out: the stage's folder; it gets `model/`.
+
+    Returns:
+        What the manifest says: bytes of the weights, the cosine of both models' vectors (mean and least), and
+        texts per second of each on one thread. What it costs in quality, the evaluations of both say.
+    """
+    import torch
+
+    from f2llm_ray.model.vocabulary import load_map, remap
+    from f2llm_ray.shrink.shrink import calibration_tokens
+
+    assert recipe.quantize is not None  # noqa: S101 - the stage exists because the recipe has it
+    torch.set_num_threads(1)
+    with parent.as_local() as before, (out / "model").writing() as after:
+        save_quantized(before, after, embeddings=recipe.quantize.embeddings)
+        info = json.loads((after / INFO_FILE).read_text(encoding="utf-8"))
+        (after / INFO_FILE).write_text(json.dumps({**info, "name": name}, indent=2, ensure_ascii=False) + "\n")
+        tokens = remap(calibration_tokens(recipe, prepared, ROWS), load_map(before))
+        facts = {
+            "bytes_of_weights": {"float": _weights(before), "int8": _weights(after)},
+            **compare(before, after, tokens),
+        }
+    say(f"{name}: cosine {facts['cosine']['mean']:.4f} to the model it is made from")
+    return {"quantization": facts}
+
+
+def compare(before: Path, after: Path, tokens: Sequence[Tokens]) -> dict[str, Any]:
+    """Cosine (mean and least) of two models' vectors of some texts, and texts per second of each."""
+    engines = {"float": Engine(before), "int8": Engine(after)}
+    seconds: dict[str, list[float]] = {key: [] for key in engines}
+    vectors: dict[str, Vectors] = {}
+    for _ in range(ROUNDS):
+        for key, engine in engines.items():
+            started = time.perf_counter()
+            vectors[key] = engine.embed_tokens(tokens)
+            seconds[key].append(time.perf_counter() - started)
+    cosine_n = np.sum(vectors["float"] * vectors["int8"], axis=1)
+    return {
+        "cosine": {"mean": round(float(cosine_n.mean()), 5), "least": round(float(cosine_n.min()), 5)},
+        "texts_per_second": {
+            key: round(len(tokens) / float(np.median(spent)), 1) for key, spent in seconds.items()
+        },
+    }
+
+
+def _weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

@@ -1,0 +1,134 @@
+"""The stages `importance` and `pruned`: calibration text from the corpus, scores, and the smaller model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.base.progress import say
+from f2llm_ray.data.language import UNKNOWN
+from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.schema import key_numbers, rng
+from f2llm_ray.data.tokens.store import Tokens, TokenStore
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.model.checkpoint import load_backbone, load_info, matryoshka_dims, save_model
+from f2llm_ray.model.prune import Kept, choose, prune
+from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, save_map
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.shrink import scores
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+KEPT_FILE = "kept.json"
+
+
+def score_parts(recipe: Recipe, prepared: Folder, parent: Folder, out: Folder) -> dict[str, Any]:
+    """Scores the parts of the parent model, for any shape it is then pruned to.
+
+    Args:
+        recipe: the run's recipe, with `prune`.
+        prepared: folder of the prepare stage, for calibration text.
+        parent: model folder.
+        out: the stage's folder; it gets importance.safetensors and importance.json.
+
+    Returns:
+        What the manifest says: the calibration's texts and tokens, and a summary of the scores.
+    """
+    settings = recipe.prune
+    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
+    calibration = calibration_tokens(recipe, prepared, settings.calibration_rows)
+    say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
+    importance = scores.score(parent, calibration, settings, recipe.compute, seed=recipe.seed)
+    facts = {
+        "importance": settings.importance,
+        "texts": len(calibration),
+        "tokens": sum(map(len, calibration)),
+        **scores.summary(importance),
+    }
+    with out.writing() as folder:
+        scores.save(importance, folder, facts)
+    return facts
+
+
+def shrink(recipe: Recipe, prepared: Folder, parent: Folder, scored: Folder, out: Folder) -> dict[str, Any]:
+    """Prunes the parent model to the recipe's `prune` shape.
+
+    Args:
+        recipe: the run's recipe, with `prune`.
+        prepared: folder of the prepare stage, for the tokens that its texts use.
+        parent: model folder to prune.
+        scored: folder of the importance stage.
+        out: the stage's folder; it gets `model/`, and kept.json with the numbers of the parts that stay.
+
+    Returns:
+        What the manifest says: the kept layers and tokens.
+    """
+    settings = recipe.prune
+    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
+    with parent.as_local() as folder:
+        info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
+    with scored.as_local() as folder:
+        kept = choose(scores.load(folder), settings)
+    table: TokenMap | None = None
+    if settings.vocabulary is not None:
+        wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None
+        kept, tokenizer, table = _fewer_tokens(kept, tokenizer, prepared, backbone.config.vocab_size, wanted)
+    small = prune(backbone, kept)
+    named = replace(info, name=f"{recipe.name}-pruned", dims=matryoshka_dims(len(kept.hidden), info.dims[0]))
+    with (out / "model").writing() as path:
+        save_model(path, small, tokenizer, named)
+        if table is not None:
+            save_map(table, path)
+    out.write_json(KEPT_FILE, {part: getattr(kept, part) for part in ("layers", "hidden", "ffn", "kv_heads")})
+    return {"kept_layers": list(kept.layers), "vocabulary": small.config.vocab_size}
+
+
+def _fewer_tokens(
+    kept: Kept, tokenizer: Tokenizer, prepared: Folder, rows: int, wanted: int | None
+) -> tuple[Kept, Tokenizer, TokenMap]:
+    """Adds the tokens that stay, and gives their tokenizer and the map from the parent's."""
+    with (prepared / "tokens").as_local() as store:
+        counts = count_tokens(store, rows)
+    vocabulary = Vocabulary(tokenizer)
+    ids = vocabulary.choose(counts, wanted)
+    small, table = vocabulary.cut(ids)
+    return replace(kept, vocabulary=tuple(ids.tolist())), small, table
+
+
+def calibration_tokens(recipe: Recipe, prepared: Folder, rows: int) -> list[Tokens]:
+    """Distinct token lists of queries (with instructions) and passages of training rows, evenly drawn.
+
+    Each source gives as many rows, and in it each language in turn, so that the few rows of a small language are
+    among them.
+    """
+    share = -(-rows // len(recipe.sources))
+    keys = []
+    for source in recipe.sources:
+        columns = ["instructed_key", "passage_key", "language"]
+        table = (prepared / "table").read_table(f"{source}.parquet", columns)
+        drawn = by_turns(_codes(table["language"]), rng(recipe.seed, "calibration", source))[:share]
+        keys += [key_numbers(table[column].take(drawn)) for column in columns[:2]]
+    distinct = np.unique(np.concatenate(keys), axis=0)
+    with (prepared / "tokens").as_local() as store:
+        # Copied, since the store may be a temporary copy of a remote one.
+        return [text.copy() for text in TokenStore(store).lookup(distinct)]
+
+
+def _codes(languages: pa.ChunkedArray) -> Ints:
+    return languages.combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices.to_numpy().astype(np.int64)
+
+
+def by_turns(groups: Ints, generator: np.random.Generator) -> Ints:
+    """All rows in random order, but so that each group has given n before one gives its n + 1-st."""
+    order = generator.permutation(len(groups))
+    by_group = order[np.argsort(groups[order], kind="stable")]
+    counts = np.bincount(groups)
+    turn = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = np.empty(len(groups), np.int64)
+    place[by_group] = turn
+    return order[np.argsort(place[order], kind="stable")]
