@@ -51,8 +51,8 @@ def main() -> None:
 
     from f2llm_ray.data.tokens.tokenizer import train_tokenizer
     from f2llm_ray.engine.engine import Engine
-    from f2llm_ray.evaluate.retrieval import evaluate
-    from f2llm_ray.evaluate.sets import RetrievalSet
+    from f2llm_ray.evaluate.tasks.retrieval import evaluate
+    from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
 

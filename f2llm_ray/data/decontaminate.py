@@ -5,8 +5,9 @@ Shapes: D texts of the sets, G their n-grams, T training texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,15 @@ from f2llm_ray.data.clean import normalize
 from f2llm_ray.data.near.shingles import Hashes, shingle
 from f2llm_ray.data.ragged import Ints, ranges
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.evaluate.task import Task
+
+
+class Screened(NamedTuple):
+    """The texts of a task that must not be trained on."""
+
+    asked: Sequence[str]
+    """Queries and labelled texts: also the short ones are looked for."""
+    answers: Sequence[str]
+    """What is to be found; a short one is no secret."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,18 @@ class Screen:
         return np.where(found < len(self.sets), found, -1)
 
 
-def make_screen(sets: Iterable[Task], settings: Decontamination) -> Screen | None:
-    """Indexes what sets ask, and their answers of an n-gram's length; None when there is no text."""
+def make_screen(sets: Mapping[str, Screened], settings: Decontamination) -> Screen | None:
+    """Indexes what sets, by name, ask, and their answers of an n-gram's length; None when there is no text."""
     names: list[str] = []
     set_of: list[int] = []
     texts: list[str] = []
-    for found in sets:
-        asked, answers = found.screened()
+    for name, (asked, answers) in sets.items():
         queries = [normalize(text) for text in asked]
         passages = [normalize(text) for text in answers] if settings.passages else []
         long = shingle(passages, settings.ngram).tokens >= settings.ngram
         kept = [*queries, *(text for text, enough in zip(passages, long, strict=True) if enough)]
         set_of += [len(names)] * len(kept)
-        names.append(found.name)
+        names.append(name)
         texts += kept
     if not texts:
         return None

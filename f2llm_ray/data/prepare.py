@@ -23,11 +23,11 @@ from f2llm_ray.data.schema import query_text, text_key
 from f2llm_ray.data.table import samples, write_table
 from f2llm_ray.data.tokens.build import write_store
 from f2llm_ray.data.tokens.tokenizer import open_tokenizer, save_tokenizer, train_tokenizer
-from f2llm_ray.evaluate.bitext import bitext_of_pairs
-from f2llm_ray.evaluate.kinds import task_of
-from f2llm_ray.evaluate.sets import from_pairs
 from f2llm_ray.evaluate.settings import SourceSet
-from f2llm_ray.evaluate.task import Task
+from f2llm_ray.evaluate.tasks.bitext import bitext_of_pairs
+from f2llm_ray.evaluate.tasks.kinds import task_of
+from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
+from f2llm_ray.evaluate.tasks.task import Task
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.report.data_card import write_card
 from f2llm_ray.run.folder import Folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -29,6 +30,17 @@ ROW = pa.schema(
         ("drop", pa.string()),
     ]
 )
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """What training, mining and pruning must know of a source, wherever its rows come from."""
+
+    task: Task
+    instruction: str
+    """Said before its queries in stages with instructions."""
+    weight: float = 1.0
+    """How often a row is seen per epoch."""
 
 
 def text_key(text: str) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from f2llm_ray.evaluate.encode import as_queries
-from f2llm_ray.evaluate.kinds import read_task
-from f2llm_ray.evaluate.outside import open_folder
+from f2llm_ray.evaluate.other_models import open_folder
 from f2llm_ray.evaluate.speed import query_ms
+from f2llm_ray.evaluate.tasks.kinds import read_task
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 

@@ -16,7 +16,7 @@ import numpy as np
 from f2llm_ray.base.optional import require
 from f2llm_ray.data.schema import rng
 from f2llm_ray.evaluate.encode import evenly_drawn
-from f2llm_ray.evaluate.ranking_metrics import K
+from f2llm_ray.evaluate.metrics.ranking import K
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

@@ -17,8 +17,8 @@ import torch
 from torch.nn.functional import normalize
 
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.ranking_metrics import K, metrics
+from f2llm_ray.engine.nearest import top_positions
+from f2llm_ray.evaluate.metrics.ranking import K, metrics
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.train.gradcache import encode_chunks
 from f2llm_ray.train.loader import Batch

@@ -17,7 +17,7 @@ from f2llm_ray.data.pairs import drop_near_positives, drop_positives
 from f2llm_ray.data.reading.base import rows_table
 from f2llm_ray.data.schema import key_numbers, rng, text_key
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.evaluate.sets import RetrievalSet
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 
 KEY = pa.binary(16)
 

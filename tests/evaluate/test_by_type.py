@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from f2llm_ray.engine.vector_types import dequantise_int8, quantise
-from f2llm_ray.evaluate.by_type import QUERIES, by_type
-from f2llm_ray.evaluate.ranking_metrics import Judgements, metrics
+from f2llm_ray.evaluate.metrics.by_type import QUERIES, by_type
+from f2llm_ray.evaluate.metrics.ranking import Judgements, metrics
 from f2llm_ray.model.dims import cut_dims
 
 DIMS = (8, 12, 32)

@@ -18,16 +18,16 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from f2llm_ray.evaluate.bitext import Bitext, bitext_of_pairs
-from f2llm_ray.evaluate.classification import Classification
-from f2llm_ray.evaluate.clustering import Clustering
-from f2llm_ray.evaluate.kinds import read_task
-from f2llm_ray.evaluate.labelled import LabelledSet
-from f2llm_ray.evaluate.ranking_metrics import metrics as retrieval_metrics
-from f2llm_ray.evaluate.reranking import Reranking, ranked
-from f2llm_ray.evaluate.summary import compare
-from f2llm_ray.evaluate.task import Task
-from f2llm_ray.evaluate.text_pairs import PairClassification, Sts
+from f2llm_ray.evaluate.metrics.ranking import metrics as retrieval_metrics
+from f2llm_ray.evaluate.metrics.summary import compare
+from f2llm_ray.evaluate.tasks.bitext import Bitext, bitext_of_pairs
+from f2llm_ray.evaluate.tasks.classification import Classification
+from f2llm_ray.evaluate.tasks.clustering import Clustering
+from f2llm_ray.evaluate.tasks.kinds import read_task
+from f2llm_ray.evaluate.tasks.labelled import LabelledSet
+from f2llm_ray.evaluate.tasks.reranking import Reranking, ranked
+from f2llm_ray.evaluate.tasks.task import Task
+from f2llm_ray.evaluate.tasks.text_pairs import PairClassification, Sts
 from f2llm_ray.run.folder import Folder
 from tests.evaluate.planted import Planted
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.encode import Positions
-from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.ranking_metrics import METRICS, K, metrics
-from f2llm_ray.evaluate.retrieval import evaluate
-from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs
+from f2llm_ray.evaluate.metrics.ranking import METRICS, K, metrics
+from f2llm_ray.evaluate.tasks.retrieval import evaluate
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs
 from f2llm_ray.model.dims import cut_dims
 from tests.tiny import LINES, tiny_model
 

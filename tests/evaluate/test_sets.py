@@ -14,7 +14,7 @@ import pytest
 
 from f2llm_ray.base.errors import DataError, F2LLMError
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.sets import RetrievalSet, from_pairs, read_beir, read_set
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs, read_beir, read_set
 from f2llm_ray.run.folder import Folder
 from tests.evaluate.planted import Planted
 

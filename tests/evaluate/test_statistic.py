@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
 
-from f2llm_ray.evaluate import statistic
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.statistic import Builder
+from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.statistic import Builder
 
 Reference = Callable[[Values, Values], float]
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from f2llm_ray.evaluate import statistic
-from f2llm_ray.evaluate.intervals import bootstrap, interval, mean_of, paired_bootstrap
-from f2llm_ray.evaluate.summary import MAIN, Metric, Units, compare, measured
-from f2llm_ray.evaluate.task import Kind, Measured
+from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of, paired_bootstrap
+from f2llm_ray.evaluate.metrics.summary import MAIN, Metric, Units, compare, measured
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 
 def measure(kind: Kind, units: Units, value_nm: np.ndarray) -> Measured:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.evaluate.outside import KEY_VARIABLE, TEXTS_PER_REQUEST, Endpoint
+from f2llm_ray.evaluate.other_models import KEY_VARIABLE, TEXTS_PER_REQUEST, Endpoint
 from tests.serve.endpoint import KEYED, TEXTS, Server
 
 

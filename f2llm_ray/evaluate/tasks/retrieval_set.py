@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.ranking_metrics import Judgements
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.ranking import Judgements
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class RetrievalSet:
 
     def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`: nDCG@10 and others of exact search."""
-        from f2llm_ray.evaluate.retrieval import evaluate
+        from f2llm_ray.evaluate.tasks.retrieval import evaluate
 
         return evaluate(encoder, self, divisors)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from f2llm_ray.evaluate.intervals import Difference
-from f2llm_ray.evaluate.summary import compare
-from f2llm_ray.evaluate.task import Kind
+from f2llm_ray.evaluate.metrics.intervals import Difference
+from f2llm_ray.evaluate.metrics.summary import compare
+from f2llm_ray.evaluate.tasks.task import Kind
 
 FIXED = ("id", "language", "target")
 NAMED = 5

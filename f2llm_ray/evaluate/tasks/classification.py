@@ -19,12 +19,13 @@ import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.optional import require
-from f2llm_ray.evaluate import statistic
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.evaluate.encode import as_queries, encode_distinct
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import Column, LabelledSet, codes
-from f2llm_ray.evaluate.summary import Metric, measured
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.summary import Metric, measured
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet, codes
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

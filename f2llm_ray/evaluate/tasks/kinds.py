@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.evaluate.bitext import Bitext
-from f2llm_ray.evaluate.classification import Classification
-from f2llm_ray.evaluate.clustering import Clustering
-from f2llm_ray.evaluate.labelled import LabelledSet, read_labelled
-from f2llm_ray.evaluate.reranking import Reranking
-from f2llm_ray.evaluate.sets import read_beir, read_set
 from f2llm_ray.evaluate.settings import ClassificationSet, FolderSet, LabelledFile
-from f2llm_ray.evaluate.task import Task
-from f2llm_ray.evaluate.text_pairs import PairClassification, Sts
+from f2llm_ray.evaluate.tasks.bitext import Bitext
+from f2llm_ray.evaluate.tasks.classification import Classification
+from f2llm_ray.evaluate.tasks.clustering import Clustering
+from f2llm_ray.evaluate.tasks.labelled import LabelledSet, read_labelled
+from f2llm_ray.evaluate.tasks.reranking import Reranking
+from f2llm_ray.evaluate.tasks.retrieval_set import read_beir, read_set
+from f2llm_ray.evaluate.tasks.task import Task
+from f2llm_ray.evaluate.tasks.text_pairs import PairClassification, Sts
 from f2llm_ray.run.folder import Folder
 
 LABELLED: dict[str, type[LabelledSet]] = {

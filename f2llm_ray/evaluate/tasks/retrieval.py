@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from f2llm_ray.evaluate.by_type import by_type
+from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.encode import as_documents, as_queries, encode_distinct
-from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.ranking_metrics import METRICS, K, metrics
-from f2llm_ray.evaluate.summary import Metric, Units, measured
-from f2llm_ray.evaluate.task import Measured
+from f2llm_ray.evaluate.metrics.by_type import by_type
+from f2llm_ray.evaluate.metrics.ranking import METRICS, K, metrics
+from f2llm_ray.evaluate.metrics.summary import Metric, Units, measured
+from f2llm_ray.evaluate.tasks.task import Measured
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder
-    from f2llm_ray.evaluate.sets import RetrievalSet
+    from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 
 
 def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.engine.vector_types import dequantise_int8, quantise
 from f2llm_ray.evaluate.encode import evenly_drawn
-from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.ranking_metrics import Judgements, K, metrics
+from f2llm_ray.evaluate.metrics.ranking import Judgements, K, metrics
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:

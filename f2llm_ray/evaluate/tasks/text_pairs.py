@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from f2llm_ray.evaluate import statistic
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.evaluate.encode import as_queries, cosines, encode_distinct
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import Column, LabelledSet
-from f2llm_ray.evaluate.statistic import Builder
-from f2llm_ray.evaluate.summary import Metric, measured
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.statistic import Builder
+from f2llm_ray.evaluate.metrics.summary import Metric, measured
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.encode import Positions, as_documents, as_queries, cosines, encode_distinct
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import Column, LabelledSet
-from f2llm_ray.evaluate.ranking_metrics import K
-from f2llm_ray.evaluate.summary import Metric, measured
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.ranking import K
+from f2llm_ray.evaluate.metrics.summary import Metric, measured
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

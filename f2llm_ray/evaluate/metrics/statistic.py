@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from f2llm_ray.evaluate.intervals import Statistic, Values, mean_of
+from f2llm_ray.evaluate.metrics.intervals import Statistic, Values, mean_of
 
 Builder = Callable[[Values, Values], Statistic]
 """From the target of each unit [n] and its value at each dim [n, m]."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from f2llm_ray.evaluate.intervals import Values
+from f2llm_ray.evaluate.metrics.intervals import Values
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Positions
-    from f2llm_ray.evaluate.sets import Pairs
+    from f2llm_ray.evaluate.tasks.retrieval_set import Pairs
 
 K = 10
 METRICS = ("ndcg@10", "acc@1", "recall@10")

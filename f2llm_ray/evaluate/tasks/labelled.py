@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.encode import Positions
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.summary import Units, by_language
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.summary import Units, by_language
 from f2llm_ray.evaluate.tables import LANGUAGE, Table, read_file
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:

@@ -18,14 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.schema import text_key
+from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.encode import Encoded, Positions, as_documents, as_queries, encode_distinct
-from f2llm_ray.evaluate.exact import top_positions
-from f2llm_ray.evaluate.intervals import Values
-from f2llm_ray.evaluate.labelled import Column, LabelledSet
-from f2llm_ray.evaluate.summary import Metric, measured
+from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.summary import Metric, measured
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
-from f2llm_ray.evaluate.task import Kind, Measured, Screened
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder

@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, 
 
 import pyarrow as pa
 
+from f2llm_ray.data.decontaminate import Screened
+
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.run.folder import Folder
 
 Kind = Literal["retrieval", "bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
-
-
-class Screened(NamedTuple):
-    """The texts of a task that must not be trained on."""
-
-    asked: Sequence[str]
-    """Queries and labelled texts: also the short ones are looked for."""
-    answers: Sequence[str]
-    """What is to be found; a short one is no secret."""
 
 
 class Scores(TypedDict):

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.evaluate import statistic
 from f2llm_ray.evaluate.encode import Positions
-from f2llm_ray.evaluate.intervals import Difference, Values, bootstrap, difference, interval
-from f2llm_ray.evaluate.statistic import Builder
-from f2llm_ray.evaluate.task import Kind, Measured, Scores
+from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics.intervals import Difference, Values, bootstrap, difference, interval
+from f2llm_ray.evaluate.metrics.statistic import Builder
+from f2llm_ray.evaluate.tasks.task import Kind, Measured, Scores
 
 DIGITS = 6
 MAIN: dict[Kind, Builder] = {

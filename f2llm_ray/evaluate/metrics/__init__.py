@@ -1,0 +1,1 @@
+"""Metrics, their intervals, and differences between models."""

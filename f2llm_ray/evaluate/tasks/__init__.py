@@ -1,0 +1,1 @@
+"""What models are measured on: one file per kind of task."""
