@@ -7,10 +7,11 @@ from pydantic import model_validator
 from f2llm_ray.base.section import Name, Section
 from f2llm_ray.data.reading import Source
 from f2llm_ray.data.settings import Data, Mine, TokenizerSection
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.model.settings import Backbone, Prune, Quantize
 from f2llm_ray.serve.settings import Serving
-from f2llm_ray.train.settings import Compute, Distill, Tracking, TrainStage
+from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
 
 class Recipe(Section):

@@ -24,8 +24,8 @@ from f2llm_ray.shrink.importance import Sums, chance, magnitude, measure
 
 if TYPE_CHECKING:
     from f2llm_ray.data.tokens.store import Tokens
+    from f2llm_ray.engine.settings import Compute
     from f2llm_ray.model.settings import Prune
-    from f2llm_ray.train.settings import Compute
 
 TENSORS, FACTS = "importance.safetensors", "importance.json"
 TOKENS_PER_PIECE = 65_536

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Batches, Content, Effect, Neutral, Output, Section
 from f2llm_ray.data.schema import TASKS, Task
 
 
 class Engine(Section):
     """The DeepSpeed engine and the shape of the work on each worker."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "bf16"] = "bf16"
-    offload: bool = False
+    zero_stage: Neutral[Literal[0, 1, 2, 3]] = 2
+    precision: Output[Literal["fp32", "bf16"]] = "bf16"
+    offload: Neutral[bool] = False
     """Optimizer state in host memory."""
-    tokens_per_pass: int = Field(default=16_384, ge=64)
+    tokens_per_pass: Neutral[int] = Field(default=16_384, ge=64)
     """Token budget of one forward pass of the encoder; a micro-batch is cut into passes of similar lengths."""
-    tokens_per_chunk: int | None = Field(default=None, ge=64)
+    tokens_per_chunk: Neutral[int | None] = Field(default=None, ge=64)
     """GradCache: the activations of at most this many tokens are held at a time, at the cost of a second forward
     pass; unset holds those of the whole batch."""
-    gradient_checkpointing: bool = False
-    compile: bool = False
+    gradient_checkpointing: Neutral[bool] = False
+    compile: Neutral[bool] = False
     """torch.compile of each of the backbone's layers, for any number and length of texts."""
-    loader_prefetch: int = Field(default=4, ge=1)
+    loader_prefetch: Neutral[int] = Field(default=4, ge=1)
     """Micro-batches that Ray Data keeps ready ahead of the step."""
 
 
 class Merge(Section):
     """Merging the weights of the last checkpoints of a stage into one more model, `<stage>-merged`."""
 
-    last: int = Field(default=3, ge=2)
+    last: Output[int] = Field(default=3, ge=2)
     """How many: the stage's model at its last step, and the checkpoints before it."""
-    method: Literal["average", "slerp"] = "average"
+    method: Output[Literal["average", "slerp"]] = "average"
     """The mean of the weights, or the middle of the arc between two."""
 
     @model_validator(mode="after")
@@ -47,59 +47,59 @@ class Merge(Section):
 class TrainStage(Section):
     """One contrastive stage. The defaults are those of the paper's public code."""
 
-    tasks: tuple[Task, ...] = TASKS
+    tasks: Batches[tuple[Task, ...]] = TASKS
     """Tasks whose sources are used."""
-    sources: tuple[str, ...] | None = None
+    sources: Batches[tuple[str, ...] | None] = None
     """Names of the sources that are used; all with a fitting task when unset."""
-    instructions: bool = True
+    instructions: Batches[bool] = True
     """Put each source's instruction before its queries."""
-    epochs: int = Field(default=1, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)
+    epochs: Batches[int] = Field(default=1, ge=1)
+    max_steps: Batches[int | None] = Field(default=None, ge=1)
     """Optimizer steps after which the stage ends early; the schedule is stretched over the steps that are run."""
-    global_batch: int = Field(default=512, ge=2)
+    global_batch: Batches[int] = Field(default=512, ge=2)
     """Rows whose passages are each other's negatives, over all workers."""
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: Batches[int] = Field(default=1, ge=1)
     """Global batches per optimizer step. Each keeps its own in-batch negatives, and the step's gradient is their
     mean; `engine.tokens_per_chunk` (GradCache) instead makes one global batch of any size fit into memory."""
-    language_temperature: float = Field(default=1.0, ge=1)
+    language_temperature: Batches[float] = Field(default=1.0, ge=1)
     """Evens out the languages of a source: one of n rows is drawn in proportion to n^(1/temperature)."""
-    length_window: int = Field(default=1, ge=1)
+    length_window: Batches[int] = Field(default=1, ge=1)
     """Global batches whose rows are sorted by length before they are cut, so that a batch has similar lengths; 1
     leaves lengths mixed."""
-    negatives: dict[Task, int] = {"retrieval": 7, "clustering": 9, "classification": 1}
+    negatives: Batches[dict[Task, int]] = {"retrieval": 7, "clustering": 9, "classification": 1}
     """Hard negatives drawn per row and epoch."""
-    temperature: float = Field(default=0.05, gt=0)
-    temperatures: dict[Task, float] = {}
+    temperature: Output[float] = Field(default=0.05, gt=0)
+    temperatures: Output[dict[Task, float]] = {}
     """Another temperature for some tasks."""
-    hard_negative_weight: float = Field(default=1.0, ge=0)
-    in_batch_weight: float = Field(default=1.0, ge=0)
-    absolute_margin: float | None = None
+    hard_negative_weight: Output[float] = Field(default=1.0, ge=0)
+    in_batch_weight: Output[float] = Field(default=1.0, ge=0)
+    absolute_margin: Output[float | None] = None
     """Negatives whose cosine is above the passage's minus this are taken for false ones and left out; -0.1 leaves
     out what is better than the passage by 0.1 (Qwen3-Embedding). Unset in the paper."""
-    relative_margin: float | None = Field(default=None, ge=0, le=1)
+    relative_margin: Output[float | None] = Field(default=None, ge=0, le=1)
     """The same with this share of the passage's cosine: 0.05 leaves out what is above 95 % of it."""
-    matryoshka_min_dim: int = Field(default=8, ge=1)
+    matryoshka_min_dim: Output[int] = Field(default=8, ge=1)
     """Smallest matryoshka dim; the dims are its doublings below the hidden size, and the hidden size."""
-    gather_gradient: bool = True
+    gather_gradient: Output[bool] = True
     """Gradient to other ranks' passages in the in-batch term; the paper's code has none."""
-    lr: float = Field(default=8e-6, gt=0)
-    min_lr: float = Field(default=1e-7, ge=0)
-    warmup_steps: int = Field(default=500, ge=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    clip: float = Field(default=1.0, gt=0)
+    lr: Output[float] = Field(default=8e-6, gt=0)
+    min_lr: Output[float] = Field(default=1e-7, ge=0)
+    warmup_steps: Output[int] = Field(default=500, ge=0)
+    weight_decay: Output[float] = Field(default=0.01, ge=0)
+    betas: Output[tuple[float, float]] = (0.9, 0.98)
+    clip: Output[float] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
-    checkpoint_every: int = Field(default=500, ge=1)
+    checkpoint_every: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=500, ge=1)
     """Optimizer steps between checkpoints."""
-    validation_rows: int = Field(default=4096, ge=1)
+    validation_rows: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=4096, ge=1)
     """Held-out rows, rounded up to whole batches, that loss and score are taken on at each checkpoint, at most."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Neutral[int] = Field(default=2, ge=1)
     """The last ones are kept; with `keep_best` the best ones, and the last."""
-    keep_best: bool = False
+    keep_best: Output[bool] = False
     """Export the best checkpoint instead of the last step (paper: the last)."""
-    best_by: Literal["loss", "score"] = "loss"
+    best_by: Annotated[Literal["loss", "score"], Effect(output=True, only_with="keep_best")] = "loss"
     """What `keep_best` goes by: the lowest validation loss, or the highest nDCG@10 on held-out retrieval rows."""
-    merge: Merge | None = None
+    merge: Neutral[Merge | None] = None
     """What comes after goes on from the merged model, where it does not name another; both are evaluated."""
     engine: Engine = Engine()
 
@@ -124,20 +124,20 @@ class TrainStage(Section):
 class Distill(TrainStage):
     """Training of the pruned model towards a teacher, beside the contrastive loss; docs/distillation.md."""
 
-    teacher: str
+    teacher: Content[str]
     """The model that teaches: "untrained" or one of `stages`, or the path of a model folder of any run and width.
     One with another tokenizer than the prepared data's needs cached vectors."""
-    teacher_vectors: Literal["cached", "online"] = "cached"
+    teacher_vectors: Neutral[Literal["cached", "online"]] = "cached"
     """Encode each distinct text of the stage's batches once, before it; or in every batch beside the student."""
-    mse_weight: float = Field(default=1.0, ge=0)
+    mse_weight: Output[float] = Field(default=1.0, ge=0)
     """Weight of the MSE between un-normalised vectors and the teacher's first dims (paper: 1)."""
-    cosine_weight: float = Field(default=0.0, ge=0)
+    cosine_weight: Output[float] = Field(default=0.0, ge=0)
     """Weight of one minus the cosine of the two (Jasper and Stella, arXiv 2412.19048)."""
-    similarity_weight: float = Field(default=0.0, ge=0)
+    similarity_weight: Output[float] = Field(default=0.0, ge=0)
     """Weight of the KL divergence between the teacher's and the student's softmax over the cosines of a query with
     the passages of all ranks."""
-    similarity_temperature: float = Field(default=0.05, gt=0)
-    projection: bool = False
+    similarity_temperature: Output[float] = Field(default=0.05, gt=0)
+    projection: Output[bool] = False
     """MSE and cosine compare the teacher's whole vectors with a linear map of the student's, which is trained with
     it and left out of the exported model. Always so where the student has more dims than the teacher."""
 
@@ -166,9 +166,9 @@ class Distill(TrainStage):
 class Mlflow(Section):
     """An MLflow experiment; user, password and token are read from MLflow's environment variables."""
 
-    uri: str | None = None
+    uri: Neutral[str | None] = None
     """Tracking server or store; unset takes MLFLOW_TRACKING_URI."""
-    experiment: str | None = None
+    experiment: Neutral[str | None] = None
     """Its name; unset takes the recipe's."""
 
     @model_validator(mode="after")
@@ -183,38 +183,16 @@ class Mlflow(Section):
 class Wandb(Section):
     """A Weights & Biases project; the key is read from WANDB_API_KEY."""
 
-    project: str
-    entity: str | None = None
-    offline: bool = False
+    project: Neutral[str]
+    entity: Neutral[str | None] = None
+    offline: Neutral[bool] = False
     """Write into the stage's folder, for `wandb sync` later."""
 
 
 class Tracking(Section):
     """Where training is shown beside Ray's dashboard; changing it runs no stage again."""
 
-    tensorboard: bool = True
+    tensorboard: Neutral[bool] = True
     """Event files in each stage's folder, where that is a local one."""
     mlflow: Mlflow | None = None
     wandb: Wandb | None = None
-
-
-class Compute(Section):
-    """What the run asks of the cluster."""
-
-    workers: int = Field(default=1, ge=1)
-    """World size of training."""
-    workers_min: int | None = Field(default=None, ge=1)
-    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
-    starts again from the last checkpoint."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    threads_per_worker: int = Field(default=1, ge=1)
-    """Torch threads of a worker on CPU."""
-    max_failures: int = Field(default=3, ge=0)
-    """Times a stage goes on from its last checkpoint after losing a worker."""
-
-    @model_validator(mode="after")
-    def _elastic(self) -> Compute:
-        if self.workers_min is not None and self.workers_min > self.workers:
-            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
-        return self

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.board import watched
@@ -14,7 +15,7 @@ from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.follow import curves, followed
 from f2llm_ray.train.loader import build_batches
 from f2llm_ray.train.loop import BEST, FAILURE, RAY_TRAIN, Job, work
-from f2llm_ray.train.settings import Compute, Distill, TrainStage
+from f2llm_ray.train.settings import Distill, TrainStage
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.attention import use_varlen
 from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone
 from f2llm_ray.model.prune import choose
 from f2llm_ray.model.settings import Prune
@@ -19,7 +20,6 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import scores
 from f2llm_ray.shrink.importance import magnitude, measure, written_by_groups
 from f2llm_ray.shrink.shrink import by_turns
-from f2llm_ray.train.settings import Compute
 from tests.model.small import FAMILIES, decoder, texts
 from tests.tiny import tiny_model
 

@@ -1,0 +1,29 @@
+"""Settings of the cluster: what every step that runs a model may use of it."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from f2llm_ray.base.section import Section
+
+
+class Compute(Section):
+    """What the run asks of the cluster."""
+
+    workers: int = Field(default=1, ge=1)
+    """World size of training."""
+    workers_min: int | None = Field(default=None, ge=1)
+    """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
+    starts again from the last checkpoint."""
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    threads_per_worker: int = Field(default=1, ge=1)
+    """Torch threads of a worker on CPU."""
+    max_failures: int = Field(default=3, ge=0)
+    """Times a stage goes on from its last checkpoint after losing a worker."""
+
+    @model_validator(mode="after")
+    def _elastic(self) -> Compute:
+        if self.workers_min is not None and self.workers_min > self.workers:
+            raise ValueError(f"workers_min ({self.workers_min}) must not exceed workers ({self.workers})")
+        return self
