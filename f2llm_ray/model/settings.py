@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Content, Neutral, Output, Section
 from f2llm_ray.model.sizes import Shape
 
 PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
@@ -16,7 +16,7 @@ PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
 class Backbone(Section):
     """The model that training starts from: a checkpoint, or a random one of a given shape."""
 
-    path: str | None = None
+    path: Content[str | None] = None
     """Hub name or local folder of a decoder checkpoint."""
     shape: Shape | None = None
 
@@ -30,28 +30,28 @@ class Backbone(Section):
 class Quantize(Section):
     """Int8 weights for small deployments on CPU: of each model named, one more, `<model>-int8`."""
 
-    models: tuple[str, ...] = Field(min_length=1)
-    embeddings: bool = True
+    models: Neutral[tuple[str, ...]] = Field(min_length=1)
+    embeddings: Output[bool] = True
     """Input embeddings too: they are most of a small model."""
 
 
 class Prune(Section):
     """Structured pruning of a model into a smaller stock one; a part that is not named stays whole."""
 
-    model: str
+    model: Neutral[str]
     """The model to prune: a contrastive stage, or "untrained" for the backbone itself."""
-    layers: int | None = Field(default=None, ge=1)
-    hidden: int | None = Field(default=None, ge=8)
+    layers: Output[int | None] = Field(default=None, ge=1)
+    hidden: Output[int | None] = Field(default=None, ge=8)
     """Channels of the residual stream, which is the size of the vectors."""
-    ffn: int | None = Field(default=None, ge=8)
+    ffn: Output[int | None] = Field(default=None, ge=8)
     """Channels of each layer's FFN."""
-    kv_heads: int | None = Field(default=None, ge=1)
+    kv_heads: Output[int | None] = Field(default=None, ge=1)
     """Key-value heads of each layer; the query heads that share one go with it."""
-    vocabulary: Literal["used"] | Annotated[int, Field(ge=1)] | None = None
+    vocabulary: Output[Literal["used"] | Annotated[int, Field(ge=1)] | None] = None
     """Tokens: those that the training texts use, or so many of the most used; bytes and special tokens stay."""
-    importance: Literal["activation", "magnitude", "random"] = "activation"
+    importance: Output[Literal["activation", "magnitude", "random"]] = "activation"
     """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
-    calibration_rows: int = Field(default=512, ge=1)
+    calibration_rows: Output[int] = Field(default=512, ge=1)
     """Training rows whose texts the scores are measured on, drawn over all sources and languages."""
 
     @model_validator(mode="after")

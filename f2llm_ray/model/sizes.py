@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Output, Section
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Shape(Section):
     """A Qwen3 decoder's shape (paper.md names the eight of the family; vocabulary comes with the tokenizer)."""
 
-    hidden: int = Field(ge=8)
-    layers: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    head_dim: int = Field(default=128, ge=8)
-    ffn: int = Field(ge=8)
-    max_positions: int = Field(default=40_960, ge=8)
-    rope_theta: float = Field(default=1_000_000.0, gt=0)
+    hidden: Output[int] = Field(ge=8)
+    layers: Output[int] = Field(ge=1)
+    heads: Output[int] = Field(ge=1)
+    kv_heads: Output[int] = Field(ge=1)
+    head_dim: Output[int] = Field(default=128, ge=8)
+    ffn: Output[int] = Field(ge=8)
+    max_positions: Output[int] = Field(default=40_960, ge=8)
+    rope_theta: Output[float] = Field(default=1_000_000.0, gt=0)
 
     @model_validator(mode="after")
     def _groups(self) -> Shape:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Neutral, Section
 
 
 class Serving(Section):
     """Limits of the endpoint; every one is shown by /info."""
 
-    model: str | None = None
+    model: Neutral[str | None] = None
     """The stage that is served; the last one of the run when unset."""
-    max_inputs: int = Field(default=2048, ge=1)
+    max_inputs: Neutral[int] = Field(default=2048, ge=1)
     """Texts per request."""
-    max_tokens: int = Field(default=8192, ge=2)
+    max_tokens: Neutral[int] = Field(default=8192, ge=2)
     """Tokens per text, EOS included."""
-    max_body_bytes: int = Field(default=10_000_000, ge=1024)
-    max_queued: int = Field(default=512, ge=1)
+    max_body_bytes: Neutral[int] = Field(default=10_000_000, ge=1024)
+    max_queued: Neutral[int] = Field(default=512, ge=1)
     """Requests waiting or running per replica; beyond it the answer is 429."""
-    batch_tokens: int = Field(default=16_384, ge=64)
+    batch_tokens: Neutral[int] = Field(default=16_384, ge=64)
     """Token budget of one forward pass."""
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Neutral, Output, Section
 from f2llm_ray.data.schema import ROW, Task
 
 BadRow = Literal["error", "skip"]
@@ -29,18 +29,18 @@ class SourceBase(Section, ABC):
     pieces_per_part: ClassVar[int] = 1
     """Pieces that one task reads; more than one where pieces are small, such as message catalogs."""
 
-    task: Task = "retrieval"
+    task: Output[Task] = "retrieval"
     """What the pairs are for: it decides the losses and how negatives are found."""
-    language: str | None = None
+    language: Output[str | None] = None
     """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it. Where nothing
     says it, `data.language_id` fills in what it detects; without it the language stays unknown."""
-    instruction: str | None = None
+    instruction: Output[str | None] = None
     """Said before each query in stages with instructions; the paper's default for the task when unset."""
-    cap: int | None = Field(default=None, ge=1)
+    cap: Output[int | None] = Field(default=None, ge=1)
     """At most this many rows are kept, drawn by content hash."""
-    weight: float = Field(default=1.0, gt=0, le=100)
+    weight: Neutral[float] = Field(default=1.0, gt=0, le=100)
     """How often a row is seen per epoch: 0.5 takes half of the rows, 2 takes each twice."""
-    licence: str | None = None
+    licence: Neutral[str | None] = None
     """Licence of the text, carried to the model card."""
 
     @property

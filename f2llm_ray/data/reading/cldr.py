@@ -12,6 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from f2llm_ray.base.optional import require
+from f2llm_ray.base.section import Output
 from f2llm_ray.data.language import iso639_3
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
 from f2llm_ray.data.schema import Task
@@ -34,14 +35,14 @@ class LocalesSource(SourceBase):
     """What both sources of names share: a language is a piece.
 
     Its base locale is read first and then its variants (another script or territory), which mostly repeat
-    it: each name counts once per language.
+    it: Output[each name counts once per language.]
     """
 
     pieces_per_part: ClassVar[int] = 12
 
-    language: None = None
+    language: Output[None] = None
     """Each locale says its own language."""
-    kinds: tuple[Kind, ...] = KINDS
+    kinds: Output[tuple[Kind, ...]] = KINDS
     """What the names are of."""
 
     def pieces(self, name: str) -> list[Piece]:
@@ -73,7 +74,7 @@ class LocalesSource(SourceBase):
 class CldrNamesSource(LocalesSource):
     """From a name in some language to the English name."""
 
-    format: Literal["cldr_names"] = "cldr_names"
+    format: Output[Literal["cldr_names"]] = "cldr_names"
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one language."""
@@ -93,9 +94,9 @@ class CldrKindSource(LocalesSource):
     A name of two kinds, such as a language and its script, is left out.
     """
 
-    format: Literal["cldr_kind"] = "cldr_kind"
-    task: Task = "classification"
-    kinds: tuple[Kind, ...] = Field(default=KINDS, min_length=2)
+    format: Output[Literal["cldr_kind"]] = "cldr_kind"
+    task: Output[Task] = "classification"
+    kinds: Output[tuple[Kind, ...]] = Field(default=KINDS, min_length=2)
     """What the names are of."""
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pydantic import field_validator
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Output, Section
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.templates import Template, join_columns, template
 from f2llm_ray.data.schema import ROW
@@ -48,13 +48,13 @@ class Columns(Section):
     template's columns has an empty field.
     """
 
-    query: str = "query"
-    passage: str = "passage"
-    negatives: str | None = None
+    query: Output[str] = "query"
+    passage: Output[str] = "passage"
+    negatives: Output[str | None] = None
     """A list of texts (in CSV a cell with a JSON list); null and blank entries are left out."""
-    language: str | None = None
+    language: Output[str | None] = None
     """ISO 639-3 of the query; the source's `language` where the column is unset, null or blank."""
-    passage_language: str | None = None
+    passage_language: Output[str | None] = None
     """ISO 639-3 of the passage, or "code:<name>"; the query's where unset, null or blank."""
 
     @field_validator("query", "passage", "language", "passage_language")
@@ -64,7 +64,7 @@ class Columns(Section):
             template(value)
         return value
 
-    label: str | None = None
+    label: Output[str | None] = None
     """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
 
     def named(self) -> dict[str, str]:

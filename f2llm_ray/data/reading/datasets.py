@@ -10,6 +10,7 @@ from pydantic import Field
 
 from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.optional import require
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import TABLE_ROWS, Columns, check_schema, finish, texts_of
 from f2llm_ray.data.reading.paths import store_errors
@@ -23,12 +24,12 @@ SAVED = ("dataset_dict.json", "dataset_info.json")
 class DatasetsSource(SourceBase):
     """A split of a dataset; a range of rows is a piece. Loading scripts are never run."""
 
-    format: Literal["datasets"] = "datasets"
-    path: str = Field(min_length=1)
+    format: Output[Literal["datasets"]] = "datasets"
+    path: Content[str] = Field(min_length=1)
     """Name on the hub, or a folder written by `save_to_disk` (local or a URI)."""
-    config: str | None = None
+    config: Output[str | None] = None
     """Configuration (subset) of a hub dataset."""
-    split: str = "train"
+    split: Output[str] = "train"
     columns: Columns = Columns()
 
     def pieces(self, name: str) -> list[Piece]:

@@ -17,6 +17,7 @@ from typing import Literal
 import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
 
 PIECE_FILES = 50
@@ -28,10 +29,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 class DocstringsSource(SourceBase):
     """First paragraph of a docstring to the function's source without its docstring."""
 
-    format: Literal["docstrings"] = "docstrings"
-    language: str | None = "eng"
+    format: Output[Literal["docstrings"]] = "docstrings"
+    language: Output[str | None] = "eng"
     """ISO 639-3 of the docstrings."""
-    modules: tuple[str, ...] | None = None
+    modules: Output[tuple[str, ...] | None] = None
     """Modules or packages of the standard library, such as "json"; all when unset, tests left out."""
 
     def pieces(self, name: str) -> list[Piece]:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import (
     TABLE_ROWS,
@@ -45,7 +46,7 @@ Record = Mapping[str, Any]
 class FilesSource(SourceBase):
     """What all sources made of files share."""
 
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: Content[tuple[str, ...]] = Field(min_length=1)
     """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens, such as
     s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
     A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
@@ -63,7 +64,7 @@ class FilesSource(SourceBase):
 class ParquetSource(FilesSource):
     """Parquet files; a row group is a piece, and only the columns that are used are read."""
 
-    format: Literal["parquet"] = "parquet"
+    format: Output[Literal["parquet"]] = "parquet"
     columns: Columns = Columns()
 
     def pieces(self, name: str) -> list[Piece]:
@@ -87,7 +88,7 @@ class F2llmSource(FilesSource):
     source, and rows may have fewer: a null or blank negative counts as absent.
     """
 
-    format: Literal["f2llm"] = "f2llm"
+    format: Output[Literal["f2llm"]] = "f2llm"
 
     def pieces(self, name: str) -> list[Piece]:
         """One per row group; every file's schema is checked here."""
@@ -145,7 +146,7 @@ class LinesSource(FilesSource):
 class JsonlSource(LinesSource):
     """JSON lines: one object per line."""
 
-    format: Literal["jsonl"] = "jsonl"
+    format: Output[Literal["jsonl"]] = "jsonl"
 
     def pieces(self, name: str) -> list[Piece]:
         """One per file."""
@@ -162,7 +163,7 @@ class JsonlSource(LinesSource):
 class CsvSource(LinesSource):
     """CSV: comma-separated, double quotes, column names in the first line."""
 
-    format: Literal["csv"] = "csv"
+    format: Output[Literal["csv"]] = "csv"
 
     def pieces(self, name: str) -> list[Piece]:
         """One per file; every file's header is checked here."""

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.optional import not_installed, require
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.language import iso639_3
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
 from f2llm_ray.data.schema import Task, seeded_key
@@ -37,13 +38,13 @@ class CatalogsSource(SourceBase):
 
     pieces_per_part: ClassVar[int] = 12
 
-    language: None = None
+    language: Output[None] = None
     """Each catalog says its own language."""
-    package: str = Field(min_length=1)
+    package: Content[str] = Field(min_length=1)
     """Name of an installed package ("django") or distribution ("plone.app.locales")."""
-    domains: tuple[str, ...] | None = None
+    domains: Output[tuple[str, ...] | None] = None
     """Names of the catalogs that are read, without suffix; all when unset."""
-    languages: tuple[str, ...] | None = None
+    languages: Output[tuple[str, ...] | None] = None
     """ISO 639-3 of the languages that are read; all when unset."""
 
     def catalogs(self, name: str) -> list[Path]:
@@ -72,8 +73,8 @@ class CatalogsSource(SourceBase):
 class GettextSource(CatalogsSource):
     """From a message in some language to its English original; a catalog is a piece."""
 
-    format: Literal["gettext"] = "gettext"
-    plain: bool = False
+    format: Output[Literal["gettext"]] = "gettext"
+    plain: Output[bool] = False
     """Leave out messages with a placeholder, markup or a digit, which are found without being understood."""
 
     def pieces(self, name: str) -> list[Piece]:
@@ -102,9 +103,9 @@ class GettextSource(CatalogsSource):
 class GettextDomainSource(CatalogsSource):
     """Two messages of one domain, in one language; negatives are messages of the other domains."""
 
-    format: Literal["gettext_domain"] = "gettext_domain"
-    task: Task = "clustering"
-    negatives: int = Field(default=2, ge=0)
+    format: Output[Literal["gettext_domain"]] = "gettext_domain"
+    task: Output[Task] = "clustering"
+    negatives: Output[int] = Field(default=2, ge=0)
     """At most this many per row."""
 
     def pieces(self, name: str) -> list[Piece]:
