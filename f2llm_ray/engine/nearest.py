@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from f2llm_ray.evaluate.encode import Positions
+from f2llm_ray.data.ragged import Ints
 
 if TYPE_CHECKING:
     import torch
@@ -30,14 +30,14 @@ NO_RESULT = -(1 << 63)
 
 def top_positions(
     vectors_ud: Vectors,
-    query_q: Positions,
-    corpus_c: Positions,
+    query_q: Ints,
+    corpus_c: Ints,
     *,
     k: int,
-    left_out_q: Positions | None = None,
+    left_out_q: Ints | None = None,
     device: str = "cpu",
     block_entries: int = BLOCK_ENTRIES,
-) -> Positions:
+) -> Ints:
     """Corpus positions of the k best passages of each query by inner product, exactly, best first.
 
     Equal scores stand in the order of the corpus. Passages of the same text have the same vector, and are
@@ -81,14 +81,14 @@ def top_positions(
     return np.concatenate(found)
 
 
-def _without(top_qk: Positions, left_out_q: Positions) -> Positions:
+def _without(top_qk: Ints, left_out_q: Ints) -> Ints:
     """The results without those that are left out; what comes after moves up, and -1 fills the rows."""
     out_qk = top_qk == left_out_q[:, None]
     order_qk = np.argsort(out_qk, axis=1, kind="stable")
     return np.take_along_axis(np.where(out_qk, -1, top_qk), order_qk, axis=1)
 
 
-def _first_positions(corpus_c: Positions, k: int) -> Positions:
+def _first_positions(corpus_c: Ints, k: int) -> Ints:
     """The first k places in the corpus of each distinct passage [n, k], -1 where it has fewer.
 
     The passages come in the order of their first place, so that ties between them are already in order.
@@ -100,7 +100,7 @@ def _first_positions(corpus_c: Positions, k: int) -> Positions:
     first_nk = np.full((len(start_n), k), -1, dtype=np.int64)
     kept = within_c < k
     first_nk[group_c[kept], within_c[kept]] = order_c[kept]
-    first: Positions = first_nk[np.argsort(first_nk[:, 0])]
+    first: Ints = first_nk[np.argsort(first_nk[:, 0])]
     return first
 
 

@@ -22,6 +22,11 @@ class Compute(Section):
     max_failures: Neutral[int] = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """CPUs and GPUs of one worker, as Ray's options name them."""
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
     @model_validator(mode="after")
     def _elastic(self) -> Compute:
         if self.workers_min is not None and self.workers_min > self.workers:

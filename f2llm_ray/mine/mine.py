@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,14 @@ import numpy as np
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
-from f2llm_ray.data.settings import Mine
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.engine.vector_files import Encoder, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join import join_source
 from f2llm_ray.mine.search import FOUND, Layout, search
+from f2llm_ray.mine.settings import Mine
 from f2llm_ray.model.checkpoint import read_info
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]
@@ -37,19 +37,21 @@ PLAN, JOINED = "plan.json", "joined.json"
 
 
 def mine(
-    recipe: Recipe,
+    sources: Sequence[str],
     settings: Mine,
+    compute: Compute,
+    *,
     prepared: Folder,
     model: Folder,
     out: Folder,
-    *,
     layout: Layout = Layout(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Mines negatives for every row of the sources asked for, those of the validation split included.
+    """Mines negatives for every row of some sources, those of the validation split included.
 
     Args:
-        recipe: the run's recipe.
-        settings: what to mine, and from which sources.
+        sources: names of the sources.
+        settings: how deep to look, and what to keep.
+        compute: how many actors encode, and what each task may use.
         prepared: folder of the prepare stage.
         model: a model folder that uses the prepared tokenizer.
         out: the stage's folder. It gets `<source>.parquet` (row_key and negative_keys in the table's order: the
@@ -65,7 +67,6 @@ def mine(
     Raises:
         RunError: a model with another tokenizer, or one that gives vectors that are not finite.
     """
-    names = recipe.mined_sources(settings)
     check_tokenizer(prepared / "tokenizer", model)
     connect()
     query = "instructed_key" if read_info(model).instructions else "query_key"
@@ -76,27 +77,26 @@ def mine(
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
     plan = partial(_plan, prepared=prepared, out=out, query=query)
-    plans = {row["source"]: row for row in each("mine: plan", [{"source": name} for name in names], plan)}
+    plans = {row["source"]: row for row in each("mine: plan", [{"source": name} for name in sources], plan)}
     lap("plan")
     vectors = [
         {"source": name, "shard": shard}
-        for name in names
+        for name in sources
         for shard in _missing(out / "vectors" / name, plans[name]["texts"], layout.texts, shard_name)
     ]
-    encoded = list(_encode(vectors, recipe, prepared, model, out, layout))
+    encoded = list(_encode(vectors, compute, prepared, model, out, layout))
     lap("encode")
     queries = [
         {"source": name, "shard": shard}
-        for name in names
+        for name in sources
         for shard in _missing(out / "found" / name, plans[name]["queries"], layout.queries, found_name)
     ]
-    gpus = recipe.compute.gpus_per_worker
-    look = partial(_search, out=out, settings=settings, layout=layout, threads=recipe.compute.threads_per_worker)
-    look = partial(look, device="cuda" if gpus else "cpu")
-    searched = list(each("mine: search", queries, look, num_cpus=recipe.compute.cpus_per_worker, num_gpus=gpus))
+    look = partial(_search, out=out, settings=settings, layout=layout, threads=compute.threads_per_worker)
+    look = partial(look, device="cuda" if compute.gpus_per_worker else "cpu")
+    searched = list(each("mine: search", queries, look, **compute.per_worker))
     lap("search")
     join = partial(_join, prepared=prepared, out=out, count=settings.count)
-    joined = {row.pop("source"): row for row in each("mine: join", [{"source": name} for name in names], join)}
+    joined = {row.pop("source"): row for row in each("mine: join", [{"source": name} for name in sources], join)}
     lap("join")
     texts = sum(row["texts"] for row in encoded)
     return {
@@ -106,7 +106,7 @@ def mine(
                 "encode_seconds": _seconds(encoded, name),
                 "search_seconds": _seconds(searched, name),
             }
-            for name in names
+            for name in sources
         },
         "texts": texts,
         "tokens": sum(row["tokens"] for row in encoded),
@@ -147,14 +147,13 @@ def _missing(folder: Folder, items: int, per_shard: int, name: Callable[[int], s
 
 
 def _encode(
-    items: list[Item], recipe: Recipe, prepared: Folder, model: Folder, out: Folder, layout: Layout
+    items: list[Item], compute: Compute, prepared: Folder, model: Folder, out: Folder, layout: Layout
 ) -> Iterator[Item]:
     if not items:
         return
-    compute = recipe.compute
     make = partial(_EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker)
     count = min(compute.workers, len(items))
-    actors = start_actors(make, count, num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker)
+    actors = start_actors(make, count, **compute.per_worker)
     yield from each_on_actors("mine: encode", items, actors)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from f2llm_ray.data.settings import Mine
+from f2llm_ray.mine.settings import Mine
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]

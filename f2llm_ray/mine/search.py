@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.ragged import Ints, list_array
-from f2llm_ray.data.settings import Mine
 from f2llm_ray.engine.vector_files import Halves, gather, shards_of
 from f2llm_ray.mine.candidates import Candidates
 from f2llm_ray.mine.nearest import DROPPED, LOWEST, Floats, Nearest, choose, group_size
+from f2llm_ray.mine.settings import Mine
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:

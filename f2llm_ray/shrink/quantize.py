@@ -16,20 +16,30 @@ from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import INFO_FILE
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.int8 import save_quantized
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 ROWS, ROUNDS = 256, 3
 """Training rows whose texts are encoded by both models, and how often, in turn; medians are told."""
 
 
-def quantize_model(recipe: Recipe, name: str, prepared: Folder, parent: Folder, out: Folder) -> dict[str, Any]:
+def quantize_model(
+    sources: Sequence[str],
+    seed: int,
+    *,
+    embeddings: bool,
+    model_name: str,
+    prepared: Folder,
+    parent: Folder,
+    out: Folder,
+) -> dict[str, Any]:
     """Makes the int8 copy of a model, inside a Ray task.
 
     Args:
-        recipe: the run's recipe, with `quantize`.
-        name: name of the int8 model.
-        prepared: folder of the prepare stage, for the texts that both models encode.
+        sources: names of the sources that give the texts which both models encode.
+        seed: of the drawn texts.
+        embeddings: int8 input embeddings too.
+        model_name: name of the int8 model.
+        prepared: folder of the prepare stage.
         parent: model folder with float weights.
         out: the stage's folder; it gets `model/`.
 
@@ -42,18 +52,19 @@ def quantize_model(recipe: Recipe, name: str, prepared: Folder, parent: Folder, 
     from f2llm_ray.model.vocabulary import load_map, remap
     from f2llm_ray.shrink.shrink import calibration_tokens
 
-    assert recipe.quantize is not None  # noqa: S101 - the stage exists because the recipe has it
     torch.set_num_threads(1)
     with parent.as_local() as before, (out / "model").writing() as after:
-        save_quantized(before, after, embeddings=recipe.quantize.embeddings)
+        save_quantized(before, after, embeddings=embeddings)
         info = json.loads((after / INFO_FILE).read_text(encoding="utf-8"))
-        (after / INFO_FILE).write_text(json.dumps({**info, "name": name}, indent=2, ensure_ascii=False) + "\n")
-        tokens = remap(calibration_tokens(recipe, prepared, ROWS), load_map(before))
+        (after / INFO_FILE).write_text(
+            json.dumps({**info, "name": model_name}, indent=2, ensure_ascii=False) + "\n"
+        )
+        tokens = remap(calibration_tokens(sources, seed, prepared, ROWS), load_map(before))
         facts = {
             "bytes_of_weights": {"float": _weights(before), "int8": _weights(after)},
             **compare(before, after, tokens),
         }
-    say(f"{name}: cosine {facts['cosine']['mean']:.4f} to the model it is made from")
+    say(f"{model_name}: cosine {facts['cosine']['mean']:.4f} to the model it is made from")
     return {"quantization": facts}
 
 

@@ -79,12 +79,7 @@ def _of_weights(parent: Folder, settings: Prune, seed: int) -> Importance:
 def _measured(parent: Folder, pieces: list[list[Tokens]], compute: Compute) -> Sums:
     make = partial(Meter, parent, compute.threads_per_worker)
     items = [{"piece": number, "tokens": piece} for number, piece in enumerate(pieces)]
-    actors = start_actors(
-        make,
-        min(compute.workers, len(pieces)),
-        num_cpus=compute.cpus_per_worker,
-        num_gpus=compute.gpus_per_worker,
-    )
+    actors = start_actors(make, min(compute.workers, len(pieces)), **compute.per_worker)
     found = sorted(each_on_actors("importance", items, actors), key=lambda row: row["piece"])
     total: Sums = found[0]["sums"]
     for more in found[1:]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens.store import Tokens, TokenStore
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone, load_info, matryoshka_dims, save_model
 from f2llm_ray.model.prune import Kept, choose, prune
+from f2llm_ray.model.settings import Prune
 from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, save_map
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import scores
 
@@ -27,23 +29,33 @@ if TYPE_CHECKING:
 KEPT_FILE = "kept.json"
 
 
-def score_parts(recipe: Recipe, prepared: Folder, parent: Folder, out: Folder) -> dict[str, Any]:
+def score_parts(
+    sources: Sequence[str],
+    settings: Prune,
+    compute: Compute,
+    seed: int,
+    *,
+    prepared: Folder,
+    parent: Folder,
+    out: Folder,
+) -> dict[str, Any]:
     """Scores the parts of the parent model, for any shape it is then pruned to.
 
     Args:
-        recipe: the run's recipe, with `prune`.
-        prepared: folder of the prepare stage, for calibration text.
+        sources: names of the sources that give calibration text.
+        settings: the kind of scores, and how much calibration text.
+        compute: how many actors measure, and what each may use.
+        seed: of the drawn text, and of random scores.
+        prepared: folder of the prepare stage.
         parent: model folder.
         out: the stage's folder; it gets importance.safetensors and importance.json.
 
     Returns:
         What the manifest says: the calibration's texts and tokens, and a summary of the scores.
     """
-    settings = recipe.prune
-    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
-    calibration = calibration_tokens(recipe, prepared, settings.calibration_rows)
+    calibration = calibration_tokens(sources, seed, prepared, settings.calibration_rows)
     say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
-    importance = scores.score(parent, calibration, settings, recipe.compute, seed=recipe.seed)
+    importance = scores.score(parent, calibration, settings, compute, seed=seed)
     facts = {
         "importance": settings.importance,
         "texts": len(calibration),
@@ -55,11 +67,14 @@ def score_parts(recipe: Recipe, prepared: Folder, parent: Folder, out: Folder) -
     return facts
 
 
-def shrink(recipe: Recipe, prepared: Folder, parent: Folder, scored: Folder, out: Folder) -> dict[str, Any]:
-    """Prunes the parent model to the recipe's `prune` shape.
+def shrink(
+    settings: Prune, model_name: str, *, prepared: Folder, parent: Folder, scored: Folder, out: Folder
+) -> dict[str, Any]:
+    """Prunes the parent model to the shape that the settings name.
 
     Args:
-        recipe: the run's recipe, with `prune`.
+        settings: what stays.
+        model_name: name of the pruned model.
         prepared: folder of the prepare stage, for the tokens that its texts use.
         parent: model folder to prune.
         scored: folder of the importance stage.
@@ -68,8 +83,6 @@ def shrink(recipe: Recipe, prepared: Folder, parent: Folder, scored: Folder, out
     Returns:
         What the manifest says: the kept layers and tokens.
     """
-    settings = recipe.prune
-    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
     with scored.as_local() as folder:
@@ -79,7 +92,7 @@ def shrink(recipe: Recipe, prepared: Folder, parent: Folder, scored: Folder, out
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None
         kept, tokenizer, table = _fewer_tokens(kept, tokenizer, prepared, backbone.config.vocab_size, wanted)
     small = prune(backbone, kept)
-    named = replace(info, name=f"{recipe.name}-pruned", dims=matryoshka_dims(len(kept.hidden), info.dims[0]))
+    named = replace(info, name=model_name, dims=matryoshka_dims(len(kept.hidden), info.dims[0]))
     with (out / "model").writing() as path:
         save_model(path, small, tokenizer, named)
         if table is not None:
@@ -100,18 +113,18 @@ def _fewer_tokens(
     return replace(kept, vocabulary=tuple(ids.tolist())), small, table
 
 
-def calibration_tokens(recipe: Recipe, prepared: Folder, rows: int) -> list[Tokens]:
+def calibration_tokens(sources: Sequence[str], seed: int, prepared: Folder, rows: int) -> list[Tokens]:
     """Distinct token lists of queries (with instructions) and passages of training rows, evenly drawn.
 
     Each source gives as many rows, and in it each language in turn, so that the few rows of a small language are
     among them.
     """
-    share = -(-rows // len(recipe.sources))
+    share = -(-rows // len(sources))
     keys = []
-    for source in recipe.sources:
+    for source in sources:
         columns = ["instructed_key", "passage_key", "language"]
         table = (prepared / "table").read_table(f"{source}.parquet", columns)
-        drawn = by_turns(_codes(table["language"]), rng(recipe.seed, "calibration", source))[:share]
+        drawn = by_turns(_codes(table["language"]), rng(seed, "calibration", source))[:share]
         keys += [key_numbers(table[column].take(drawn)) for column in columns[:2]]
     distinct = np.unique(np.concatenate(keys), axis=0)
     with (prepared / "tokens").as_local() as store:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.data.settings import Mine
+from f2llm_ray.mine.settings import Mine
 from f2llm_ray.mine.nearest import LOWEST, Nearest, choose, group_floor, pack, unpack
 from f2llm_ray.mine.search import _near_enough, _take_out_cuda
 

@@ -20,9 +20,10 @@ from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
-from f2llm_ray.data.settings import Mine
+from f2llm_ray.mine.settings import Mine
 from f2llm_ray.data.tokens import store as tokens
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.engine.vector_files import Encoder, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join import join_negatives
@@ -223,7 +224,7 @@ def write_prepared(folder: Path, model: Path, sources: dict[str, pa.Table], text
     return Folder.at(str(folder))
 
 
-def recipe_of(workers: int) -> Recipe:
+def small_recipe() -> Recipe:
     place = {"format": "jsonl", "paths": ["nowhere.jsonl"]}
     engine = {"precision": "fp32"}
     shape = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64}
@@ -234,7 +235,6 @@ def recipe_of(workers: int) -> Recipe:
             "tokenizer": {"train_vocab": 400},
             "backbone": {"shape": shape},
             "stages": {"stage1": {"engine": engine}},
-            "compute": {"workers": workers},
         }
     )
 
@@ -295,15 +295,15 @@ def test_a_run_that_broke_off_goes_on_to_the_bytes_of_one_process_in_another_ord
         tmp_path / "lacking", model, tables, {key: text for key, text in texts.items() if key != lost}
     )
     settings = Mine(model="m", top_k=20, count=6, skip=2, max_score=1.0, relative_margin=0.999)
-    out, model_folder = Folder.at(str(tmp_path / "out")), Folder.at(str(model))
+    places: Any = {"model": Folder.at(str(model)), "out": Folder.at(str(tmp_path / "out")), "layout": LAYOUT}
     with pytest.raises(RunError, match=f"no text with key {lost.hex()}"):
-        mine(recipe_of(2), settings, lacking, model_folder, out, layout=LAYOUT)
+        mine(list(tables), settings, Compute(workers=2), prepared=lacking, **places)
     vectors = tmp_path / "out" / "vectors"
     shards = {path: path.stat().st_ino for path in vectors.rglob("*.npy")}
     written = sum(len(np.load(path)) for path in shards)
     half = vectors / "ui" / ".000000.npy.cut-off"
     half.write_bytes(b"half of a shard")
-    facts = mine(recipe_of(1), settings, prepared, model_folder, out, layout=LAYOUT)
+    facts = mine(list(tables), settings, Compute(), prepared=prepared, **places)
     half.unlink()
     assert {path: path.stat().st_ino for path in shards} == shards
     assert 0 < facts["texts"] == sum(source["texts"] for source in facts["sources"].values()) - written
@@ -364,9 +364,9 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
 
 
 def test_sources_that_cannot_be_mined_are_refused() -> None:
-    recipe = recipe_of(1)
-    assert recipe.mined_sources(Mine(model="m")) == ["ui", "docs"]
-    assert recipe.mined_sources(Mine(model="m", sources=("docs",))) == ["docs"]
+    recipe = small_recipe()
+    for wanted, found in ((None, ["ui", "docs"]), (("docs",), ["docs"])):
+        assert recipe.model_copy(update={"mine": Mine(model="m", sources=wanted)}).mined_sources() == found
     settings = {**recipe.model_dump(mode="json"), "mine": {"model": "m", "sources": ["docs", "labels", "nothing"]}}
     with pytest.raises(
         RecipeError, match=r"\['labels', 'nothing'\] not among the retrieval sources \['ui', 'docs'\]"
