@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Any
 
 from f2llm_ray.base.optional import require
 
@@ -11,6 +12,8 @@ UNKNOWN = "und"
 CODE = "code:"
 """What the language of a programming language begins with, as in "code:python"."""
 
+# Codes of two letters that ISO 639-1 has withdrawn or given to a group; its tables no longer list them.
+_WITHDRAWN = {"bh": "bho", "in": "ind", "iw": "heb", "ji": "yid", "jw": "jav", "mo": "ron"}
 # Filipino is the standard form of Tagalog: catalogs and models use either code, and ISO 639-3 joins them nowhere.
 _SAME = {"fil": "tgl"}
 
@@ -20,14 +23,16 @@ def iso639_3(code: str) -> str:
     """ISO 639-3 code of a language code or locale, such as "de", "pt_BR", "zh_Hans", "sr@latin", "ger".
 
     Script and territory are left out: rows tell languages apart, not their variants. Codes that ISO has
-    withdrawn ("iw", "mo") are followed to their successor. A code that names no language gives "und".
+    withdrawn ("iw", "mol") are followed to their successor. A code that names no one language gives "und".
 
     Raises:
-        DataError: pycountry or Babel is missing.
+        DataError: python-iso639 is missing.
     """
     language = re.split(r"[_\-@.]", code.strip(), maxsplit=1)[0].lower()
-    aliases = require("babel.core", extra="quickstart").get_global("language_aliases")
-    return _assigned(language) or _assigned(aliases.get(language, "").partition("_")[0]) or UNKNOWN
+    found = _entry(_WITHDRAWN.get(language, language))
+    if found is None:
+        return UNKNOWN
+    return str(found.part3 if found.retire_date is None else found.retire_change_to or UNKNOWN)
 
 
 @lru_cache(maxsize=16_384)
@@ -37,18 +42,17 @@ def macrolanguage(language: str) -> str:
     Raises:
         DataError: python-iso639 is missing.
     """
+    found = _entry(language)
+    return str((found and found.macrolanguage) or _SAME.get(language, language))
+
+
+def _entry(code: str) -> Any:
+    """The language with this code in ISO 639-3, the bibliographic part of 639-2 or 639-1; None for no such code."""
     library = require("iso639", extra="language-id")
-    try:
-        found = library.Language.from_part3(language).macrolanguage
-    except library.LanguageNotFoundError:
-        found = None
-    return str(found or _SAME.get(language, language))
-
-
-def _assigned(language: str) -> str | None:
-    languages = require("pycountry", extra="quickstart").languages
-    for standard in {2: ("alpha_2",), 3: ("alpha_3", "bibliographic")}.get(len(language), ()):
-        entry = languages.get(**{standard: language})
-        if entry is not None:
-            return str(entry.alpha_3)
+    languages = library.Language
+    for find in (languages.from_part3, languages.from_part2b, languages.from_part1):
+        try:
+            return find(code)
+        except library.LanguageNotFoundError:
+            continue
     return None

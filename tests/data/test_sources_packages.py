@@ -105,7 +105,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     [
         GettextSource(package="plone.app.locales"),
         GettextDomainSource(package="plone.app.locales"),
-        GettextSource(package="pycountry"),
+        GettextSource(package="django"),
         CldrNamesSource(),
         CldrKindSource(),
         DocstringsSource(),
