@@ -24,9 +24,9 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from f2llm_ray.serve import app, family
-from f2llm_ray.serve.catalog import Arguments, Served, find_model
+from f2llm_ray.serve import app, router
 from f2llm_ray.serve.replica import Replica
+from f2llm_ray.serve.served_model import Arguments, ServedModel, find_model
 from tests.tiny import tiny_model
 
 MODELS = ("small", "large")
@@ -35,7 +35,7 @@ MODELS = ("small", "large")
 class Multiplexed:
     """Both models in every replica, loaded when asked for."""
 
-    def __init__(self, served: dict[str, Served]) -> None:
+    def __init__(self, served: dict[str, ServedModel]) -> None:
         self.served = served
 
     @serve.multiplexed(max_num_models_per_replica=2)
@@ -108,7 +108,7 @@ def main() -> None:
             served = {name: find_model(Arguments.model_validate(given)) for name, given in args.items()}
             for name, given in args.items():
                 serve.run(app.build(given), name=name, route_prefix=f"/{name}")
-            serve.run(family.build({"models": args}), name="router", route_prefix="/router")
+            serve.run(router.build({"models": args}), name="router", route_prefix="/router")
             multiplexed = serve.deployment(Multiplexed).options(num_replicas=2, max_ongoing_requests=1000)
             serve.run(multiplexed.bind(served), name="multiplexed", route_prefix="/multiplexed")
             paths = {

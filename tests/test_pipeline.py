@@ -29,7 +29,7 @@ from f2llm_ray.model.vocabulary import load_map, remap
 from f2llm_ray.pipeline.pipeline import Pipeline
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve.catalog import Arguments, find_model
+from f2llm_ray.serve.served_model import Arguments, find_model
 from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
 

@@ -35,6 +35,8 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
 
     def __str__(self) -> str:
         return self.message
@@ -78,7 +80,7 @@ Texts = Annotated[str | list[str], WrapValidator(_texts)]
 TextsOrTokens = Annotated[Inputs, WrapValidator(_texts_or_tokens)]
 
 
-class Ask(BaseModel):
+class EmbeddingOptions(BaseModel):
     """What both routes take. A key that is not known is refused: a misspelt `dimensions` must not pass unseen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -97,7 +99,7 @@ class Ask(BaseModel):
     """Forms of the vectors, "float" when unset; int8 needs ranges stored with the model (see /info)."""
 
 
-class EmbeddingsRequest(Ask):
+class EmbeddingsRequest(EmbeddingOptions):
     """Body of POST /v1/embeddings."""
 
     input: TextsOrTokens
@@ -107,7 +109,7 @@ class EmbeddingsRequest(Ask):
     """Taken for OpenAI's sake; not used."""
 
 
-class EmbedRequest(Ask):
+class EmbedRequest(EmbeddingOptions):
     """Body of POST /embed."""
 
     inputs: Texts
@@ -241,8 +243,19 @@ class Answer:
     tokens: int
 
 
+def internal_error(error: Exception) -> ApiError:
+    """The answer to a request that failed through no fault of the client."""
+    return ApiError(
+        500, "internal_error", f"the request failed here ({type(error).__name__}); see the replica's log"
+    )
+
+
 def read_json(body: bytes) -> Any:
-    """The JSON of a body; 400 when it is not JSON."""
+    """The JSON of a body.
+
+    Raises:
+        ApiError: 400 when it is not JSON.
+    """
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -22,7 +22,7 @@ RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""
 
 
-class Places:
+class RequestSlots:
     """As many requests at a time as are allowed."""
 
     def __init__(self, limits: Serving) -> None:
@@ -34,7 +34,7 @@ class Places:
         """Holds a place for one request, from before its body is read until it is answered.
 
         Raises:
-            ApiError: 429 when all places are taken.
+            ApiError: 429 when all slots are taken.
         """
         if self.taken >= self.limits.max_queued:
             message = f"{self.taken} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"

@@ -1,64 +1,65 @@
-"""What every HTTP request passes before its route: its key, and after it: the counters and the access log.
+"""What surrounds every HTTP request: the check of its key before, errors, metrics and the access log after.
 
-Plain ASGI: a middleware of Starlette's own kind costs a task and a queue per request.
+Plain ASGI, since Starlette's own kind of middleware costs a task and a queue per request.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import orjson
 
-from f2llm_ray.serve.api import Answer, ApiError
+from f2llm_ray.serve.api import Answer, ApiError, internal_error
 from f2llm_ray.serve.keys import Keys
-from f2llm_ray.serve.metrics import Meters
+from f2llm_ray.serve.metrics import RequestMetrics
 from f2llm_ray.serve.settings import Access
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
-"""Paths that need no key: probes and the pages. No vector and no fact of a model is there."""
-COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", "/v1/models", "/info", "/health", "/metrics"})
-"""Routes with a counter of their own; all else is "other", or a scanner would make a counter per path."""
+"""Paths that need no key: probes and pages. They show neither vectors nor facts of a model."""
+COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", "/v1/models", "/info", "/health"})
+"""Routes with a counter of their own; all others count as "other", or a scanner would make a counter per path."""
 LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What the gate of one replica goes by."""
+class RequestPolicy:
+    """What one replica does with every request: the keys that it accepts, and where it counts and logs."""
 
     keys: Keys | None
-    meters: Meters
+    metrics: RequestMetrics
     access_log: bool
 
     @staticmethod
-    def of(access: Access) -> Rules:
+    def of(access: Access) -> RequestPolicy:
         """Reads the keys and makes the counters, on a replica.
 
         Raises:
             RunError: the keys cannot be read.
         """
-        return Rules(None if access.keys is None else Keys(access.keys), Meters(), access.access_log)
+        keys = None if access.keys is None else Keys(access.keys)
+        return RequestPolicy(keys, RequestMetrics(), access.access_log)
 
 
-class Gate:
-    """ASGI middleware: 401 and 429 by key, one count and at most one log line per request."""
+class RequestMiddleware:
+    """ASGI middleware: checks keys, sends errors, counts each request and logs it where that is wanted."""
 
-    def __init__(self, app: ASGIApp, rules: Callable[[], Rules]) -> None:
-        self.app, self.rules = app, rules
+    def __init__(self, app: ASGIApp, policy: Callable[[], RequestPolicy]) -> None:
+        self.app, self.policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request through or refuses it."""
+        """Answers one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        rules = self.rules()
+        policy = self.policy()
         started = time.perf_counter()
         path = path_of(scope)
         status, key = 499, None  # 499: the client left before an answer began
@@ -70,39 +71,44 @@ class Gate:
             await send(message)
 
         try:
-            if rules.keys is not None and path not in OPEN:
-                key = rules.keys.admit(header(scope, b"authorization"))
+            if policy.keys is not None and path not in OPEN:
+                key = policy.keys.admit(header(scope, b"authorization"))
             await self.app(scope, receive, watched)
         except ApiError as error:
             await refuse(error, watched)
+        except Exception as error:
+            if status == 499:
+                await refuse(internal_error(error), watched)
+            raise
         finally:
             seconds = time.perf_counter() - started
             route = path if path in COUNTED else "other"
-            rules.meters.request(route, status, seconds)
-            if rules.access_log:
+            policy.metrics.request(route, status, seconds)
+            if policy.access_log:
                 _log(scope, path=route, status=status, seconds=seconds, key=key)
 
 
 async def refuse(error: ApiError, send: Send) -> None:
-    """Sends an error as the answer."""
-    headers = {"Content-Type": "application/json", **error.headers}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    body = error.body()
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    raw.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    """Sends an error as the answer of a request."""
+    await send_json(send, error.status, error.body(), error.headers)
+
+
+async def send_json(send: Send, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+    """Sends a JSON body as the answer of a request."""
+    named = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    raw = [(name.lower().encode(), value.encode()) for name, value in named.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
 
 def path_of(scope: Scope) -> str:
-    """The route that is asked for, below wherever the application is mounted."""
+    """Path of a request, without the prefix that the application is mounted at."""
     path: str = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
     return path or "/"
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """The value of a header by its name in lower case."""
+    """Value of a header, by its name in lower case; None without it."""
     return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
 
 

@@ -16,9 +16,9 @@ from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
-from f2llm_ray.serve.catalog import Served
-from f2llm_ray.serve.middleware import Rules
-from f2llm_ray.serve.search import Corpus, SearchAnswer, SearchRequest
+from f2llm_ray.serve.middleware import RequestPolicy
+from f2llm_ray.serve.search import SearchAnswer, SearchCorpus, SearchRequest
+from f2llm_ray.serve.served_model import ServedModel
 
 SHORT = 500
 """Characters of a request that is tokenised on the event loop: 0.13 ms, of which a thread would take half again
@@ -32,17 +32,17 @@ class Replica:
         RunError: the model or the keys cannot be read, or its vectors are not those stored when it was made.
     """
 
-    def __init__(self, served: Served) -> None:
-        self.rules = Rules.of(served.access)
+    def __init__(self, served: ServedModel) -> None:
+        self.policy = RequestPolicy.of(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
             self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, gone=_leave)
         if self.engine.calibration is not None:
             self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info
-        self.corpus = None if served.corpus is None else Corpus.load(Folder.at(served.corpus))
-        self.places = limits.Places(self.settings)
-        self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.rules.meters.batch)
+        self.corpus = None if served.corpus is None else SearchCorpus.load(Folder.at(served.corpus))
+        self.slots = limits.RequestSlots(self.settings)
+        self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.policy.metrics.batch)
         self.vocabulary = self.engine.vocabulary
         self.probe = self.engine.tokenize(["ready"])
         self.eos = int(self.probe[0][-1])
@@ -77,7 +77,7 @@ class Replica:
     async def forward(self, route: str, body: bytes) -> api.Answer | api.ApiError:
         """`answer` for a router: a refusal is returned, since Ray wraps what is raised in its stack trace."""
         try:
-            with self.places.held():
+            with self.slots.held():
                 return await self.answer(route, body)
         except api.ApiError as refusal:
             return refusal
@@ -127,7 +127,7 @@ class Replica:
         return api.Answer(found.model_dump_json().encode(), self.card.id, inputs, tokens)
 
     async def _embed(
-        self, ask: api.Ask, given: api.Inputs, param: str
+        self, ask: api.EmbeddingOptions, given: api.Inputs, param: str
     ) -> tuple[dict[EmbeddingType, Quantised], int, int]:
         """Vectors in the forms asked for, the number of inputs, and the tokens they took."""
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
@@ -140,7 +140,7 @@ class Replica:
         forms = {kind: quantise(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
         return forms, len(tokens), sum(map(len, tokens))
 
-    def _tokenize(self, ask: api.Ask, given: api.Inputs, param: str) -> list[Tokens]:
+    def _tokenize(self, ask: api.EmbeddingOptions, given: api.Inputs, param: str) -> list[Tokens]:
         prompt = limits.check_prompt(ask.prompt_name, ask.instruction, self.model_info)
         texts, ids = api.split(given)
         limits.check_inputs(texts or ids, self.settings, param)

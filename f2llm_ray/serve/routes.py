@@ -1,4 +1,4 @@
-"""All HTTP routes over whatever answers them, and what /docs says of them."""
+"""The HTTP routes, and their descriptions at /docs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
-from f2llm_ray.serve import api, metrics
-from f2llm_ray.serve.middleware import Gate
+from f2llm_ray.serve import api
+from f2llm_ray.serve.middleware import RequestMiddleware
 from f2llm_ray.serve.search import SearchAnswer, SearchRequest
-from f2llm_ray.serve.text_routes import EMBED, EMBEDDINGS, SEARCH, Asks, Face
+from f2llm_ray.serve.text_routes import EMBED, EMBEDDINGS, SEARCH, RequestHandler, TextRoutes
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 
-def web(face: Callable[[], Face], info: type[BaseModel]) -> ASGIApp:
-    """The routes.
+def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp:
+    """Makes the ASGI application of all routes.
 
     Args:
-        face: gives what answers them, which may be made after the routes.
-        info: what `Face.info` returns.
+        handler: returns what answers the requests; called per request, so that it may be made after the routes.
+        info: what `RequestHandler.info` returns.
     """
     app = FastAPI(
         title="f2llm_ray", version=__version__, redirect_slashes=False, description=DESCRIPTION, redoc_url=None
@@ -36,7 +36,7 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> ASGIApp:
     app.add_exception_handler(Exception, _failed)
 
     async def documented() -> None:
-        raise AssertionError("Asks answers this before it comes here")
+        raise AssertionError("TextRoutes answers these routes")
 
     def document(route: str, answer: Any, ask: type[BaseModel], summary: str) -> None:
         app.post(route, summary=summary, **_docs(answer, ask))(documented)
@@ -51,33 +51,25 @@ def web(face: Callable[[], Face], info: type[BaseModel]) -> ASGIApp:
     @app.get("/v1/models", **_docs(api.ModelList))
     async def models() -> Response:
         """The models that can be asked for, with their dims, lengths and measured scores."""
-        return _json(api.ModelList(data=face().models()).model_dump_json().encode())
+        return _json(api.ModelList(data=handler().models()).model_dump_json().encode())
 
     @app.get("/info", **_docs(info))
     async def facts() -> Response:
-        """Facts of what is served, and the limits of requests."""
-        return _json(face().info().model_dump_json().encode())
+        """Facts of the model or models, and the limits of requests."""
+        return _json(handler().info().model_dump_json().encode())
 
     @app.get("/health", **_docs(api.Health))
     async def health() -> Response:
-        """Encodes a short text; a router asks after its models."""
-        await face().check()
+        """Encodes a short text; a router checks that its models run."""
+        await handler().check()
         return _json(b'{"status":"ok"}')
 
-    @app.get("/metrics", responses={503: {"model": api.ErrorBody}}, response_class=PrometheusText)
-    async def counters() -> Response:
-        """Counters of all replicas on this node, in Prometheus text; Ray's exporter of each node has them too."""
-        text = await metrics.exported()
-        if text is None:
-            raise api.ApiError(503, "no_metrics", "Ray's metrics exporter on this node does not answer", None, 10)
-        return PrometheusText(text)
-
-    return Gate(Asks(app, face), rules=lambda: face().rules)
+    return RequestMiddleware(TextRoutes(app, handler), policy=lambda: handler().policy)
 
 
 PAGE = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")
 ONLY_ITSELF = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-"""What the page may load: nothing but answers of this endpoint. Texts of a corpus are never markup there."""
+"""The page may load nothing but answers of this endpoint. It never shows texts of a corpus as markup."""
 
 
 async def page() -> Response:
@@ -87,12 +79,6 @@ async def page() -> Response:
 
 DESCRIPTION = """Text embeddings. Every answer other than 200 has the body `{"error": {"message", "type", "param",
 "code"}}`. Where keys are required, send `Authorization: Bearer <key>`."""
-
-
-class PrometheusText(Response):
-    """Prometheus' text format."""
-
-    media_type = "text/plain; version=0.0.4"
 
 
 def _json(content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -112,12 +98,11 @@ async def _no_route(request: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    message = f"the request failed here ({type(error).__name__}); the replica's log says more"
-    return _json(api.ApiError(500, "internal_error", message).body(), 500)
+    return _json(api.internal_error(error).body(), 500)
 
 
 def _docs(answer: Any, ask: type[BaseModel] | None = None) -> dict[str, Any]:
-    """What /docs shows of a route that reads and writes its bodies itself."""
+    """Arguments of a FastAPI route that describe bodies which the route itself reads and writes."""
     statuses = (400, 401, 404, 413, 422, 429, 503) if ask else (401, 429, 503)
     docs: dict[str, Any] = {
         "responses": {200: {"model": answer}, **{s: {"model": api.ErrorBody} for s in statuses}}

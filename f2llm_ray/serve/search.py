@@ -87,7 +87,7 @@ def check_corpus(corpus: Folder, model: Folder, info: ModelInfo) -> int:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class SearchCorpus:
     """Passages and their unit vectors."""
 
     ids: list[str]
@@ -95,7 +95,7 @@ class Corpus:
     vectors_nd: Vectors
 
     @staticmethod
-    def load(folder: Folder) -> Corpus:
+    def load(folder: Folder) -> SearchCorpus:
         """Reads a corpus that `check_corpus` has passed."""
         column = folder.read_json(MANIFEST)["column"]
         ids: list[str] = []
@@ -106,7 +106,7 @@ class Corpus:
             ids += map(str, table["id"].to_pylist())
             texts += table[column].to_pylist()
             vectors.append(np.stack(table["embedding"].to_numpy()).astype(np.float32))
-        return Corpus(ids, texts, np.concatenate(vectors))
+        return SearchCorpus(ids, texts, np.concatenate(vectors))
 
     def search(self, query_d: Vectors, dims: tuple[int, ...], top: int) -> tuple[dict[int, list[int]], list[Hit]]:
         """The nearest passages at each dim, and every one of them with its scores at all dims.

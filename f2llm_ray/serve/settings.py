@@ -7,11 +7,9 @@ from pydantic import Field
 from f2llm_ray.base.section import Neutral, Section
 
 
-class Serving(Section):
-    """Limits of the endpoint; every one is shown by /info."""
+class Limits(Section):
+    """Limits of requests and batches."""
 
-    model: Neutral[str | None] = None
-    """The stage that is served; the last one of the run when unset."""
     max_inputs: Neutral[int] = Field(default=2048, ge=1)
     """Texts per request."""
     max_tokens: Neutral[int] = Field(default=8192, ge=2)
@@ -23,10 +21,17 @@ class Serving(Section):
     """Token budget of one forward pass."""
 
 
+class Serving(Limits):
+    """Which model of a run is served, and the limits of its endpoint; GET /info shows them all."""
+
+    model: Neutral[str | None] = None
+    """The model that is served; the last one of the run when unset."""
+
+
 class Access(Section):
-    """Who may ask, and what is written down about it; not part of a recipe, and not shown by /info."""
+    """Who may send requests, and what is logged about them; not part of a recipe, and not shown by /info."""
 
     keys: str | None = None
-    """File of hashed API keys (`python -m f2llm_ray.serve.keys`); anyone may ask when unset."""
+    """File of hashed API keys (`python -m f2llm_ray.serve.keys`); no key is needed when unset."""
     access_log: bool = False
     """One JSON line per request on the replica's stdout, without texts or keys."""

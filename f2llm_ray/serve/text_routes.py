@@ -1,7 +1,7 @@
 """The requests that carry texts, answered in plain ASGI before FastAPI sees them.
 
 FastAPI's middlewares, router and response classes took some 0.25 of the 0.7 ms that a replica's event loop spent
-on a short text. FastAPI keeps the routes that are asked for seldom, and documents these.
+on a short text. FastAPI answers the routes that are rarely called, and documents these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.middleware import Rules, header, path_of, refuse
+from f2llm_ray.serve.middleware import RequestPolicy, header, path_of, send_json
 from f2llm_ray.serve.settings import Serving
 
 if TYPE_CHECKING:
@@ -21,62 +21,49 @@ EMBEDDINGS, EMBED, SEARCH = "/v1/embeddings", "/embed", "/search"
 ROUTES = frozenset({EMBEDDINGS, EMBED, SEARCH})
 
 
-class Face(Protocol):
-    """What stands behind the routes: a model's replica, or the router of a family."""
+class RequestHandler(Protocol):
+    """What answers the routes: the replica of a model, or a router of several models."""
 
     settings: Serving
-    rules: Rules
-    places: limits.Places
+    policy: RequestPolicy
+    slots: limits.RequestSlots
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
-        """Answers POST to one of `ROUTES`; ApiError for anything wrong."""
+        """Answers POST to one of `ROUTES`; raises ApiError for a wrong request."""
 
     def models(self) -> list[api.ModelCard]:
-        """The models that can be asked for."""
+        """The models that a request may name."""
 
     def info(self) -> BaseModel:
         """Facts and limits."""
 
     async def check(self) -> None:
-        """ApiError 503 when it cannot answer."""
+        """Raises ApiError 503 when it cannot answer."""
 
 
-class Asks:
-    """ASGI middleware that answers `ROUTES`."""
+class TextRoutes:
+    """ASGI middleware that answers `ROUTES` and passes other requests on; `RequestMiddleware` sends its errors."""
 
-    def __init__(self, app: ASGIApp, face: Callable[[], Face]) -> None:
-        self.app, self.face = app, face
+    def __init__(self, app: ASGIApp, handler: Callable[[], RequestHandler]) -> None:
+        self.app, self.handler = app, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers, or hands on what is not for these routes."""
+        """Answers one request or passes it on."""
         if scope["type"] != "http" or scope["method"] != "POST" or (route := path_of(scope)) not in ROUTES:
             await self.app(scope, receive, send)
             return
-        try:
-            face = self.face()
-            with face.places.held():
-                body = await _body(scope, receive, face.settings)
-                if body is None:
-                    return
-                answer = await face.answer(route, body)
-        except api.ApiError as error:
-            await refuse(error, send)
-        except Exception as error:
-            message = f"the request failed here ({type(error).__name__}); the replica's log says more"
-            await refuse(api.ApiError(500, "internal_error", message), send)
-            raise
-        else:
-            scope.setdefault("state", {})["answer"] = answer
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(answer.content)).encode()),
-            ]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": answer.content})
+        handler = self.handler()
+        with handler.slots.held():
+            body = await _body(scope, receive, handler.settings)
+            if body is None:
+                return
+            answer = await handler.answer(route, body)
+        scope.setdefault("state", {})["answer"] = answer
+        await send_json(send, 200, answer.content)
 
 
 async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | None:
-    """The body, read no further than the limit; None where the client leaves before its end."""
+    """Reads a body, no further than the limit; None where the client leaves before its end."""
     announced = header(scope, b"content-length") or ""
     limits.check_body(int(announced) if announced.isdecimal() else 0, settings)
     body = b""

@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from f2llm_ray.serve.catalog import Arguments
-from f2llm_ray.serve.family import FamilyArguments
+from f2llm_ray.serve.router import RouterArguments
+from f2llm_ray.serve.served_model import Arguments
 from tests.cluster.kustomize import Manifest, build
 
 ROOT = Path(__file__).parents[2]
@@ -180,13 +180,13 @@ def test_the_service_fits_serves_schema_and_our_arguments() -> None:
     (service,) = load(KUBERAY / "serving" / "rayservice.yaml")
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     apps = {app.name: app for app in config.applications}
-    family = FamilyArguments.model_validate(apps["router"].args)
-    assert set(family.models) == set(apps) - {"router"}
-    for name, arguments in family.models.items():
+    router = RouterArguments.model_validate(apps["router"].args)
+    assert set(router.models) == set(apps) - {"router"}
+    for name, arguments in router.models.items():
         assert Arguments.model_validate(apps[name].args) == arguments
         assert apps[name].route_prefix is None, "it would answer without a key"
     secret = next(v for v in pod_volumes(service) if "secret" in v)
-    assert str(family.keys).startswith("/etc/f2llm/")
+    assert str(router.keys).startswith("/etc/f2llm/")
     assert secret["secret"]["secretName"] == "f2llm-keys"
 
 

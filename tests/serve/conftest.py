@@ -51,11 +51,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         )
     assert process.stdin is not None
     try:
-        while READY not in log.read_text():
+        while "/metrics\n" not in log.read_text().partition(READY)[2]:
             if process.poll() is not None:
                 pytest.fail(log.read_text())
             time.sleep(0.2)
-        yield Server(f"http://127.0.0.1:{port}", folder, engine, key, slow_key, log)
+        metrics_url = log.read_text().partition(READY)[2].split()[0]
+        yield Server(f"http://127.0.0.1:{port}", folder, engine, key, slow_key, log, metrics_url)
     finally:
         process.stdin.close()
         process.wait(60)

@@ -30,7 +30,7 @@ TEXTS = [
 ]
 MAX_QUEUED, MAX_BODY = 48, 100_000
 KEYED, ROUTER = "/keyed", "/family"
-READY = "the endpoint is ready"
+READY = "the endpoint is ready, and Ray's metrics are at "
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Server:
     """One that may make two requests a minute."""
     log: Path
     """What the replicas print."""
+    metrics_url: str
+    """Ray's exporter of the node."""
 
     def post(self, route: str, content: Any, key: str | None = None, **kwargs: Any) -> httpx.Response:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -69,26 +71,27 @@ def main(port: int, folder: Path) -> None:
     import ray
     from ray import serve
 
-    from f2llm_ray.serve import app, family
+    from f2llm_ray.serve import app, router
 
     one: dict[str, Any] = {"root": str(folder), "max_queued": MAX_QUEUED, "max_body_bytes": str(MAX_BODY)}
     keyed = {"model": str(folder / "wide"), "aliases": ["text-embedding-3-small"], "access_log": True}
     keyed["keys"] = str(folder / "keys.txt")
-    router = {"models": {"tiny": one, "keyed": keyed}, "keys": keyed["keys"]}
+    routed = {"models": {"tiny": one, "keyed": keyed}, "keys": keyed["keys"]}
     ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR")
     try:
         # As in the configs: Serve's own access log would name every path.
         logging = {"enable_access_log": False}
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=logging)
         apps = {"/": ("tiny", app.build(one)), KEYED: ("keyed", app.build(keyed))}
-        apps[ROUTER] = ("family", family.build(router))
+        apps[ROUTER] = ("family", router.build(routed))
         serve.run_many(
             [
                 serve.RunTarget(built, name=name, route_prefix=route, logging_config=logging)
                 for route, (name, built) in apps.items()
             ]
         )
-        print(READY, flush=True)
+        node = ray.nodes()[0]
+        print(f"{READY}http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics\n", flush=True)
         sys.stdin.read()  # until the tests close it
     finally:
         serve.shutdown()

@@ -82,11 +82,11 @@ def ids(given: list[list[int]]) -> list[Any]:
 
 
 def fill(requests: int) -> None:
-    places = limits.Places(LIMITS)
+    slots = limits.RequestSlots(LIMITS)
     with ExitStack() as stack:
         for _ in range(requests):
-            stack.enter_context(places.held())
-    assert places.taken == 0
+            stack.enter_context(slots.held())
+    assert slots.taken == 0
 
 
 def lengths(tokens: int, *, truncate: bool) -> list[Any]:

@@ -12,9 +12,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.serve import app, family
-from f2llm_ray.serve.catalog import Arguments, find_model
-from f2llm_ray.serve.family import FamilyArguments, find_family
+from f2llm_ray.serve import app, router
+from f2llm_ray.serve.router import RouterArguments, find_models
+from f2llm_ray.serve.served_model import Arguments, find_model
 from tests.tiny import tiny_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "serve_configs").glob("*.yaml"))
@@ -65,7 +65,7 @@ def test_the_open_ones_listen_on_loopback_and_the_other_asks_for_keys() -> None:
 
 def test_names_of_a_family_are_told_apart(folder: Path) -> None:
     one = {"model": str(folder), "name": "one"}
-    found = find_family(FamilyArguments.model_validate({"models": {"a": one, "b": {**one, "name": "two"}}}))
+    found = find_models(RouterArguments.model_validate({"models": {"a": one, "b": {**one, "name": "two"}}}))
     assert (found.names, found.default) == ({"one": "a", "two": "b"}, "a")
     for args, message in (
         ({"models": {"a": one, "b": one}}, "'a' and 'b' are both asked for by the name 'one'"),
@@ -77,7 +77,7 @@ def test_names_of_a_family_are_told_apart(folder: Path) -> None:
         ({"models": {"a": {"model": "/no"}}}, "/no: not a model folder"),
     ):
         with pytest.raises(RunError, match=message):
-            family.build(args)
+            router.build(args)
 
 
 def test_a_card_without_a_report(folder: Path) -> None:

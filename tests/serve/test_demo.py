@@ -25,11 +25,11 @@ from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Info
 from f2llm_ray.serve.bulk import claim, settings_of
-from f2llm_ray.serve.catalog import Arguments, find_model
 from f2llm_ray.serve.inputs import find_files, plan
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web
 from f2llm_ray.serve.search import MANIFEST, MOST_ROWS, cosines_by_dim
+from f2llm_ray.serve.served_model import Arguments, find_model
 from f2llm_ray.serve.shards import Job, ShardWriter
 from tests.serve.conftest import free_port
 from tests.tiny import tiny_model

@@ -17,9 +17,9 @@ import ray
 from ray import serve
 
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
-from f2llm_ray.serve import app, family
-from f2llm_ray.serve.catalog import Arguments, find_model
+from f2llm_ray.serve import app, router
 from f2llm_ray.serve.deploy import options
+from f2llm_ray.serve.served_model import Arguments, find_model
 from tests.serve.conftest import calibrated, free_port
 from tests.serve.endpoint import error_of
 from tests.tiny import tiny_model
@@ -94,8 +94,8 @@ def test_from_zero_to_one_to_two_to_one_to_zero(url: str, tmp_path: Path) -> Non
     deployment = serve.deployment(app.Endpoint).options(**options(served.settings), autoscaling_config=scaling)
     serve.run(deployment.bind(served), name="rare", route_prefix=None)
     for name, seconds in (("hasty", 0.5), ("patient", 240)):
-        router = family.build({"models": {"rare": args}, "start_wait_s": seconds})
-        serve.run(router, name=name, route_prefix=f"/{name}")
+        routed = router.build({"models": {"rare": args}, "start_wait_s": seconds})
+        serve.run(routed, name=name, route_prefix=f"/{name}")
     assert running("rare") == 0
     assert httpx.get(f"{url}/hasty/v1/models", timeout=60).json()["data"][0]["id"] == "tiny"
     assert running("rare") == 0, "asking for the list woke the model"

@@ -1,7 +1,7 @@
 """Several models behind one URL: `model` of a request picks one, each an application that scales by itself.
 
-The models are applications of `serve.app` beside the router (serve_configs/family.yaml has them all). The router
-holds no model and imports no torch. It reads what each model is from its folder, so that /v1/models lists a model
+The models are applications of `serve.app` beside the router, as in serve_configs/family.yaml. The router holds no
+model and imports no torch. It reads the facts of each model from its folder, so that GET /v1/models lists a model
 that is scaled to zero too.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 from ray import serve
@@ -21,50 +21,46 @@ from ray.serve.handle import DeploymentHandle
 from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.catalog import Arguments, Limits, Served, find_model, with_limits
-from f2llm_ray.serve.deploy import checked, options
-from f2llm_ray.serve.middleware import Rules
-from f2llm_ray.serve.routes import web
-
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp
+from f2llm_ray.serve.deploy import answers_http, checked, options
+from f2llm_ray.serve.middleware import RequestPolicy
 from f2llm_ray.serve.search import SearchRequest
-from f2llm_ray.serve.settings import Access, Serving
+from f2llm_ray.serve.served_model import Arguments, find_model, with_limits
+from f2llm_ray.serve.settings import Access, Limits, Serving
 
 RETRIES = 2
-"""Times that a request is sent again when the replica that had it dies; embedding twice does no harm."""
+"""Times that a request is sent again when its replica dies; embedding a text twice does no harm."""
 
 
-class FamilyArguments(Access, Limits):
-    """What `build` takes."""
+class RouterArguments(Access, Limits):
+    """The arguments of the router's application."""
 
     models: dict[str, Arguments] = Field(min_length=1)
     """The arguments of each model's application, by the application's name."""
     default: str | None = None
-    """Application that answers where a request names no model; the first one when unset."""
+    """Application that answers requests that name no model; the first one when unset."""
     start_wait_s: float = Field(default=60, gt=0)
     """Longest wait for a model that has no replica yet; beyond it the answer is 503 with Retry-After."""
 
     @model_validator(mode="after")
-    def _known(self) -> FamilyArguments:
+    def _known(self) -> RouterArguments:
         if self.default is not None and self.default not in self.models:
             raise ValueError(f"default: {self.default!r} is not one of models: {', '.join(self.models)}")
         return self
 
 
-class FamilyInfo(BaseModel):
+class RouterInfo(BaseModel):
     """Answer of GET /info."""
 
     models: list[api.ModelCard]
     default: str
-    """Model that answers where a request names none."""
+    """Model that answers requests that name none."""
     limits: Serving
     version: str
 
 
 @dataclass(frozen=True)
-class Family:
-    """What the router knows."""
+class RoutedModels:
+    """The models behind a router, and the router's own settings."""
 
     apps: Mapping[str, api.ModelCard]
     """Each model's card, by the name of its application."""
@@ -76,16 +72,16 @@ class Family:
     start_wait_s: float
 
 
-class Router:
+class ModelRouter:
     """Sends each request to its model's application and waits, for a bounded time, for one that is starting."""
 
-    def __init__(self, family: Family) -> None:
-        self.family, self.settings = family, family.settings
-        self.rules, self.places = Rules.of(family.access), limits.Places(family.settings)
+    def __init__(self, routed: RoutedModels) -> None:
+        self.routed, self.settings = routed, routed.settings
+        self.policy, self.slots = RequestPolicy.of(routed.access), limits.RequestSlots(routed.settings)
         self._handles: dict[str, DeploymentHandle] = {}
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
-        """The answer of the model that the body names.
+        """Returns the answer of the model that the body names.
 
         Raises:
             ApiError: 404 for an unknown model, 503 for one that does not start in time, and the model's refusals.
@@ -97,42 +93,42 @@ class Router:
         return answer
 
     def models(self) -> list[api.ModelCard]:
-        """Every model of the family, running or not."""
-        return list(self.family.apps.values())
+        """The cards of all models, running or not."""
+        return list(self.routed.apps.values())
 
     def info(self) -> BaseModel:
-        """Facts and limits, as a `FamilyInfo`."""
-        default = self.family.apps[self.family.default].id
-        return FamilyInfo(models=self.models(), default=default, limits=self.settings, version=__version__)
+        """Facts and limits, as a `RouterInfo`."""
+        default = self.routed.apps[self.routed.default].id
+        return RouterInfo(models=self.models(), default=default, limits=self.settings, version=__version__)
 
     async def check(self) -> None:
-        """Asks Ray Serve after the models; one that is scaled to zero is well.
+        """Checks with Ray Serve that all applications run; one that is scaled to zero counts as running.
 
         Raises:
-            ApiError: 503 when one is not running.
+            ApiError: 503 when one does not run.
         """
         found = (await asyncio.to_thread(serve.status)).applications
-        ill = [app for app in self.family.apps if app not in found or found[app].status != "RUNNING"]
-        if ill:
-            raise api.ApiError(503, "not_ready", f"not running: {', '.join(ill)}", None, 5)
+        down = [app for app in self.routed.apps if app not in found or found[app].status != "RUNNING"]
+        if down:
+            raise api.ApiError(503, "not_ready", f"not running: {', '.join(down)}", None, 5)
 
     def _pick(self, route: str, body: bytes) -> str:
         content = api.read_json(body)
         name = content.get("model") if isinstance(content, dict) else None
         if route == "/embed" and name is None:
-            return self.family.default
+            return self.routed.default
         if not isinstance(name, str):
-            # No model can be picked: the checks of a request say what is wrong with it.
+            # There is no model to pick; the checks of a request raise the error that says why.
             kinds: dict[str, type[BaseModel]] = {"/embed": api.EmbedRequest, "/search": SearchRequest}
             api.read_request(kinds.get(route, api.EmbeddingsRequest), body)
-        limits.check_model(str(name), tuple(self.family.names))
-        return self.family.names[str(name)]
+        limits.check_model(str(name), tuple(self.routed.names))
+        return self.routed.names[str(name)]
 
     async def _forward(self, app: str, route: str, body: bytes) -> api.Answer | api.ApiError:
         for attempt in range(RETRIES + 1):
             pending = asyncio.ensure_future(_result(self._handle(app), route, body))
             try:
-                done, _ = await asyncio.wait({pending}, timeout=self.family.start_wait_s)
+                done, _ = await asyncio.wait({pending}, timeout=self.routed.start_wait_s)
                 if not done and not await _running(app):
                     raise self._starting(app)
                 return await pending
@@ -152,8 +148,8 @@ class Router:
         return self._handles[app]
 
     def _starting(self, app: str) -> api.ApiError:
-        wait = max(1, round(self.family.start_wait_s / 2))
-        message = f"model {self.family.apps[app].id!r} is starting; try again in {wait} s"
+        wait = max(1, round(self.routed.start_wait_s / 2))
+        message = f"model {self.routed.apps[app].id!r} is starting; try again in {wait} s"
         return api.ApiError(503, "starting", message, "model", wait)
 
 
@@ -162,53 +158,48 @@ async def _result(handle: DeploymentHandle, route: str, body: bytes) -> Any:
 
 
 async def _running(app: str) -> bool:
-    """Whether an application has a replica that runs; asked only after a long wait."""
+    """Whether an application has a replica that runs. Serve is asked only after a long wait."""
     found = (await asyncio.to_thread(serve.status)).applications.get(app)
     if found is None:
         return False
     return any(deployment.replica_states.get("RUNNING") for deployment in found.deployments.values())
 
 
-def _web() -> ASGIApp:
-    """Made on the replica, as in `serve.app`."""
-    return web(lambda: serve.get_replica_context().servable_object, FamilyInfo)
-
-
-@serve.ingress(_web)
-class Front(Router):
+@answers_http(RouterInfo)
+class Router(ModelRouter):
     """The router as Ray Serve deploys it."""
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The router's application; `args` are `FamilyArguments`.
+    """The router's application; `args` are `RouterArguments`.
 
     Raises:
         NotServableError: wrong arguments, no such run or model, or two models of one name.
     """
-    family = checked(lambda: find_family(FamilyArguments.model_validate(args)))
-    return serve.deployment(Front).options(**options(family.settings)).bind(family)
+    routed = checked(lambda: find_models(RouterArguments.model_validate(args)))
+    return serve.deployment(Router).options(**options(routed.settings)).bind(routed)
 
 
-def find_family(args: FamilyArguments) -> Family:
-    """What the router must know, read from the models' folders.
+def find_models(args: RouterArguments) -> RoutedModels:
+    """Reads the models' folders for what the router needs.
 
     Raises:
         RunError: no such run or model, or two models of one name.
-        ValidationError: a limit out of its range.
     """
-    found: dict[str, Served] = {}
+    apps: dict[str, api.ModelCard] = {}
     names: dict[str, str] = {}
     for app, given in args.models.items():
-        found[app] = find_model(given)
-        for name in found[app].names:
+        served = find_model(given)
+        apps[app] = served.card
+        for name in served.names:
             if name in names:
                 raise RunError(f"models {names[name]!r} and {app!r} are both asked for by the name {name!r}")
             names[name] = app
-    return Family(
-        apps={app: served.card for app, served in found.items()},
+    return RoutedModels(
+        apps=apps,
         names=names,
         default=args.default or next(iter(args.models)),
         settings=with_limits(Serving(), args),
-        access=Access(keys=args.keys, access_log=args.access_log),
+        access=args,
         start_wait_s=args.start_wait_s,
     )

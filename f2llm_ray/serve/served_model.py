@@ -1,48 +1,36 @@
-"""Which model is served, found before any replica starts: its folder, its limits and its card."""
+"""The model that is served, found before any replica starts: its folder, its limits and its card."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.base.section import Section
 from f2llm_ray.engine.vector_types import EMBEDDING_TYPES
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, read_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.search import check_corpus
-from f2llm_ray.serve.settings import Access, Serving
-
-
-class Limits(Section):
-    """Limits that differ from the run's."""
-
-    max_inputs: int | None = None
-    max_tokens: int | None = None
-    max_body_bytes: int | None = None
-    max_queued: int | None = None
-    batch_tokens: int | None = None
+from f2llm_ray.serve.settings import Access, Limits, Serving
 
 
 class Arguments(Access, Limits):
-    """What `app.build` takes: a run or a model folder, the names it is asked by, keys, and limits."""
+    """Arguments of an application: a run or a model folder, its names, keys, and limits in place of the run's."""
 
     root: str | None = None
-    """Root of a finished run; its report says which model is served, and with what limits."""
+    """Root of a finished run; its report says which model is served and with which limits."""
     model: str | None = None
     """A model folder."""
     name: str | None = None
     """What clients put in `model`; the name in the model folder when unset."""
     aliases: tuple[str, ...] = ()
-    """Other names that clients may use, such as one that they have always asked for."""
+    """Other names that clients may use, such as that of a model that this one replaces."""
     corpus: str | None = None
-    """Folder that jobs/embed.py made with this model, texts kept: the page at / searches in it."""
+    """Folder that jobs/embed.py wrote with this model and with the texts kept; the page at / searches in it."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Arguments:
@@ -52,7 +40,7 @@ class Arguments(Access, Limits):
 
 
 class ReportModel(BaseModel):
-    """A model of a run, as its report names it."""
+    """A model of a run, as the run's report has it."""
 
     name: str
     folder: str
@@ -62,7 +50,7 @@ class ReportModel(BaseModel):
 
 
 class Report(BaseModel):
-    """What serving reads of a run's report."""
+    """The parts of a run's report that serving reads."""
 
     models: list[ReportModel] = Field(min_length=1)
     serving: Serving = Serving()
@@ -70,7 +58,7 @@ class Report(BaseModel):
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """A model to serve."""
 
     uri: str
@@ -78,7 +66,7 @@ class Served:
     settings: Serving
     access: Access
     card: ModelCard
-    """What /v1/models says of it."""
+    """Its entry in GET /v1/models."""
     corpus: str | None = None
     """Folder of the demo page's corpus."""
 
@@ -88,12 +76,11 @@ class Served:
         return (self.card.id, *self.card.aliases)
 
 
-def find_model(args: Arguments) -> Served:
-    """The model that the arguments name.
+def find_model(args: Arguments) -> ServedModel:
+    """Finds the model that the arguments name.
 
     Raises:
-        RunError: no finished run, or no model folder, where the arguments say.
-        ValidationError: a limit out of its range.
+        RunError: the arguments name no finished run or no model folder.
     """
     settings, entry, created = Serving(), None, None
     folder = Folder.at(args.model or args.root or "")
@@ -122,17 +109,12 @@ def find_model(args: Arguments) -> Served:
         corpus_rows=0 if args.corpus is None else check_corpus(Folder.at(args.corpus), folder, info),
     )
     corpus = None if args.corpus is None else Folder.at(args.corpus).uri
-    return Served(folder.uri, settings, Access(keys=args.keys, access_log=args.access_log), card, corpus)
+    return ServedModel(folder.uri, settings, args, card, corpus)
 
 
 def with_limits(settings: Serving, given: Limits) -> Serving:
-    """The settings with the limits that are given in place of theirs.
-
-    Raises:
-        ValidationError: a limit out of its range.
-    """
-    changed: dict[str, Any] = given.model_dump(include=set(Limits.model_fields), exclude_none=True)
-    return Serving.model_validate({**settings.model_dump(), **changed})
+    """The settings, with each limit that was given in place of their own."""
+    return settings.model_copy(update=given.model_dump(include=set(Limits.model_fields), exclude_unset=True))
 
 
 def _report(root: Folder) -> Report:
