@@ -33,6 +33,9 @@ class Part:
     source: str
     source_rank: int
     pieces: tuple[Piece, ...]
+    key: str = ""
+    """Hash of all that its rows depend on: contents of its files, and settings. A part that any run in the root has
+    written under this key is not read again."""
 
     @property
     def file(self) -> str:
@@ -45,14 +48,22 @@ def part_file(number: int) -> str:
     return f"{number:06d}.parquet"
 
 
-def parts_of(sources: Mapping[str, SourceBase]) -> list[Part]:
-    """The parts of all sources, in the recipe's order."""
-    found = []
+def parts_of(
+    sources: Mapping[str, SourceBase], key: Callable[[str, tuple[Piece, ...]], str] = lambda _, __: ""
+) -> list[Part]:
+    """The parts of all sources, in the recipe's order.
+
+    Args:
+        sources: by name.
+        key: the key of a part, from the name of its source and its pieces.
+    """
+    found: list[Part] = []
     for rank, (name, source) in enumerate(sources.items()):
-        pieces = source.pieces(name)
-        size = source.pieces_per_part
-        found += [(name, rank, tuple(pieces[first : first + size])) for first in range(0, len(pieces), size)]
-    return [Part(number, *entry) for number, entry in enumerate(found)]
+        pieces, size = source.pieces(name), source.pieces_per_part
+        for first in range(0, len(pieces), size):
+            some = tuple(pieces[first : first + size])
+            found.append(Part(len(found), name, rank, some, key(name, some)))
+    return found
 
 
 def map_parts(parts: list[Part], function: Callable[[Part], Tables]) -> ray.data.Dataset:
@@ -70,6 +81,7 @@ def map_parts(parts: list[Part], function: Callable[[Part], Tables]) -> ray.data
                 "source": [part.source],
                 "source_rank": [part.source_rank],
                 "pieces": [json.dumps(part.pieces)],
+                "key": [part.key],
             }
         )
         for part in parts

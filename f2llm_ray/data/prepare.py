@@ -1,4 +1,4 @@
-"""The prepare stage: from the recipe's sources to a table of ids, a token store and evaluation sets.
+"""The prepare stage: from sources to a table of ids and a token store.
 
 Text is read once, cleaned and written where it was read (`rows/`); from there on only ids and places move between
 workers. Steps tag rows instead of removing them, so that one count at the end accounts for every row.
@@ -6,104 +6,113 @@ workers. Steps tag rows instead of removing them, so that one count at the end a
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import STEPS
-from f2llm_ray.data.decontaminate import make_screen
+from f2llm_ray.data.decontaminate import Screened, make_screen
 from f2llm_ray.data.dedup import NEAR
-from f2llm_ray.data.flow import parts_of
+from f2llm_ray.data.flow import Part, parts_of
 from f2llm_ray.data.near.find import find_groups
-from f2llm_ray.data.read import read_pairs, write_rows
-from f2llm_ray.data.schema import query_text, text_key
+from f2llm_ray.data.read import write_rows
+from f2llm_ray.data.reading.base import Piece, SourceBase
+from f2llm_ray.data.schema import query_text, seeded_key, text_key
+from f2llm_ray.data.settings import Data, TokenizerSection
 from f2llm_ray.data.table import samples, write_table
 from f2llm_ray.data.tokens.build import write_store
 from f2llm_ray.data.tokens.tokenizer import open_tokenizer, save_tokenizer, train_tokenizer
-from f2llm_ray.evaluate.settings import SourceSet
-from f2llm_ray.evaluate.tasks.bitext import bitext_of_pairs
-from f2llm_ray.evaluate.tasks.kinds import task_of
-from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
-from f2llm_ray.evaluate.tasks.task import Task
-from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.report.data_card import write_card
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.inputs import Inputs
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SAMPLES_PER_SOURCE = 3
+LAYOUT = "layout.json"
 
 
-def prepare(recipe: Recipe, folder: Folder) -> dict[str, Any]:
-    """Runs all data steps; parts that an earlier try has written are not read again.
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """All that the data steps are told."""
+
+    sources: Mapping[str, SourceBase]
+    """By name, in the recipe's order: batches are drawn from them in turn."""
+    settings: Data
+    tokenizer: TokenizerSection
+    backbone: str | None
+    """Brings the tokenizer where `tokenizer` says none."""
+    seed: int
+    inputs: Inputs
+    """Contents of all files that are read, those of a source as "sources.<name>"."""
+    screened: Mapping[str, Screened]
+    """What evaluation sets, by name, ask and answer: rows that hold it are not trained on."""
+
+    @property
+    def instructions(self) -> dict[str, str]:
+        """What is said before the queries of each source in stages with instructions."""
+        return {name: source.query_instruction for name, source in self.sources.items()}
+
+
+def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs all data steps.
+
+    Parts that this or another run in the root has written are not read again; an interrupted call goes on with
+    the files that are there.
 
     Args:
-        recipe: the run's recipe.
-        folder: the stage's folder. It gets `sets/`, `rows/`, `near/`, `table/`, `removed/`, `tokenizer/`,
-            `tokens/`, and the data card as card.json and card.html.
+        task: what to do.
+        folder: the stage's folder. It gets `rows/`, `near/`, `table/`, `removed/`, `tokenizer/` and `tokens/`.
+        known: folder in the root that remembers which parts were read, by their keys.
 
     Returns:
-        What the manifest says: `rows` (each step's in, out and dropped by reason), `languages`, `sources`,
-        `texts`, `tokens`, `vocabulary`.
+        Facts for the manifest: `rows` (each step's in, out and dropped by reason), `languages`, `sources`, `texts`,
+        `tokens`, `vocabulary`; and the parts of the data card that are counts.
 
     Raises:
         DataError: a source that cannot be read, or one of which nothing is left.
     """
-    clock = _Clock()
-    sets = [_evaluation_set(recipe, name) for name in recipe.evaluation.sets]
-    for found in sets:
-        found.write(folder / "sets" / found.name)
-    clock.lap("sets", sum(len(texts) for found in sets for texts in found.screened()))
-    parts = parts_of(recipe.sources)
-    account = write_rows(recipe, parts, make_screen(sets, recipe.data.decontaminate), folder / "rows")
+    clock, settings, shards = _Clock(), task.settings, _shards(task, folder)
+    screen = make_screen(task.screened, settings.decontaminate)
+    parts = parts_of(task.sources, _part_key(task))
+    account = write_rows(task.sources, settings, parts=parts, screen=screen, rows=folder / "rows", known=known)
     clock.lap("read", account.rows)
     near = None
-    if recipe.data.near_dedup is not None:
-        near = find_groups(recipe, parts, folder)
+    if settings.near_dedup is not None:
+        tasks = {name: source.task for name, source in task.sources.items()}
+        near = find_groups(settings.near_dedup, tasks, parts, folder, shards)
         clock.lap("near_dedup", near["documents"])
     left = account.left
-    write_table(recipe, parts, folder, account)
-    for name in recipe.sources:
+    write_table(task.sources, settings, task.seed, parts=parts, prepared=folder, account=account, shards=shards)
+    for name in task.sources:
         if not account.kept(name):
             reasons = account.dropped(name) or "it gave no rows"
             raise DataError(f"source {name!r}: no row is left after {', '.join(STEPS)}: {reasons}")
     clock.lap("dedup", left)
-    tokenizer = _tokenizer(recipe, folder)
+    tokenizer = _tokenizer(task, folder)
     clock.lap("tokenizer", account.left)
-    texts, tokens = write_store(recipe, tokenizer, folder, folder / "tokens")
+    texts, tokens = write_store(
+        task.instructions, settings.max_tokens, shards, tokenizer, folder, folder / "tokens"
+    )
     clock.lap("tokens", texts)
     if near is not None:
-        near["samples"] = [
-            sample for name in recipe.sources for sample in samples(folder, parts, name, NEAR, SAMPLES_PER_SOURCE)
-        ]
-    sources = {
-        name: {"task": source.task, "licence": source.licence, "instruction": source.query_instruction}
-        for name, source in recipe.sources.items()
-    }
+        near["samples"] = _samples(task, folder, parts)
     facts = {"texts": texts, "tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}
     counted = account.card()
-    write_card(
-        folder,
-        {
-            "name": recipe.name,
-            "sources": sources,
-            **counted,
-            "near_dedup": near,
-            **facts,
-            "seconds": clock.laps,
-        },
-    )
+    card = {**counted, "near_dedup": near, **facts, "seconds": clock.laps}
+    kept = {name: {"rows": account.kept(name)} for name in task.sources}
     return {
         "rows": counted["steps"],
         "languages": account.languages(),
-        "sources": {name: {**source, "rows": account.kept(name)} for name, source in sources.items()},
+        "sources": kept,
         **facts,
         "step_seconds": clock.laps,
-    }
+    }, card
 
 
 class _Clock:
@@ -120,29 +129,49 @@ class _Clock:
         self._last = now
 
 
-def _evaluation_set(recipe: Recipe, name: str) -> Task:
-    setting = recipe.evaluation.sets[name]
-    if not isinstance(setting, SourceSet):
-        return task_of(name, setting)
-    pairs = read_pairs(name, setting.source, recipe.data)
-    make = bitext_of_pairs if setting.kind == "bitext" else from_pairs
-    return make(pairs, name=name, instruction=setting.source.query_instruction, max_queries=setting.max_queries)
+def _shards(task: Preparation, folder: Folder) -> int:
+    """Key ranges of the files between steps: as many as the try began with whose files are there."""
+    if not folder.exists(LAYOUT):
+        folder.write_json(LAYOUT, {"shards": task.settings.shards})
+    return int(folder.read_json(LAYOUT)["shards"])
 
 
-def _tokenizer(recipe: Recipe, folder: Folder) -> Tokenizer:
-    settings = recipe.tokenizer
-    if settings.train_vocab is not None:
-        tokenizer = train_tokenizer(_texts(recipe, folder), settings.train_vocab)
+def _part_key(task: Preparation) -> Any:
+    """What gives the key of a part: a hash of all that its rows depend on, and of nothing else."""
+    settings = task.settings.identity()
+    del settings["validation"], settings["max_tokens"]  # rows are split and cut later
+    shared = [settings, task.screened, [entry.digest for entry in task.inputs.get("language_id", ())]]
+    shared_key = seeded_key(json.dumps(shared, sort_keys=True)).hex()
+    digests = {entry.uri: entry.digest for entries in task.inputs.values() for entry in entries}
+
+    def key(name: str, pieces: tuple[Piece, ...]) -> str:
+        source = task.sources[name]
+        said = {field: value for field, value in source.identity().items() if field != "cap"}
+        content = [[digests[uri] for uri in source.piece_inputs(piece)] for piece in pieces]
+        places = [{field: value for field, value in piece.items() if value not in digests} for piece in pieces]
+        return seeded_key(shared_key, json.dumps([name, said, content, places], sort_keys=True)).hex()
+
+    return key
+
+
+def _samples(task: Preparation, folder: Folder, parts: list[Part]) -> list[dict[str, Any]]:
+    """Near-duplicates that were taken out, for a person to look at."""
+    return [sample for name in task.sources for sample in samples(folder, parts, name, NEAR, SAMPLES_PER_SOURCE)]
+
+
+def _tokenizer(task: Preparation, folder: Folder) -> Tokenizer:
+    if task.tokenizer.train_vocab is not None:
+        tokenizer = train_tokenizer(_texts(task, folder), task.tokenizer.train_vocab)
     else:
-        tokenizer = open_tokenizer(settings.path or str(recipe.backbone.path))
+        tokenizer = open_tokenizer(task.tokenizer.path or str(task.backbone))
     with (folder / "tokenizer").writing() as path:
-        save_tokenizer(path, tokenizer, recipe.data.max_tokens)
+        save_tokenizer(path, tokenizer, task.settings.max_tokens)
     return tokenizer
 
 
-def _texts(recipe: Recipe, folder: Folder) -> Iterator[str]:
+def _texts(task: Preparation, folder: Folder) -> Iterator[str]:
     """Distinct texts of the corpus, the files in a fixed mixed order so that a sample sees every source."""
-    yield from (query_text("", source.query_instruction) for source in recipe.sources.values())
+    yield from (query_text("", instruction) for instruction in task.instructions.values())
     rows, seen = folder / "rows", set[bytes]()
     for name in sorted(rows.files(".parquet"), key=text_key):
         table = rows.read_table(name, ["drop", "query", "passage"])

@@ -1,8 +1,14 @@
-"""Reading: the one pass over the text. Each part is read, cleaned, understood, screened, keyed and written."""
+"""Reading: the one pass over the text, from the files of the sources to one file of rows per part.
+
+A row is read, cleaned, given its language, compared with the evaluation sets, and given the keys of its texts.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,7 +28,6 @@ from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
 from f2llm_ray.data.schema import ROW
 from f2llm_ray.data.settings import Data
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -38,72 +43,130 @@ WRITTEN = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
 # Two texts with this Jaccard say the same where near dedup accepts every candidate.
 NEAR_EQUAL = 0.7
 PAIR = ["query", "passage", "language"]
+BAD = "read: "
+"""What the tag of a malformed row begins with."""
 
 
-def write_rows(recipe: Recipe, parts: list[Part], screen: Screen | None, rows: Folder) -> Account:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What every task of the reading is told."""
+
+    sources: Mapping[str, SourceBase]
+    settings: Data
+    screen: ObjectRef[Screen | None]
+    """The texts of the evaluation sets."""
+    identifier: Identifier | None
+    rows: Folder
+    """Gets one file per part."""
+    known: Folder
+    """Where the root remembers which file holds a part, by the part's key."""
+
+
+def write_rows(
+    sources: Mapping[str, SourceBase],
+    settings: Data,
+    *,
+    parts: list[Part],
+    screen: Screen | None,
+    rows: Folder,
+    known: Folder,
+) -> Account:
     """Writes the rows of every part with all their tags, and counts them.
 
-    A part that an earlier try has written is not read again.
+    A part that this or another run in the root has written under the same key is not read again.
 
     Args:
-        recipe: the run's recipe.
-        parts: the parts of its sources.
+        sources: the sources by name.
+        settings: cleaning, languages and near-duplicates.
+        parts: the parts of the sources.
         screen: the texts of the evaluation sets.
         rows: folder that gets one file per part.
+        known: folder in the root that remembers parts by their keys.
+
+    Raises:
+        DataError: a malformed file, or a malformed row where `on_bad_row` is "error".
     """
     import ray
 
-    language_id = recipe.data.language_id
-    identifier = None if language_id is None else Identifier(language_id)
-    write = partial(_write_part, recipe=recipe, screen=ray.put(screen), identifier=identifier, rows=rows)
+    identifier = None if settings.language_id is None else Identifier(settings.language_id)
+    task = Reading(
+        sources=dict(sources),
+        settings=settings,
+        screen=ray.put(screen),
+        identifier=identifier,
+        rows=rows,
+        known=known,
+    )
     account = Account()
     progress = Progress("prepare: read", len(parts), "parts")
-    done = 0
-    for batch in checked(map_parts(parts, write).iter_batches(batch_size=None, batch_format="pyarrow")):
+    done = kept = 0
+    read = map_parts(parts, partial(_write_part, task=task))
+    for batch in checked(read.iter_batches(batch_size=None, batch_format="pyarrow")):
         for row in batch.to_pylist():
             for found in json.loads(row["account"]):
                 account.add_part(row["source"], found)
-            done += 1
-        progress.update(done, f"{account.rows:,} rows")
+            done, kept = done + 1, kept + row["kept"]
+        progress.update(done, f"{account.rows:,} rows", *([f"{kept:,} parts read before"] if kept else []))
     return account
 
 
-def _write_part(
-    part: Part,
-    *,
-    recipe: Recipe,
-    screen: ObjectRef[Screen | None],
-    identifier: Identifier | None,
-    rows: Folder,
-) -> Tables:
+def _write_part(part: Part, *, task: Reading) -> Tables:
     import ray
 
-    source = recipe.sources[part.source]
-    if not rows.exists(part.file):
-        index = ray.get(screen)
+    source = task.sources[part.source]
+    kept = task.rows.exists(part.file) or _bring(part, task)
+    if not kept:
+        index = ray.get(task.screen)
         tables = (
-            add_keys(decontaminate(_found(table, recipe.data, identifier), index), source.query_instruction)
+            add_keys(decontaminate(_found(table, task), index), source.query_instruction)
             .select(WRITTEN.names)
             .cast(WRITTEN)
-            for table in _cleaned(part, source, recipe.data)
+            for table in _cleaned(part, source, task.settings)
         )
-        rows.write_table(part.file, tables, WRITTEN)
+        task.rows.write_table(part.file, tables, WRITTEN)
+        task.known.write_json(f"{part.key}.json", {"file": f"{task.rows.uri}/{part.file}"})
     columns = ["language", "query", "passage", "drop", *FOUND.names, *NEGATIVES.names]
-    account = [part_account(table) for table in rows.read_batches(part.file, columns)]
-    yield pa.table({"source": [part.source], "account": [json.dumps(account)]})
+    account = [part_account(table) for table in task.rows.read_batches(part.file, columns)]
+    if task.settings.on_bad_row == "error" and any(_has_bad_rows(found) for found in account):
+        for _ in _cleaned(
+            part, source, task.settings
+        ):  # it was read while bad rows were skipped: now name the first
+            continue
+    yield pa.table({"source": [part.source], "account": [json.dumps(account)], "kept": [int(kept)]})
 
 
-def _found(rows: pa.Table, settings: Data, identifier: Identifier | None) -> pa.Table:
+def _bring(part: Part, task: Reading) -> bool:
+    """Takes the rows of a part over from where the root remembers them; False where it does not."""
+    if not task.known.exists(f"{part.key}.json"):
+        return False
+    folder, _, name = task.known.read_json(f"{part.key}.json")["file"].rpartition("/")
+    found = Folder.at(folder)
+    if not found.exists(name):
+        return False
+    with task.rows.replacing(part.file) as temporary:
+        if found.local is not None:
+            os.link(found.local / name, temporary)  # files of rows are never changed, only replaced
+        else:
+            found.filesystem.copy_file(f"{found.path}/{name}", temporary)
+    return True
+
+
+def _has_bad_rows(account: Mapping[str, object]) -> bool:
+    rows = account["rows"]
+    return isinstance(rows, list) and any(drop is not None and drop.startswith(BAD) for _, drop, _ in rows)
+
+
+def _found(rows: pa.Table, task: Reading) -> pa.Table:
     """Adds the columns of `FOUND` and `NEGATIVES`."""
     given = lengths_of(rows["negatives"].combine_chunks())
     rows = rows.append_column("given_negatives", pa.array(given, pa.int32()))
-    if settings.near_dedup is not None:
-        threshold = settings.near_dedup.min_jaccard or NEAR_EQUAL
-        rows = drop_near_positives(rows, size=settings.near_dedup.shingle, min_jaccard=threshold)
+    near = task.settings.near_dedup
+    if near is not None:
+        rows = drop_near_positives(rows, size=near.shingle, min_jaccard=near.min_jaccard or NEAR_EQUAL)
     else:
         rows = rows.append_column("dropped_negatives", pa.array(np.zeros(len(rows)), pa.int32()))
-    if identifier is not None:
-        return identifier.tag(rows)
+    if task.identifier is not None:
+        return task.identifier.tag(rows)
     for field in FOUND:
         rows = rows.append_column(field, pa.nulls(len(rows), field.type))
     return rows

@@ -84,34 +84,6 @@ class Data(Section):
     """Number of key ranges that tables and tokens are written in; one is held in memory at a time."""
 
 
-class Mine(Section):
-    """Hard-negative mining within each retrieval source; the defaults are the paper's predecessor's."""
-
-    model: Content[str]
-    """The stage whose model mines ("untrained" or one of `stages`), or a model folder. The stages after it, or all
-    of them, train on what it found."""
-    sources: Output[tuple[str, ...] | None] = None
-    """Names of the retrieval sources that are mined; all when unset."""
-    count: Output[int] = Field(default=24, ge=1)
-    """Negatives per row, those that the source brought included."""
-    top_k: Output[int] = Field(default=100, ge=1)
-    """Nearest passages that are looked at, positives not counted."""
-    skip: Output[int] = Field(default=5, ge=0)
-    """The nearest of them that are left out, being likely positives that nobody marked."""
-    max_score: Output[float] = Field(default=0.8, gt=0, le=1)
-    """Largest cosine to the query."""
-    relative_margin: Output[float | None] = Field(default=0.95, gt=0, le=1)
-    """Largest cosine to the query as a share of the positive's."""
-    absolute_margin: Output[float | None] = Field(default=None, ge=0, le=2)
-    """Least distance of the cosine below the positive's."""
-
-    @model_validator(mode="after")
-    def _leaves_some(self) -> Mine:
-        if self.skip >= self.top_k:
-            raise ValueError(f"skip ({self.skip}) leaves nothing of top_k ({self.top_k})")
-        return self
-
-
 class TokenizerSection(Section):
     """Either an existing tokenizer or one trained on the corpus."""
 

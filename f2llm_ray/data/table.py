@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,9 +21,10 @@ from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of
+from f2llm_ray.data.reading.base import SourceBase
 from f2llm_ray.data.schema import KEY, key_numbers
+from f2llm_ray.data.settings import Data
 from f2llm_ray.data.split import is_validation
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 READ_COLUMNS = ["source", "language", "passage_language", "label", *KEYS.names]
@@ -33,25 +34,43 @@ ID_COLUMNS = [*READ_COLUMNS, *GROUPS.names, *PLACE_COLUMNS]
 REMOVED_COLUMNS = ["language", "drop", *PLACE_COLUMNS, "kept_piece", "kept_position"]
 
 
-def write_table(recipe: Recipe, parts: list[Part], prepared: Folder, account: Account) -> None:
+def write_table(
+    sources: Mapping[str, SourceBase],
+    settings: Data,
+    seed: int,
+    *,
+    parts: list[Part],
+    prepared: Folder,
+    account: Account,
+    shards: int,
+) -> None:
     """Dedups ids by query group, then writes `table/<source>.parquet`, and `removed/` for the rest.
 
     Args:
-        recipe: the run's recipe.
-        parts: the parts of its sources.
+        sources: the sources by name, in order.
+        settings: of near-duplicates and of the split.
+        seed: of the negatives that are drawn from labels.
+        parts: the parts of the sources.
         prepared: folder with `rows/`, and `near/` where near-duplicates were looked for.
         account: gets the rows and negatives that were taken out.
+        shards: key ranges.
 
     Raises:
         DataError: a classification or clustering source without any negative.
     """
-    near = prepared / "near" / "groups" if recipe.data.near_dedup is not None else None
-    shards = recipe.data.shards
-    ids = map_parts(parts, partial(_read_ids, recipe=recipe, rows=prepared / "rows", near=near, shards=shards))
+    near = prepared / "near" / "groups" if settings.near_dedup is not None else None
+    labels = frozenset(name for name, source in sources.items() if source.task == "classification")
+    ids = map_parts(parts, partial(_read_ids, labels=labels, rows=prepared / "rows", near=near, shards=shards))
     unique = map_groups(ids, "shard", partial(_settle, near=near, shards=shards))
-    written = map_groups(unique, "source", partial(_write_source, recipe=recipe, prepared=prepared))
+    written = map_groups(
+        unique,
+        "source",
+        partial(
+            _write_source, sources=dict(sources), validation=settings.validation, seed=seed, prepared=prepared
+        ),
+    )
     for row in written.iter_rows():
-        task = recipe.sources[row["source"]].task
+        task = sources[row["source"]].task
         if task != "retrieval" and row["kept"] and not row["with_negatives"]:
             raise DataError(
                 f"source {row['source']!r}: none of its {row['kept']:,} rows has a negative, and {task} learns "
@@ -72,17 +91,16 @@ def _opened(near: Folder | None, shards: int) -> Iterator[Groups]:
             yield Groups(folder, shards)
 
 
-def _read_ids(part: Part, *, recipe: Recipe, rows: Folder, near: Folder | None, shards: int) -> Tables:
+def _read_ids(part: Part, *, labels: frozenset[str], rows: Folder, near: Folder | None, shards: int) -> Tables:
     ids = rows.read_table(part.file, [*READ_COLUMNS, "drop"])
     constants = {"piece": part.number, "source_rank": part.source_rank}
     for name, value in constants.items():
         ids = ids.append_column(name, pa.array(np.full(len(ids), value), pa.int64()))
     ids = ids.append_column("position", pa.array(np.arange(len(ids)), pa.int64()))
     ids = ids.filter(pc.is_null(ids["drop"])).drop_columns(["drop"])
-    labels = recipe.sources[part.source].task == "classification"
     with _opened(near, shards) as groups:
         # Two labels that read alike are still two.
-        passage = ids["passage_key"] if labels else groups.of_array(ids["passage_key"])
+        passage = ids["passage_key"] if part.source in labels else groups.of_array(ids["passage_key"])
         ids = ids.append_column("query_group", groups.of_array(ids["query_key"]))
         ids = ids.append_column("passage_group", passage)
     yield ids.append_column("shard", pa.array(shard_of(key_numbers(ids["query_group"]), shards)))
@@ -94,9 +112,11 @@ def _settle(ids: pa.Table, *, near: Folder | None, shards: int) -> pa.Table:
         return drop_positives(dedup(ids), groups)
 
 
-def _write_source(ids: pa.Table, *, recipe: Recipe, prepared: Folder) -> pa.Table:
+def _write_source(
+    ids: pa.Table, *, sources: Mapping[str, SourceBase], validation: float, seed: int, prepared: Folder
+) -> pa.Table:
     name = ids["source"][0].as_py()
-    source = recipe.sources[name]
+    source = sources[name]
     ids = ids.sort_by([(column, "ascending") for column in ("row_key", *PLACE_COLUMNS)])
     left = pc.is_null(ids["drop"])
     if source.cap is not None:  # keys are hashes: the first rows are a random draw
@@ -110,10 +130,10 @@ def _write_source(ids: pa.Table, *, recipe: Recipe, prepared: Folder) -> pa.Tabl
     dropped = int(pc.sum(kept["dropped_negatives"]).as_py() or 0)
     kept = kept.select(ID_COLUMNS)
     if source.task == "classification":
-        kept = label_negatives(kept, source=name, seed=recipe.seed)
+        kept = label_negatives(kept, source=name, seed=seed)
     elif source.task == "clustering":
-        kept = class_negatives(kept, source=name, seed=recipe.seed)
-    split = is_validation(kept["row_key"].combine_chunks(), recipe.data.validation)
+        kept = class_negatives(kept, source=name, seed=seed)
+    split = is_validation(kept["row_key"].combine_chunks(), validation)
     kept = kept.append_column("validation", split)
     (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)
     lost = json.dumps(count_by(removed, "language", "drop"))

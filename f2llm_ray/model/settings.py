@@ -38,8 +38,10 @@ class Quantize(Section):
 class Prune(Section):
     """Structured pruning of a model into a smaller stock one; a part that is not named stays whole."""
 
-    model: Neutral[str]
-    """The model to prune: a contrastive stage, or "untrained" for the backbone itself."""
+    kind: Neutral[Literal["prune"]] = "prune"
+    model: Neutral[str | None] = None
+    """The model to prune, such as a contrastive stage, or "untrained" for the backbone itself; the one before it
+    when unset."""
     layers: Output[int | None] = Field(default=None, ge=1)
     hidden: Output[int | None] = Field(default=None, ge=8)
     """Channels of the residual stream, which is the size of the vectors."""

@@ -115,7 +115,9 @@ def _apply(settings: Settings, override: str) -> None:
 
 
 def _describe(section: type[Section], details: Any) -> str:
-    where = ".".join(str(part) for part in details["loc"])
+    # The classes of a union are steps of pydantic's path, but no keys of the recipe.
+    tags = {kind.__name__ for kind in _sections(section)}
+    where = ".".join(str(part) for part in details["loc"] if part not in tags)
     if details["type"] == "extra_forbidden":
         allowed = _allowed(section, details["loc"][:-1])
         return f"{where}: unknown key" + (f"; allowed here: {', '.join(allowed)}" if allowed else "")
@@ -137,6 +139,12 @@ def _allowed(section: type[Section], path: Sequence[str | int]) -> list[str]:
         ]
         kinds = below or tagged or kinds
     return sorted({name for kind in kinds for name in kind.model_fields})
+
+
+def _sections(section: type[Section]) -> set[type[Section]]:
+    """The section and all sections inside it."""
+    inner = {leaf for field in section.model_fields.values() for leaf in _leaves(field)}
+    return {section}.union(*map(_sections, inner))
 
 
 def _leaves(annotation: Any) -> list[type[Section]]:

@@ -1,18 +1,14 @@
-"""Where a run lives: a root on any filesystem, one folder per stage, and a manifest that says it is finished."""
+"""Folders on a local disk or in any object store."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import platform
 import tempfile
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
-
-LIBRARIES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -198,97 +191,3 @@ def _fsspec(uri: str) -> tuple[fs.FileSystem, str]:
     except (ValueError, ImportError, OSError) as error:
         raise RunError(f"{uri}: cannot be opened: {error}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stage of a run, known by what goes into it."""
-
-    name: str
-    """Name of the stage, as in its folder and in the report."""
-    settings: Mapping[str, Any]
-    """The slice of the recipe that decides its output, as plain JSON values."""
-    parents: tuple[Stage, ...] = field(default=())
-
-    @property
-    def hash(self) -> str:
-        """8 hex digits over name, settings and parents: a change in any of them is another stage."""
-        content = [self.name, self.settings, [parent.hash for parent in self.parents]]
-        canonical = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:8]
-
-    @property
-    def folder_name(self) -> str:
-        """Folder of the stage below the root."""
-        return f"{self.name}-{self.hash}"
-
-
-class Run:
-    """A run's root: finds finished stages and writes manifests."""
-
-    def __init__(self, root: str) -> None:
-        self.root = Folder.at(root)
-
-    def folder(self, stage: Stage) -> Folder:
-        """Where a stage's output is or will be."""
-        return self.root / stage.folder_name
-
-    def manifest(self, stage: Stage) -> dict[str, Any] | None:
-        """The manifest of a finished stage, or None: whatever its folder holds, it is not finished then."""
-        folder = self.folder(stage)
-        if not folder.exists("manifest.json"):
-            return None
-        manifest: dict[str, Any] = folder.read_json("manifest.json")
-        return manifest
-
-    def require(self, stage: Stage, command: str) -> Folder:
-        """Folder of a stage that must be finished.
-
-        Raises:
-            RunError: it is not; the message names the command that makes it.
-        """
-        if self.manifest(stage) is None:
-            raise RunError(f"{self.folder(stage).uri}: stage {stage.name!r} is not finished; run {command} first")
-        return self.folder(stage)
-
-    def finish(self, stage: Stage, *, started: float, **facts: Any) -> dict[str, Any]:
-        """Writes the manifest, the last file of a stage.
-
-        Args:
-            stage: the stage whose output is complete.
-            started: `time.time()` when its work began.
-            facts: what the stage counted and measured, as JSON values; `seconds` among them where the stage took
-                less than the time since it began.
-        """
-        manifest = {
-            "stage": stage.name,
-            "hash": stage.hash,
-            "settings": stage.settings,
-            "parents": {parent.name: parent.hash for parent in stage.parents},
-            "code_version": __version__,
-            "libraries": _library_versions(),
-            "device": device_name(),
-            "seconds": round(time.time() - started, 2),
-            **facts,
-        }
-        self.folder(stage).write_json("manifest.json", manifest)
-        return manifest
-
-
-def device_name() -> str:
-    """What computes here, in words."""
-    try:
-        import torch
-    except ImportError:
-        return platform.machine()
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-
-
-def _library_versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), **versions}

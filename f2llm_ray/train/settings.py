@@ -10,7 +10,7 @@ from f2llm_ray.base.section import Batches, Content, Effect, Neutral, Output, Se
 from f2llm_ray.data.schema import TASKS, Task
 
 
-class Engine(Section):
+class EngineSettings(Section):
     """The DeepSpeed engine and the shape of the work on each worker."""
 
     zero_stage: Neutral[Literal[0, 1, 2, 3]] = 2
@@ -47,6 +47,9 @@ class Merge(Section):
 class TrainStage(Section):
     """One contrastive stage. The defaults are those of the paper's public code."""
 
+    kind: Neutral[Literal["train", "distill"]] = "train"
+    model: Neutral[str | None] = None
+    """The model that it goes on from; the one before it when unset."""
     tasks: Batches[tuple[Task, ...]] = TASKS
     """Tasks whose sources are used."""
     sources: Batches[tuple[str, ...] | None] = None
@@ -101,7 +104,7 @@ class TrainStage(Section):
     """What `keep_best` goes by: the lowest validation loss, or the highest nDCG@10 on held-out retrieval rows."""
     merge: Neutral[Merge | None] = None
     """What comes after goes on from the merged model, where it does not name another; both are evaluated."""
-    engine: Engine = Engine()
+    engine: EngineSettings = EngineSettings()
 
     @model_validator(mode="after")
     def _merges(self) -> TrainStage:
@@ -122,12 +125,13 @@ class TrainStage(Section):
 
 
 class Distill(TrainStage):
-    """Training of the pruned model towards a teacher, beside the contrastive loss; docs/distillation.md."""
+    """Training of a model towards a teacher, beside the contrastive loss; docs/distillation.md."""
 
+    kind: Neutral[Literal["distill"]] = "distill"
     teacher: Content[str]
-    """The model that teaches: "untrained" or one of `stages`, or the path of a model folder of any run and width.
+    """The model that teaches: one of the run's, or the path of a model folder of any run and width.
     One with another tokenizer than the prepared data's needs cached vectors."""
-    teacher_vectors: Neutral[Literal["cached", "online"]] = "cached"
+    teacher_vectors: Output[Literal["cached", "online"]] = "cached"
     """Encode each distinct text of the stage's batches once, before it; or in every batch beside the student."""
     mse_weight: Output[float] = Field(default=1.0, ge=0)
     """Weight of the MSE between un-normalised vectors and the teacher's first dims (paper: 1)."""

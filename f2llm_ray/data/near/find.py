@@ -8,7 +8,7 @@ shuffle files; text is read once, and every step goes on from the files that are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,8 @@ from f2llm_ray.data.near.minhash import PRESETS, band_keys, signatures
 from f2llm_ray.data.near.shingle_store import ShingleStore, jaccards, write_shingles
 from f2llm_ray.data.near.shingles import Shingles, shingle
 from f2llm_ray.data.near.shuffle import Rows, read_shard, write_rows
-from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.schema import Task, key_numbers
 from f2llm_ray.data.settings import NearDedup
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -42,28 +41,32 @@ EDGES_IN_MEMORY = 5_000_000
 FACTS = "near.json"
 
 
-def find_groups(recipe: Recipe, parts: list[Part], prepared: Folder) -> dict[str, Any]:
+def find_groups(
+    settings: NearDedup, tasks: Mapping[str, Task], parts: list[Part], prepared: Folder, shards: int
+) -> dict[str, Any]:
     """Writes `near/`: the groups of all texts of the rows that are still in.
 
     Labels of classification sources take no part: two labels that read alike are still two.
 
     Args:
-        recipe: the run's recipe, with `data.near_dedup`.
-        parts: the parts of its sources, whose files hold the texts.
+        settings: how alike two texts must be.
+        tasks: the task of each source.
+        parts: the parts of the sources, whose files hold the texts.
         prepared: folder with `rows/`.
+        shards: key ranges.
 
     Returns:
         What the data card says of it: settings, curve, and the numbers of documents, pairs and groups.
     """
-    settings = recipe.data.near_dedup
-    assert settings is not None  # noqa: S101 - called because the recipe has it
-    near, shards = prepared / "near", recipe.data.shards
+    near = prepared / "near"
     if near.exists(FACTS):
         return dict(near.read_json(FACTS))
     lsh = PRESETS[settings.preset]
     say(f"prepare: near-duplicates, {curve_line(settings)}")
     numbers = [{"part": number} for number in range(len(parts))]
-    bands = partial(_bands, parts=parts, recipe=recipe, rows=prepared / "rows", near=near)
+    bands = partial(
+        _bands, parts=parts, settings=settings, tasks=tasks, rows=prepared / "rows", near=near, shards=shards
+    )
     list(each("prepare: bands", numbers, bands))
     tied = [{"shard": shard} for shard in range(shards)]
     tie = partial(_pairs, near=near, shards=shards)
@@ -94,10 +97,10 @@ def curve_line(settings: NearDedup) -> str:
     return f"{lsh.bands} bands of {lsh.rows}: pairs found by their Jaccard, {chances}"
 
 
-def _documents(part: Part, recipe: Recipe, rows: Folder) -> Iterator[tuple[Rows, list[str]]]:
+def _documents(part: Part, task: Task, rows: Folder) -> Iterator[tuple[Rows, list[str]]]:
     """The distinct texts of a part's rows that are still in, and their keys [n, 2], some thousand rows a time."""
     sides = {"query": "query_key"}
-    if recipe.sources[part.source].task != "classification":
+    if task != "classification":
         sides |= {"passage": "passage_key", "negatives": "negative_keys"}
     seen: set[bytes] = set()
     for table in rows.read_batches(part.file, [*sides, *sides.values(), "drop"]):
@@ -115,14 +118,22 @@ def _documents(part: Part, recipe: Recipe, rows: Folder) -> Iterator[tuple[Rows,
             yield np.frombuffer(b"".join(texts), ">u8").reshape(-1, 2).astype(np.uint64), list(texts.values())
 
 
-def _bands(item: Item, *, parts: list[Part], recipe: Recipe, rows: Folder, near: Folder) -> Item:
+def _bands(
+    item: Item,
+    *,
+    parts: list[Part],
+    settings: NearDedup,
+    tasks: Mapping[str, Task],
+    rows: Folder,
+    near: Folder,
+    shards: int,
+) -> Item:
     """Writes the band keys of a part's texts as rows (band, key, place), and their shingles at those places."""
-    part, settings = parts[item["part"]], recipe.data.near_dedup
-    assert settings is not None  # noqa: S101 - called because the recipe has it
+    part = parts[item["part"]]
     done = f"{part.number:06d}.done"
     if near.exists(f"bands/{done}"):
         return item
-    lsh, shards = PRESETS[settings.preset], recipe.data.shards
+    lsh = PRESETS[settings.preset]
     kept: list[Shingles] = []
     waiting: list[Rows] = []
     files = count = 0
@@ -136,7 +147,7 @@ def _bands(item: Item, *, parts: list[Part], recipe: Recipe, rows: Folder, near:
             waiting.clear()
             files += 1
 
-    for keys, texts in _documents(part, recipe, rows):
+    for keys, texts in _documents(part, tasks[part.source], rows):
         shingles = shingle(texts, settings.shingle)
         bands = band_keys(signatures(shingles, lsh.bands * lsh.rows), lsh)
         place = np.uint64(part.number << 32) + np.arange(count, count + len(texts), dtype=np.uint64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,6 @@ from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, key_numbers, query_text
 from f2llm_ray.data.tokens import store as tokens
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -28,11 +27,20 @@ QUERY, INSTRUCTED, PASSAGE, NEGATIVE = range(4)
 TOKENIZE_ROWS = 4096
 
 
-def write_store(recipe: Recipe, tokenizer: Tokenizer, prepared: Folder, store: Folder) -> tuple[int, int]:
+def write_store(
+    instructions: Mapping[str, str],
+    max_tokens: int,
+    shards: int,
+    tokenizer: Tokenizer,
+    prepared: Folder,
+    store: Folder,
+) -> tuple[int, int]:
     """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
     Args:
-        recipe: the run's recipe.
+        instructions: of every source's queries, by its name.
+        max_tokens: longest token list; longer texts are cut.
+        shards: key ranges.
         tokenizer: one that ends texts with EOS.
         prepared: folder with `rows/` and `table/`.
         store: gets the files.
@@ -42,17 +50,15 @@ def write_store(recipe: Recipe, tokenizer: Tokenizer, prepared: Folder, store: F
     """
     import ray.data
 
-    shards = recipe.data.shards
-    names = ray.data.from_items(
-        [{"source": name} for name in recipe.sources], override_num_blocks=len(recipe.sources)
-    )
+    names = ray.data.from_items([{"source": name} for name in instructions], override_num_blocks=len(instructions))
     places = names.map_batches(
         partial(_places, table=prepared / "table", shards=shards), batch_size=1, batch_format="pyarrow"
     )
     first = map_groups(places, "shard", first_places)
     tokenize = partial(
         _tokenize_part,
-        recipe=recipe,
+        instructions=dict(instructions),
+        max_tokens=max_tokens,
         tokenizer=tokenizer.to_str(),
         rows=prepared / "rows",
         store=store,
@@ -103,18 +109,26 @@ def first_places(places: pa.Table) -> pa.Table:
     return places.filter(pa.array(first))
 
 
-def _tokenize_part(places: pa.Table, *, recipe: Recipe, tokenizer: str, rows: Folder, store: Folder) -> pa.Table:
+def _tokenize_part(
+    places: pa.Table,
+    *,
+    instructions: Mapping[str, str],
+    max_tokens: int,
+    tokenizer: str,
+    rows: Folder,
+    store: Folder,
+) -> pa.Table:
     from tokenizers import Tokenizer as Tokenizers
 
     piece = places["piece"][0].as_py()
     places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
     loaded = Tokenizers.from_str(tokenizer)
     file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
-    texts = _texts(places, file, recipe.sources[file["source"][0].as_py()].query_instruction)
+    texts = _texts(places, file, instructions[file["source"][0].as_py()])
     with store.writing() as path:
         lengths = tokens.write_piece(
             path / f"{piece:06d}.bin",
-            (tokens.tokenize(loaded, batch, recipe.data.max_tokens) for batch in _batched(texts, TOKENIZE_ROWS)),
+            (tokens.tokenize(loaded, batch, max_tokens) for batch in _batched(texts, TOKENIZE_ROWS)),
         )
     return pa.table(
         {
