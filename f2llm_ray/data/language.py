@@ -47,7 +47,7 @@ def macrolanguage(language: str) -> str:
 
 
 def _entry(code: str) -> Any:
-    """The language with this code in ISO 639-3, the bibliographic part of 639-2 or 639-1; None for no such code."""
+    """The language with this code in ISO 639-3, 639-2 (bibliographic) or 639-1; None for no such code."""
     library = require("iso639", extra="language-id")
     languages = library.Language
     for find in (languages.from_part3, languages.from_part2b, languages.from_part1):

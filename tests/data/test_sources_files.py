@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.reading.base import BadRow, SourceBase
-from f2llm_ray.data.reading.columns import TABLE_ROWS, Columns
+from f2llm_ray.data.reading.columns import Columns
 from f2llm_ray.data.reading.datasets import DatasetsSource
-from f2llm_ray.data.reading.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
+from f2llm_ray.data.reading.files import F2llmSource, TableSource
+from f2llm_ray.data.reading.tables import TABLE_ROWS
 from f2llm_ray.data.schema import ROW, TASKS
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
@@ -78,16 +79,20 @@ def write_lines(path: Path, *lines: str | bytes | dict[str, Any]) -> str:
     return str(path)
 
 
-def parquet(*paths: Path | str, **settings: Any) -> ParquetSource:
-    return ParquetSource(paths=tuple(map(str, paths)), **settings)
+def parquet(*paths: Path | str, **settings: Any) -> TableSource:
+    return TableSource(format="parquet", paths=tuple(map(str, paths)), **settings)
 
 
-def jsonl(*paths: Path | str, **settings: Any) -> JsonlSource:
-    return JsonlSource(paths=tuple(map(str, paths)), **settings)
+def jsonl(*paths: Path | str, **settings: Any) -> TableSource:
+    return TableSource(format="jsonl", paths=tuple(map(str, paths)), **settings)
 
 
-def table_csv(*paths: Path | str, **settings: Any) -> CsvSource:
-    return CsvSource(paths=tuple(map(str, paths)), **settings)
+def table_csv(*paths: Path | str, **settings: Any) -> TableSource:
+    return TableSource(format="csv", paths=tuple(map(str, paths)), **settings)
+
+
+def tsv(*paths: Path | str, **settings: Any) -> TableSource:
+    return TableSource(format="tsv", paths=tuple(map(str, paths)), **settings)
 
 
 # --- what is written comes back -------------------------------------------------------------------------
@@ -512,9 +517,9 @@ def test_faults_of_a_dataset(tmp_path: Path) -> None:
 
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValidationError, match="column"):
-        ParquetSource.model_validate({"format": "parquet", "paths": ["a"], "column": {}})
+        TableSource.model_validate({"format": "parquet", "paths": ["a"], "column": {}})
     with pytest.raises(ValidationError, match="paths"):
-        ParquetSource(paths=())
+        TableSource(format="parquet", paths=())
 
 
 def test_the_recipe_of_the_f2llm_data_shows_each_task() -> None:

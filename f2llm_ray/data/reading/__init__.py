@@ -13,13 +13,11 @@ from pydantic import Field
 from f2llm_ray.data.reading.cldr import CldrKindSource, CldrNamesSource
 from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.docstrings import DocstringsSource
-from f2llm_ray.data.reading.files import CsvSource, F2llmSource, JsonlSource, ParquetSource
+from f2llm_ray.data.reading.files import F2llmSource, TableSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 
 Source: TypeAlias = Annotated[
-    ParquetSource
-    | JsonlSource
-    | CsvSource
+    TableSource
     | F2llmSource
     | DatasetsSource
     | GettextSource

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from f2llm_ray.base.section import Neutral, Output, Section
 from f2llm_ray.data.schema import ROW, Task
+from f2llm_ray.run.inputs import InputFile
 
 BadRow = Literal["error", "skip"]
 Piece = dict[str, Any]
@@ -47,6 +48,18 @@ class SourceBase(Section, ABC):
     def query_instruction(self) -> str:
         """The instruction of this source's queries."""
         return DEFAULT_INSTRUCTION[self.task] if self.instruction is None else self.instruction
+
+    @abstractmethod
+    def inputs(self, name: str) -> list[InputFile]:
+        """Lists what the source reads, in the order in which it is read.
+
+        Raises:
+            DataError: the source is not there.
+        """
+
+    @abstractmethod
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """URIs of those of `inputs` that a piece is read from."""
 
     @abstractmethod
     def pieces(self, name: str) -> list[Piece]:

@@ -16,6 +16,7 @@ from f2llm_ray.base.section import Output
 from f2llm_ray.data.language import iso639_3
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
 from f2llm_ray.data.schema import Task
+from f2llm_ray.run.inputs import InputFile
 
 Kind = Literal["territories", "languages", "scripts", "currencies", "units", "cities", "months", "weekdays"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -44,6 +45,16 @@ class LocalesSource(SourceBase):
     """Each locale says its own language."""
     kinds: Output[tuple[Kind, ...]] = KINDS
     """What the names are of."""
+
+    def inputs(self, name: str) -> list[InputFile]:
+        """Babel, known by its version."""
+        del name
+        return [InputFile("package:Babel", None, require("babel", extra="quickstart").__version__)]
+
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """Babel."""
+        del piece
+        return ["package:Babel"]
 
     def pieces(self, name: str) -> list[Piece]:
         """One per language, English left out."""

@@ -12,9 +12,11 @@ from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
-from f2llm_ray.data.reading.columns import TABLE_ROWS, Columns, check_schema, finish, texts_of
-from f2llm_ray.data.reading.paths import store_errors
+from f2llm_ray.data.reading.columns import Columns, finish, texts_of
+from f2llm_ray.data.reading.paths import find_files, store_errors
+from f2llm_ray.data.reading.tables import TABLE_ROWS, Rows, check_columns
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.inputs import InputFile
 
 PIECE_ROWS = 50_000
 SAVED = ("dataset_dict.json", "dataset_info.json")
@@ -32,12 +34,24 @@ class DatasetsSource(SourceBase):
     split: Output[str] = "train"
     columns: Columns = Columns()
 
+    def inputs(self, name: str) -> list[InputFile]:
+        """The files of a saved dataset; a dataset on the hub is one input, known by its name."""
+        folder = _saved_folder(self.path)
+        if folder is None:
+            return [InputFile(f"datasets:{self.path}", None, self.path)]
+        return find_files(folder, ("",), f"source {name!r}: {self.path}")
+
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """All of them, since rows of the files are known by their number in the whole."""
+        del piece
+        return [file.uri for file in self.inputs("")]
+
     def pieces(self, name: str) -> list[Piece]:
         """One per 50,000 rows."""
         path = _saved_folder(self.path)
         place = f"source {name!r}: {self.path}"
         dataset = self._load(path, place)
-        check_schema(dataset.features.arrow_schema, self.columns, place)
+        check_columns(dataset.features.arrow_schema, self.columns.kinds().items(), place)
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"{place}: found no rows in split {self.split!r}, expected at least one")
@@ -49,16 +63,11 @@ class DatasetsSource(SourceBase):
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one range of rows."""
         place = f"source {name!r}: {self.path}"
-        dataset = self._load(piece["folder"], place).select_columns(self.columns.used()).with_format("arrow")
+        columns = list(self.columns.kinds())
+        dataset = self._load(piece["folder"], place).select_columns(columns).with_format("arrow")
         for first in range(piece["start"], piece["stop"], TABLE_ROWS):
-            table = dataset[first : min(first + TABLE_ROWS, piece["stop"])]
-            yield finish(
-                self,
-                name,
-                texts_of(table, self.columns),
-                lambda row, first=first: f"{place}: row {first + row} (counted from 0)",  # type: ignore[misc]
-                bad_row,
-            )
+            rows = Rows(place, columns, dataset[first : min(first + TABLE_ROWS, piece["stop"])], first)
+            yield finish(self, name, texts_of(rows, self.columns), rows, bad_row)
 
     def _load(self, folder: str | None, place: str) -> Any:
         library = require("datasets", extra="datasets")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import platform
 import sysconfig
 import textwrap
 import tokenize
@@ -19,6 +20,7 @@ import pyarrow as pa
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
+from f2llm_ray.run.inputs import InputFile
 
 PIECE_FILES = 50
 TESTS = frozenset({"test", "tests", "idle_test"})
@@ -34,6 +36,16 @@ class DocstringsSource(SourceBase):
     """ISO 639-3 of the docstrings."""
     modules: Output[tuple[str, ...] | None] = None
     """Modules or packages of the standard library, such as "json"; all when unset, tests left out."""
+
+    def inputs(self, name: str) -> list[InputFile]:
+        """Python, known by its version."""
+        del name
+        return [InputFile("python", None, platform.python_version())]
+
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """Python."""
+        del piece
+        return ["python"]
 
     def pieces(self, name: str) -> list[Piece]:
         """One per 50 files.

@@ -24,6 +24,7 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.language import iso639_3
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase, rows_table
 from f2llm_ray.data.schema import Task, seeded_key
+from f2llm_ray.run.inputs import InputFile
 
 # Babel refuses the dates of some headers ("YEAR-MO-DA", "GMT"), which nothing here needs: their names are
 # overwritten by as many bytes, since a .mo file is addressed by offset.
@@ -46,6 +47,24 @@ class CatalogsSource(SourceBase):
     """Names of the catalogs that are read, without suffix; all when unset."""
     languages: Output[tuple[str, ...] | None] = None
     """ISO 639-3 of the languages that are read; all when unset."""
+
+    def inputs(self, name: str) -> list[InputFile]:
+        """The package, known by its version; all its catalogs where no installed distribution has its name.
+
+        Raises:
+            DataError: as `catalogs`.
+        """
+        try:
+            return [InputFile(f"package:{self.package}", None, metadata.version(self.package))]
+        except metadata.PackageNotFoundError:
+            place = f"source {name!r}: package {self.package!r}"
+            files = [_located(self.package, path.as_posix(), place) for path in self.catalogs(name)]
+            return [InputFile(str(file), file.stat().st_size) for file in files]
+
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """The package or, where that has no version, all its catalogs."""
+        del piece
+        return [file.uri for file in self.inputs("")]
 
     def catalogs(self, name: str) -> list[Path]:
         """Paths of the catalogs below the package's root, sorted.

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 Template = tuple[tuple[str, str | None], ...]
 """Pieces of text, each with the column that follows it, or None."""
-ASCII_SPACE = " \t\n\v\f\r"
 
 
 @lru_cache(maxsize=256)
@@ -34,15 +33,8 @@ def template(text: str) -> Template:
     return tuple((literal, column) for literal, column, _, _ in parts)
 
 
-def join(record: Mapping[str, str | None], parts: Template) -> str | None:
-    """What a template makes of one record; None where the record has no text for any of its columns."""
-    if not any((record.get(column) or "").strip(ASCII_SPACE) for _, column in parts if column):
-        return None
-    return "".join(literal + (record.get(column) or "" if column else "") for literal, column in parts)
-
-
 def join_columns(columns: Mapping[str, pa.Array], parts: Template) -> pa.Array:
-    """`join` for every row of text columns; their bytes may not be UTF-8, so nothing here looks at characters."""
+    """What a template makes of each row of text columns; null in rows without text for any of its columns."""
     pieces = [piece for literal, column in parts for piece in (literal, columns[column] if column else "")]
     text = pc.binary_join_element_wise(*pieces, "", null_handling="replace", null_replacement="")
     lengths = [pc.binary_length(pc.ascii_trim_whitespace(columns[column])) for _, column in parts if column]

@@ -1,0 +1,275 @@
+"""The reader of users' tables: parquet, JSON lines, CSV and TSV, by path or URI, a few thousand rows at a time.
+
+Training data, evaluation sets and bulk embedding read through it. A file, `TableFile`, is cut into `FilePart`s,
+and a part is read as `Rows`, whose columns are checked when they are asked for.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.reading.lines import CellLines, Numbered, Record, json_records
+from f2llm_ray.data.reading.paths import store_errors
+from f2llm_ray.data.reading.values import Fault, Faults, Kind, check_type, from_arrow, from_cells, from_python
+from f2llm_ray.run.folder import Folder
+
+Format = Literal["parquet", "jsonl", "csv", "tsv"]
+SUFFIXES: tuple[str, ...] = tuple(f".{name}" for name in get_args(Format))
+TABLE_ROWS = 4_096
+"""Rows per table: with 24 negatives of 4 kB each a table stays below the 2 GB that Arrow's offsets reach."""
+READ_BYTES = 1 << 20
+LINE_FEED = 10
+
+
+@dataclass
+class Rows:
+    """Some rows of a table that follow each other: an Arrow table, or a record for each row."""
+
+    place: str
+    """The file, for messages."""
+    names: list[str]
+    """The columns; of JSON lines, all keys that some row here has."""
+    content: pa.Table | list[Record]
+    first: int = 0
+    """Number within the file of the first row of an Arrow table."""
+    lines: list[int] = field(default_factory=list)
+    """Number of the first line of each record, from 1."""
+    cells: bool = False
+    """Whether records are of CSV, where every value is text."""
+    faults: Faults = field(default_factory=dict)
+    """Rows with something wrong: what was no record, and what `column` found since; the first fault of each."""
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def at(self, row: int) -> str:
+        """Names a row for a person: by its line where the file has lines, by its number within parquet."""
+        if self.lines:
+            return f"{self.place}:{self.lines[row]}"
+        return f"{self.place}: row {self.first + row} (counted from 0)"
+
+    def column(self, name: str, kind: Kind, *, field: str | None = None, required: bool = False) -> pa.Array:
+        """A column as an array of `values.TYPES`; it is null in rows with a fault, which go to `faults`.
+
+        Args:
+            name: the column.
+            kind: what it holds.
+            field: what rows call it, where the reasons of faults shall say that.
+            required: every record must have the key, though its value may be null.
+
+        Raises:
+            DataError: no row has the column, or it is of another kind as a whole.
+        """
+        if isinstance(self.content, pa.Table):
+            check_columns(self.content.schema, [(name, kind)], self.place)
+            array, faults = from_arrow(self.content[name], name, kind, field)
+        else:
+            values = [record.get(name) for record in self.content]
+            try:
+                array, faults = (from_cells if self.cells else from_python)(values, name, kind, field)
+            except (pa.ArrowException, OverflowError) as error:
+                raise DataError(f"{self.place}: column {name!r}: found values of several types: {error}") from None
+            if required:
+                faults |= {
+                    row: Fault(f"no {field or name}", f"found no key {name!r}, expected it beside {list(record)}")
+                    for row, record in enumerate(self.content)
+                    if name not in record
+                }
+        self.faults = {**faults, **self.faults}
+        return array
+
+    def slice(self, start: int, stop: int | None) -> Rows:
+        """Some rows of an Arrow table, none of whose columns has been asked for yet."""
+        content = self.content[start:stop]
+        return Rows(self.place, self.names, content, self.first + start)
+
+    def refuse_faults(self) -> None:
+        """Raises a DataError for the first row with a fault, if there is one."""
+        if self.faults:
+            row = min(self.faults)
+            raise DataError(f"{self.at(row)}: {self.faults[row].message}")
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A part of a file that is read at a time."""
+
+    first_row: int = 0
+    """Number of its first row within the file; of JSON lines, of its first line, counted from 0."""
+    row_group: int | None = None
+    start: int = 0
+    """Its first row within the row group (parquet), or its first byte within the file (JSON lines)."""
+    stop: int | None = None
+    """The row or byte after its last one; None for all that follow."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A user's file with a table. Methods raise DataError where it cannot be read or is of another format."""
+
+    uri: str
+    format: Format
+    place: str
+    """What messages call it."""
+
+    @classmethod
+    def at(cls, uri: str) -> TableFile:
+        """A file whose suffix says its format.
+
+        Raises:
+            DataError: another suffix.
+        """
+        for name in get_args(Format):
+            if uri.endswith(f".{name}"):
+                return cls(uri, name, uri)
+        raise DataError(f"{uri}: expected a {listed(SUFFIXES)} file")
+
+    def schema(self) -> pa.Schema | None:
+        """The columns with their types, null in CSV and TSV, which have none; None for JSON lines."""
+        if self.format == "parquet":
+            with self._parquet() as file:
+                return file.schema_arrow
+        if self.format == "jsonl":
+            return None
+        with self._stream(FilePart()) as stream:
+            return pa.schema([(name, pa.null()) for name in self._cells(stream).names])
+
+    def parts(self, max_rows: int | None = None) -> list[FilePart]:
+        """The parts of the file in their order.
+
+        Parquet is cut into row groups, and JSON lines into runs of lines, for which the file is read once. CSV and
+        TSV files are one part, since a field may have line ends.
+
+        Args:
+            max_rows: rows, or lines, of a part at most; None cuts no row groups and leaves text files whole.
+        """
+        if self.format == "parquet":
+            return list(self._row_groups(max_rows))
+        return [FilePart()] if max_rows is None or self.format != "jsonl" else list(self._runs_of_lines(max_rows))
+
+    def read(self, part: FilePart, columns: Collection[str]) -> Iterator[Rows]:
+        """Reads a row group, or a text file, `TABLE_ROWS` at a time; of parquet only these columns."""
+        if part.row_group is None:
+            yield from self._records(part, TABLE_ROWS)
+            return
+        first = part.first_row
+        with self._parquet() as file:
+            names = file.schema_arrow.names
+            for batch in file.iter_batches(
+                TABLE_ROWS, row_groups=[part.row_group], columns=_among(names, columns)
+            ):
+                yield Rows(self.place, names, pa.Table.from_batches([batch]), first)
+                first += len(batch)
+
+    def read_whole(self, columns: Collection[str], part: FilePart | None = None) -> Rows:
+        """Reads at once a file, the whole row group that a part is of, or a run of lines."""
+        if self.format != "parquet":
+            return next(self._records(part or FilePart(), None), Rows(self.place, [], []))
+        with self._parquet() as file:
+            names = file.schema_arrow.names
+            if part is None or part.row_group is None:
+                return Rows(self.place, names, file.read(_among(names, columns)))
+            table = file.read_row_group(part.row_group, _among(names, columns))
+            return Rows(self.place, names, table, part.first_row - part.start)
+
+    @contextmanager
+    def _parquet(self) -> Iterator[pq.ParquetFile]:
+        """The file, open as parquet."""
+        folder = Folder.at(self.uri)
+        try:
+            with folder.filesystem.open_input_file(folder.path) as stream, pq.ParquetFile(stream) as file:
+                yield file
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{self.place}: found a damaged file or another format, expected Parquet: {error}"
+            ) from None
+        except store_errors() as error:
+            raise DataError(f"{self.place}: cannot be read: {error}") from None
+
+    @contextmanager
+    def _stream(self, part: FilePart) -> Iterator[Iterable[bytes]]:
+        """The bytes of a part, which are iterated by line."""
+        folder = Folder.at(self.uri)
+        try:
+            if part.stop is None:
+                with io.BufferedReader(folder.filesystem.open_input_stream(folder.path), READ_BYTES) as stream:
+                    yield stream
+                return
+            with folder.filesystem.open_input_file(folder.path) as file:
+                file.seek(part.start)
+                data = file.read(part.stop - part.start)
+            yield io.BytesIO(data)
+        except store_errors() as error:
+            raise DataError(f"{self.place}: cannot be read: {error}") from None
+
+    def _cells(self, stream: Iterable[bytes]) -> CellLines:
+        return CellLines(stream, self.place, tabs=self.format == "tsv")
+
+    def _records(self, part: FilePart, rows: int | None) -> Iterator[Rows]:
+        with self._stream(part) as stream:
+            cells = None if self.format == "jsonl" else self._cells(stream)
+            found: Numbered = json_records(stream, part.first_row + 1) if cells is None else cells.records()
+            while chunk := list(islice(found, rows)):
+                faults = {row: record for row, (_, record) in enumerate(chunk) if isinstance(record, Fault)}
+                records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in chunk]
+                names = list(dict.fromkeys(chain.from_iterable(records))) if cells is None else cells.names
+                lines = [number for number, _ in chunk]
+                yield Rows(self.place, names, records, lines=lines, cells=cells is not None, faults=faults)
+
+    def _row_groups(self, max_rows: int | None) -> Iterator[FilePart]:
+        with self._parquet() as file:
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        first_row = 0
+        for group, size in enumerate(sizes):
+            step = max_rows or max(size, 1)
+            for start in range(0, size, step):
+                yield FilePart(first_row + start, group, start, min(start + step, size))
+            first_row += size
+
+    def _runs_of_lines(self, count: int) -> Iterator[FilePart]:
+        first_row = first_byte = lines = read = 0
+        folder = Folder.at(self.uri)
+        with folder.filesystem.open_input_stream(folder.path) as stream:
+            while block := stream.read(READ_BYTES):
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == LINE_FEED)
+                # The line feeds of this block that end a part.
+                for at in range(count - 1 - lines % count, len(ends), count):
+                    stop = read + int(ends[at]) + 1
+                    yield FilePart(first_row, None, first_byte, stop)
+                    first_row, first_byte = first_row + count, stop
+                lines += len(ends)
+                read += len(block)
+        if read > first_byte:
+            yield FilePart(first_row, None, first_byte, read)
+
+
+def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, Kind]], place: str) -> None:
+    """Checks that a table has columns of these kinds.
+
+    Raises:
+        DataError: a column is missing (the message lists those that are there) or has another type.
+    """
+    for column, kind in columns:
+        if column not in schema.names:
+            raise DataError(f"{place}: no column {column!r}; the columns are {schema.names}")
+        check_type(schema.field(column).type, column, kind, place)
+
+
+def _among(names: list[str], columns: Collection[str]) -> list[str]:
+    return [name for name in names if name in columns]
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names as a person lists them: "a, b or c"."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,188 @@
+"""Values of users' tables: what each kind of column may hold, checked alike in JSON, CSV and Arrow."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from f2llm_ray.base.errors import DataError
+
+Kind = Literal["text", "texts", "label", "number", "any"]
+"""What a column holds: text, a list of text, a label (text or a whole number, read as text), a finite number, or
+anything of one type. A value may always be null."""
+
+EXPECTED: dict[Kind, str] = {
+    "text": "text",
+    "texts": "a list of text",
+    "label": "text or a whole number",
+    "number": "a number",
+}
+# Large strings: a whole CSV file may hold more than the 2 GB that the offsets of plain ones reach.
+TYPES: dict[Kind, pa.DataType] = {
+    "text": pa.large_string(),
+    "texts": pa.list_(pa.large_string()),
+    "label": pa.large_string(),
+    "number": pa.float64(),
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one row."""
+
+    reason: str
+    """Short and the same for all such rows: what `drop` says after "read: "."""
+    message: str
+    """Column, what was found and what was expected."""
+
+
+Faults = dict[int, Fault]
+"""By row of the table."""
+Column = tuple[pa.Array, Faults]
+"""The values of a column, null in rows with a fault."""
+
+
+def wrong_kind(column: str, kind: Kind, value: object, field: str | None = None) -> Fault:
+    """The fault of a value of another kind than the column's; `field` is what rows call the column."""
+    found = "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
+    message = f"{column}: found {found}, expected {EXPECTED[kind]}"
+    return Fault(f"{field or column} is not {EXPECTED[kind]}", message)
+
+
+def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "") -> Fault:
+    """The fault of bytes that are not UTF-8."""
+    found = f"found byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
+    return Fault("not UTF-8", f"{prefix}{found}{suffix}, expected UTF-8")
+
+
+def check_type(found: pa.DataType, column: str, kind: Kind, place: str) -> None:
+    """Checks the type of an Arrow column of text; one without any value has none and is of every kind.
+
+    Raises:
+        DataError: it is of another kind.
+    """
+    inner = found.value_type if _is_list(found) else found
+    fits = _is_text(inner) or pa.types.is_null(inner)
+    if (
+        kind in {"text", "texts"}
+        and not pa.types.is_null(found)
+        and (_is_list(found) != (kind == "texts") or not fits)
+    ):
+        raise DataError(f"{place}: column {column!r}: found {found}, expected {EXPECTED[kind]}")
+
+
+def from_python(values: Sequence[Any], column: str, kind: Kind, field: str | None = None) -> Column:
+    """A column of JSON values.
+
+    Raises:
+        pa.ArrowException: the values of a column of any kind have several types.
+    """
+    faults = {}
+    typed: list[Any] = []
+    for row, value in enumerate(values):
+        try:
+            typed.append(_typed(value, kind))
+        except (TypeError, ValueError):
+            typed.append(None)
+            faults[row] = wrong_kind(column, kind, value, field)
+    try:
+        return pa.array(typed, TYPES.get(kind)), faults
+    except UnicodeEncodeError:
+        # A JSON escape can hold half of a surrogate pair, as in a text that was cut inside an emoji.
+        for row in [row for row, value in enumerate(typed) if not _is_unicode(value)]:
+            faults[row] = Fault("not UTF-8", f"{column}: found half of a surrogate pair, expected UTF-8 text")
+            typed[row] = None
+        return pa.array(typed, TYPES.get(kind)), faults
+
+
+def from_cells(cells: Sequence[str | None], column: str, kind: Kind, field: str | None = None) -> Column:
+    """A column of CSV: lists are JSON, and in a column of any kind texts that all are numbers become numbers."""
+    if kind == "texts":
+        return from_python([_list_cell(cell) for cell in cells], column, kind, field)
+    if kind == "any":
+        for numbers in (pa.int64(), pa.float64()):
+            try:
+                return pa.array([cell or None for cell in cells], pa.large_string()).cast(numbers), {}
+            except pa.ArrowInvalid:
+                continue
+    return from_python(cells, column, kind, field)
+
+
+def from_arrow(values: pa.ChunkedArray, column: str, kind: Kind, field: str | None = None) -> Column:
+    """A column of a table, whose type `check_type` has accepted."""
+    if kind == "any":
+        return whole(values), {}
+    array = whole(values.cast(TYPES[kind]) if kind in {"text", "texts"} else values)
+    faults = {}
+    try:
+        array.validate(full=True)
+    except pa.ArrowInvalid:  # Parquet promises UTF-8 and Arrow does not check on reading
+        is_list = pa.types.is_list(array.type)
+        rows = array.cast(pa.list_(pa.large_binary()) if is_list else pa.large_binary()).to_pylist()
+        for row, value in enumerate(rows):
+            try:
+                rows[row] = (
+                    [text and text.decode() for text in value] if is_list and value else value and value.decode()
+                )
+            except UnicodeDecodeError as error:
+                rows[row], faults[row] = None, not_utf8(error, f"{column}: ")
+        array = pa.array(rows, TYPES[kind])
+    if kind in {"text", "texts"}:
+        return array, faults
+    array, wrong = from_python(array.to_pylist(), column, kind, field)
+    return array, wrong | faults
+
+
+def whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks or [pa.nulls(0, column.type)])
+
+
+def _typed(value: Any, kind: Kind) -> Any:
+    """A JSON value as `kind` has it, or a ValueError or TypeError."""
+    if value is None or kind == "any":
+        return value
+    if kind == "number":
+        if math.isfinite(number := float(value)):
+            return number
+    elif kind == "texts":
+        if isinstance(value, list) and all(isinstance(text, str | None) for text in value):
+            return value
+    elif isinstance(value, str):
+        return value
+    elif kind == "label" and isinstance(value, int):
+        return str(value)
+    raise ValueError
+
+
+def _list_cell(cell: str | None) -> Any:
+    """What a CSV cell with a JSON list holds; null where it is blank, the cell itself where it is no JSON."""
+    try:
+        return json.loads(cell) if cell and cell.strip() else None
+    except (ValueError, RecursionError):
+        return cell
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_text(found: pa.DataType) -> bool:
+    kind = found.value_type if pa.types.is_dictionary(found) else found
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(found: pa.DataType) -> bool:
+    return bool(pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found))
