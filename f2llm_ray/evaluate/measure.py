@@ -1,60 +1,68 @@
-"""One model measured on all sets of a recipe."""
+"""One model measured on evaluation sets."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from f2llm_ray.evaluate.encode import as_queries
 from f2llm_ray.evaluate.other_models import open_folder
-from f2llm_ray.evaluate.speed import query_ms
-from f2llm_ray.evaluate.tasks.kinds import read_task
-from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.evaluate.query_time import query_ms
+from f2llm_ray.evaluate.tasks.registry import read_task
+from f2llm_ray.evaluate.vectors import as_queries
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
 
 
 class Measurement(TypedDict):
-    """What is known of a model after measuring it, as JSON values."""
+    """What measuring a model folder finds, as JSON values."""
 
     results: dict[str, dict[str, Any]]
-    """Scores by set."""
+    """`Scores` by set."""
     query_ms: float
-    """Milliseconds to embed one query of the first set by itself."""
+    """Median milliseconds to embed one query of the first set by itself."""
     seconds: float
-    """What all of it took."""
+    """Duration of the whole measurement."""
 
 
 def measure(
-    encoder: Encoder, sets: Folder, recipe: Recipe, out: Folder | None = None
+    encoder: Embedder,
+    sets: Mapping[str, Folder],
+    divisors: Sequence[int],
+    out: Mapping[str, Folder] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Scores by set.
+    """`Scores` by set.
 
     Args:
         encoder: the model.
-        sets: where the data steps wrote the recipe's sets.
-        recipe: names the sets and the dims.
-        out: gets what a comparison needs of each query, text or pair, as `units/<set>.parquet`.
+        sets: by name, the folder that holds the set's set.json.
+        divisors: the dims that are measured, as the model's d divided by these.
+        out: by name, a folder that gets units.parquet, a row per query, text or pair (`Measured.units`).
 
     Raises:
-        RunError: the model gives vectors that are not numbers.
+        RunError: the model returns vectors with NaN or infinity.
     """
     results: dict[str, dict[str, Any]] = {}
-    for name in recipe.evaluation.sets:
-        scores, units = read_task(sets / name).measure(encoder, recipe.evaluation.divisors)
+    for name, folder in sets.items():
+        scores, units = read_task(folder).measure(encoder, divisors)
         results[name] = {**scores}
         if out is not None:
-            (out / "units").write_table(f"{name}.parquet", [units], units.schema)
+            out[name].write_table("units.parquet", [units], units.schema)
     return results
 
 
-def measure_folder(model: Folder, sets: Folder, recipe: Recipe, out: Folder | None = None) -> Measurement:
-    """`measure` for a model folder, inside a Ray task with one thread; also how long it takes for a query.
+def measure_folder(
+    model: Folder,
+    sets: Mapping[str, Folder],
+    divisors: Sequence[int],
+    out: Mapping[str, Folder] | None = None,
+) -> Measurement:
+    """`measure` for a model folder, inside a Ray task with one thread; also the time that one query takes.
 
     Raises:
-        RunError: the folder is no model that we or sentence-transformers can load.
+        RunError: neither we nor sentence-transformers can load the folder.
     """
     import torch
 
@@ -62,8 +70,7 @@ def measure_folder(model: Folder, sets: Folder, recipe: Recipe, out: Folder | No
     torch.set_num_threads(1)
     with model.as_local() as path:
         encoder = open_folder(path)
-        results = measure(encoder, sets, recipe, out)
-    first = read_task(sets / next(iter(results)))
-    queries = as_queries(encoder, first.screened().asked, first.instruction)
-    took = query_ms(encoder, queries)
+        results = measure(encoder, sets, divisors, out)
+    first = read_task(next(iter(sets.values())))
+    took = query_ms(encoder, as_queries(encoder, first.screened().asked, first.instruction))
     return {"results": results, "query_ms": took, "seconds": round(time.time() - started, 2)}

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.optional import require
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
     from f2llm_ray.model.dims import Vectors
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -26,7 +27,7 @@ DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """What sentence-transformers calls the prompt of a document; the first that a model has."""
 TEXTS_PER_REQUEST = 64
 REQUESTS = 4
-"""At once; an endpoint that is busy says so, and is asked again."""
+"""Requests at once; one that a busy endpoint refuses is sent again."""
 RETRIES = 5
 
 
@@ -35,7 +36,7 @@ def is_endpoint(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
-def open_folder(folder: Path) -> Encoder:
+def open_folder(folder: Path) -> Embedder:
     """A model folder of ours or of sentence-transformers.
 
     Raises:
@@ -50,8 +51,8 @@ def open_folder(folder: Path) -> Encoder:
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")
 
 
-class _Outside:
-    """What is known of a model from elsewhere: no matryoshka dims, and no ranges for int8."""
+class _OtherModel:
+    """What models from elsewhere have in common: one dim, and no ranges for int8."""
 
     device = "cpu"
 
@@ -63,20 +64,18 @@ class _Outside:
         return {}
 
 
-class SentenceTransformers(_Outside):
+class SentenceTransformers(_OtherModel):
     """A folder as sentence-transformers embeds it, with its own prompts for queries and documents.
 
     Raises:
-        RunError: the package is not there, or cannot load the folder from safetensors without code of its own.
+        DataError: sentence-transformers is not installed.
+        RunError: it cannot load the folder from safetensors without running code of the folder.
     """
 
     def __init__(self, folder: Path) -> None:
+        package = require("sentence_transformers", extra="compare")
         try:
-            from sentence_transformers import SentenceTransformer
-        except ModuleNotFoundError as error:
-            raise RunError(f"{error.name} is not installed; it comes with the extra `compare`") from None
-        try:
-            self.model = SentenceTransformer(
+            self.model = package.SentenceTransformer(
                 str(folder),
                 local_files_only=True,
                 trust_remote_code=False,
@@ -101,24 +100,22 @@ class SentenceTransformers(_Outside):
         return np.asarray(vectors_nd, dtype=np.float32), sum(map(len, ids))
 
 
-class Endpoint(_Outside):
+class RemoteModel(_OtherModel):
     """An OpenAI-compatible endpoint, given as URL#NAME; texts are sent as they are.
 
-    The key is read from the environment where it is set, and goes nowhere else.
+    The key is that of the environment variable `OPENAI_API_KEY`, if set, and is sent to the endpoint only.
 
     Raises:
-        RunError: the client is not installed, no name is given, or the endpoint does not answer.
+        DataError: the client is not installed.
+        RunError: no name is given, or the endpoint does not answer.
     """
 
     def __init__(self, model: str) -> None:
-        try:
-            from openai import OpenAI
-        except ModuleNotFoundError as error:
-            raise RunError(f"{error.name} is not installed; it comes with the extra `compare`") from None
+        openai = require("openai", extra="compare")
         self.url, _, self.name = model.partition("#")
         if not self.name:
             raise RunError(f"{model}: expected URL#NAME, such as http://127.0.0.1:8000/v1#f2llm-v2-80m")
-        self.client = OpenAI(
+        self.client = openai.OpenAI(
             base_url=self.url, api_key=os.environ.get(KEY_VARIABLE) or "none", max_retries=RETRIES
         )
         # Evaluation cuts texts that are too long, and so do servers such as ours and TEI when they are asked to.

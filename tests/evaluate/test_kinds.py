@@ -18,13 +18,13 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from f2llm_ray.evaluate.metrics.differences import compare
 from f2llm_ray.evaluate.metrics.ranking import metrics as retrieval_metrics
-from f2llm_ray.evaluate.metrics.summary import compare
 from f2llm_ray.evaluate.tasks.bitext import Bitext, bitext_of_pairs
 from f2llm_ray.evaluate.tasks.classification import Classification
 from f2llm_ray.evaluate.tasks.clustering import Clustering
-from f2llm_ray.evaluate.tasks.kinds import read_task
 from f2llm_ray.evaluate.tasks.labelled import LabelledSet
+from f2llm_ray.evaluate.tasks.registry import read_task
 from f2llm_ray.evaluate.tasks.reranking import Reranking, ranked
 from f2llm_ray.evaluate.tasks.task import Task
 from f2llm_ray.evaluate.tasks.text_pairs import PairClassification, Sts
@@ -384,12 +384,15 @@ def test_every_kind_survives_a_round_trip_and_can_be_compared(task: Any, tmp_pat
     assert list(one.scores["scores"]) == ["8", "4"]
     assert one.scores["queries"] == len(one.units) == 12
     assert one.scores["kind"] == task.kind
+    assert [texts[0] for texts in task.unit_texts()] == [f"t{n}" for n in range(12)]
+    assert again.unit_texts() == task.unit_texts()
+    assert {text for texts in task.unit_texts() for text in texts} <= set().union(*task.screened())
     main = one.scores["metric"]
     for dim, found in one.scores["scores"].items():
         assert found["ci"][0] <= found[main] + 1e-6
         assert found["ci"][0] < found["ci"][1]
         assert {"deu", "eng"} == set(one.scores["languages"][dim])
-    difference = compare(task.kind, one, other, (8, 4))
+    difference = compare(task.kind, one.units, other.units, (8, 4))
     expected = one.scores["scores"]["8"][main] - one.scores["scores"]["4"][main]
     assert difference.all.difference == pytest.approx(expected, abs=1e-6), "the main metric comes from the units"
     expected = one.scores["scores"]["8"]["macro"] - one.scores["scores"]["4"]["macro"]

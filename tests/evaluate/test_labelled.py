@@ -10,16 +10,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from f2llm_ray.pipeline.pipeline import Pipeline
 
 from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.evaluate.metrics.differences import table
-from f2llm_ray.evaluate.metrics.summary import compare
-from f2llm_ray.evaluate.tasks.kinds import read_task, task_of
+from f2llm_ray.evaluate.metrics.differences import compare, table
+from f2llm_ray.evaluate.tasks.registry import read_task, task_of
 from f2llm_ray.pipeline.compare import compare as compare_models
-from f2llm_ray.pipeline.pipeline import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder

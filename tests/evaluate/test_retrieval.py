@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.nearest import top_positions
-from f2llm_ray.evaluate.encode import Positions
 from f2llm_ray.evaluate.metrics.ranking import METRICS, K, metrics
 from f2llm_ray.evaluate.tasks.retrieval import evaluate
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs
+from f2llm_ray.evaluate.vectors import Ints
 from f2llm_ray.model.dims import cut_dims
 from tests.tiny import LINES, tiny_model
 
@@ -42,7 +42,7 @@ def slow_metrics(results: list[int], relevant: set[int]) -> dict[str, float]:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[np.ndarray, Positions, Positions, list[set[int]]]:
+def problems(draw: st.DrawFn) -> tuple[np.ndarray, Ints, Ints, list[set[int]]]:
     """Small whole numbers, so that scores are exact and ties are common; texts that repeat."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     texts, queries, passages = (draw(st.integers(1, top)) for top in (12, 6, 40))
@@ -57,11 +57,11 @@ def problems(draw: st.DrawFn) -> tuple[np.ndarray, Positions, Positions, list[se
 @given(problems(), st.sampled_from([1, 7, 16, 1 << 20]))
 @settings(deadline=None, max_examples=150)
 def test_search_and_metrics_equal_the_definitions_in_blocks_of_any_size(
-    problem: tuple[np.ndarray, Positions, Positions, list[set[int]]], block_entries: int
+    problem: tuple[np.ndarray, Ints, Ints, list[set[int]]], tile_scores: int
 ) -> None:
     vectors_ud, query_q, corpus_c, relevant = problem
     expected = slow_top(vectors_ud[query_q], vectors_ud[corpus_c], 10)
-    top_qk = top_positions(vectors_ud, query_q, corpus_c, k=K, block_entries=block_entries)
+    top_qk = top_positions(vectors_ud, query_q, corpus_c, k=K, tile_scores=tile_scores)
     assert top_qk.tolist() == expected
     pairs_r2 = np.array([(q, c) for q, found in enumerate(relevant) for c in sorted(found)])
     values = metrics(top_qk, pairs_r2, len(corpus_c))
@@ -75,7 +75,7 @@ def test_blocked_search_equals_unblocked_on_real_numbers() -> None:
     vectors_ud /= np.linalg.norm(vectors_ud, axis=1, keepdims=True)
     query_q, corpus_c = rng.integers(0, 1500, 200), rng.integers(0, 1500, 1000)
     whole = top_positions(vectors_ud, query_q, corpus_c, k=K)
-    assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, k=K, block_entries=3000))
+    assert np.array_equal(whole, top_positions(vectors_ud, query_q, corpus_c, k=K, tile_scores=3000))
 
 
 def test_what_is_left_out_makes_room_for_the_next() -> None:

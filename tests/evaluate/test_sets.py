@@ -14,7 +14,7 @@ import pytest
 
 from f2llm_ray.base.errors import DataError, F2LLMError
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs, read_beir, read_set
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs, read_beir
 from f2llm_ray.run.folder import Folder
 from tests.evaluate.planted import Planted
 
@@ -77,7 +77,7 @@ def test_round_trip(tmp_path: Path) -> None:
     found = from_pairs(pairs_table(PAIRS), name="päirs", instruction="Find it.")
     folder = Folder.at(str(tmp_path / "sets" / "pairs"))
     found.write(folder)
-    assert same(read_set(folder), found)
+    assert same(RetrievalSet.read(folder), found)
     assert folder.files() == ["corpus.parquet", "qrels.parquet", "queries.parquet", "set.json"]
 
 
@@ -127,7 +127,7 @@ def test_grades_are_kept_and_a_query_does_not_find_itself(tmp_path: Path) -> Non
     write_jsonl(tmp_path, "qrels.jsonl", [dict(zip(("qid", "pid", "score"), row, strict=True)) for row in judged])
     found = read_beir(str(tmp_path), name="graded", instruction="")
     found.write(Folder.at(str(tmp_path / "written")))
-    for one in (found, read_set(Folder.at(str(tmp_path / "written")))):
+    for one in (found, RetrievalSet.read(Folder.at(str(tmp_path / "written")))):
         assert one.relevant.tolist() == [[0, 1], [0, 2], [1, 1], [2, 3]]
         assert one.judgements.grade_r.tolist() == [2, 3, 1, 3]
         assert one.judgements.own_q.tolist() == [3, -1, 0], "b answers b"
@@ -211,4 +211,4 @@ def test_pairs_that_make_no_set() -> None:
 
 def test_a_folder_that_is_no_set(tmp_path: Path) -> None:
     with pytest.raises(F2LLMError, match=r"set\.json: no such file"):
-        read_set(Folder.at(str(tmp_path)))
+        RetrievalSet.read(Folder.at(str(tmp_path)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.evaluate.other_models import KEY_VARIABLE, TEXTS_PER_REQUEST, Endpoint
+from f2llm_ray.evaluate.other_models import KEY_VARIABLE, TEXTS_PER_REQUEST, RemoteModel
 from tests.serve.endpoint import KEYED, TEXTS, Server
 
 
@@ -14,7 +14,7 @@ def test_vectors_and_tokens_are_those_of_the_engine_behind_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, server.key)
-    endpoint = Endpoint(f"{server.url}{KEYED}/v1#wide")
+    endpoint = RemoteModel(f"{server.url}{KEYED}/v1#wide")
     assert endpoint.info.dims == (64,)
     texts = [f"{text} {n}" for n in range(TEXTS_PER_REQUEST // 4) for text in TEXTS]
     assert len(texts) > 2 * TEXTS_PER_REQUEST
@@ -29,10 +29,10 @@ def test_vectors_and_tokens_are_those_of_the_engine_behind_it(
 def test_what_it_says_is_told_and_the_key_is_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "sk-wrong")
     with pytest.raises(RunError, match="wide does not embed") as error:
-        Endpoint(f"{server.url}{KEYED}/v1#wide")
+        RemoteModel(f"{server.url}{KEYED}/v1#wide")
     assert "sk-wrong" not in str(error.value)
     monkeypatch.delenv(KEY_VARIABLE)
     with pytest.raises(RunError, match="nothing does not embed"):
-        Endpoint(f"{server.url}/v1#nothing")
+        RemoteModel(f"{server.url}/v1#nothing")
     with pytest.raises(RunError, match="expected URL#NAME"):
-        Endpoint(f"{server.url}/v1")
+        RemoteModel(f"{server.url}/v1")

@@ -15,12 +15,12 @@ import numpy as np
 
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.engine.vector_types import dequantise_int8, quantise
-from f2llm_ray.evaluate.encode import evenly_drawn
 from f2llm_ray.evaluate.metrics.ranking import Judgements, K, metrics
+from f2llm_ray.evaluate.vectors import evenly_drawn
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Positions
+    from f2llm_ray.data.ragged import Ints
 
 QUERIES = 1000
 """At most so many queries, evenly drawn: types are compared with each other on the same ones."""
@@ -28,8 +28,8 @@ QUERIES = 1000
 
 def by_type(
     vectors_ud: Vectors,
-    query_q: Positions,
-    corpus_c: Positions,
+    query_q: Ints,
+    corpus_c: Ints,
     judged: Judgements,
     dims: Sequence[int],
     ranges: Mapping[int, Vectors],

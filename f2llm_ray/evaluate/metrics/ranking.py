@@ -12,7 +12,7 @@ import numpy as np
 from f2llm_ray.evaluate.metrics.intervals import Values
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Positions
+    from f2llm_ray.data.ragged import Ints
     from f2llm_ray.evaluate.tasks.retrieval_set import Pairs
 
 K = 10
@@ -26,13 +26,11 @@ class Judgements(NamedTuple):
     """The relevant (query, passage) pairs, sorted and distinct; every query has one."""
     grade_r: Values
     """How relevant each is, above 0."""
-    own_q: Positions
+    own_q: Ints
     """The passage that is each query itself and so no result, -1 where there is none."""
 
 
-def metrics(
-    top_qk: Positions, relevant_r2: Pairs, corpus: int, grade_r: Values | None = None
-) -> dict[str, Values]:
+def metrics(top_qk: Ints, relevant_r2: Pairs, corpus: int, grade_r: Values | None = None) -> dict[str, Values]:
     """The metrics of each query.
 
     ndcg@10 is the sum of grade / log2(rank + 1) over relevant results, divided by the same sum with the most

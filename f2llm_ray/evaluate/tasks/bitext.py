@@ -18,19 +18,32 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.engine.nearest import top_positions
-from f2llm_ray.evaluate.encode import Encoded, Positions, as_documents, as_queries, encode_distinct
+from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.summary import Metric, measured
+from f2llm_ray.evaluate.metrics.scores import measured
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.vectors import DistinctVectors, as_documents, as_queries, embed_distinct
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
     from f2llm_ray.model.dims import Vectors
+
+
+class BitextSet(LabelledFile):
+    """Texts (text_a), each with its translation (text_b), to be found among those of its language."""
+
+    test: Content[str]
+    """Table with the columns text_a and text_b."""
+    instruction: Output[str] = "Retrieve translations of the following text."
+    """Said before each text_a to models trained with instructions."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,22 +51,24 @@ class Bitext(LabelledSet):
     """Pairs of a text and its translation."""
 
     kind: ClassVar[Kind] = "bitext"
-    columns: ClassVar[dict[str, Column]] = {"text_a": "text", "text_b": "text"}
+    section = BitextSet
+    columns: ClassVar[dict[str, dict[str, Column]]] = {
+        "test": {"text_a": "text", "text_b": "text"},
+        "others": {"text_b": "text"},
+    }
+    metrics: ClassVar[dict[str, Builder]] = {"f1": weighted_metrics.mean, "accuracy": weighted_metrics.mean}
 
     others: pa.Table | None = None
     """Further translations (text_b, language) that are searched and that no text of `test` asks for."""
-
-    def check(self) -> None:
-        """Nothing: any pair can be scored."""
-
-    def tables(self) -> dict[str, pa.Table]:
-        """The pairs, and the further translations where there are some."""
-        return {"test": self.test} if self.others is None else {"test": self.test, "others": self.others}
 
     def screened(self) -> Screened:
         """The texts, and all translations as answers."""
         others = [] if self.others is None else self.others["text_b"].to_pylist()
         return Screened(self.values("text_a"), [*self.values("text_b"), *others])
+
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """Both texts of each pair."""
+        return self.rows("text_a", "text_b")
 
     def pools(self) -> dict[str, list[str]]:
         """The distinct translations of each language, sorted."""
@@ -63,30 +78,28 @@ class Bitext(LabelledSet):
                 pools.setdefault(row["language"], set()).add(row["text_b"])
         return {language: sorted(pool) for language, pool in pools.items()}
 
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """F1 of the class of each text, and accuracy. Only the text carries the instruction."""
         started = time.perf_counter()
         asked = as_queries(encoder, self.values("text_a"), self.instruction)
         found = as_documents(encoder, self.values("text_b"))
         pools = {language: as_documents(encoder, pool) for language, pool in self.pools().items()}
-        encoded = encode_distinct(encoder, [*asked, *(text for pool in pools.values() for text in pool)])
+        encoded = embed_distinct(encoder, [*asked, *(text for pool in pools.values() for text in pool)])
         searches = [
             _Search(encoded, [(asked[row], found[row]) for row in rows_k], pools[language], rows_k)
             for language, rows_k in self.by_language().items()
         ]
-        dims, f1, right = [], [], []
+        values = {}
         for dim, cut_ud in encoded.at_dims(divisors):
-            f1_n, right_n = np.empty(len(asked)), np.empty(len(asked))
+            values[dim] = {name: np.empty(len(asked)) for name in self.metrics}
             for search in searches:
-                f1_n[search.rows_k], right_n[search.rows_k] = search.score(cut_ud, encoder.device)
-            dims.append(dim)
-            f1.append(f1_n)
-            right.append(right_n)
+                for name, found_k in search.score(cut_ud, encoder.device).items():
+                    values[dim][name][search.rows_k] = found_k
         return measured(
             self.kind,
+            self.metrics,
             self.units(),
-            {"f1": Metric(np.column_stack(f1)), "accuracy": Metric(np.column_stack(right))},
-            dims,
+            values,
             corpus=sum(len(search.pool_c) for search in searches),
             tokens=encoded.tokens,
             started=started,
@@ -97,7 +110,7 @@ class _Search:
     """The pairs of one language: k rows, a pool of c distinct translations."""
 
     def __init__(
-        self, encoded: Encoded, pairs: Sequence[tuple[str, str]], pool: Sequence[str], rows_k: Positions
+        self, encoded: DistinctVectors, pairs: Sequence[tuple[str, str]], pool: Sequence[str], rows_k: Ints
     ) -> None:
         place = {text: index for index, text in enumerate(pool)}
         self.rows_k = rows_k
@@ -107,15 +120,18 @@ class _Search:
         # A text that has several translations may be given any of them.
         self.pairs = np.unique(self.query_k * len(pool) + self.gold_k)
 
-    def score(self, vectors_ud: Vectors, device: str) -> tuple[Values, Values]:
-        """F1 of each row's class, and whether the row is right."""
+    def score(self, vectors_ud: Vectors, device: str) -> dict[str, Values]:
+        """F1 of each row's class [k], and whether the row is right [k]."""
         top_k = top_positions(vectors_ud, self.query_k, self.pool_c, k=1, device=device)[:, 0]
         right_k = np.isin(self.query_k * len(self.pool_c) + top_k, self.pairs)
         given_k = np.where(right_k, self.gold_k, top_k)
         classes = len(self.pool_c)
         hits_c = np.bincount(self.gold_k[right_k], minlength=classes)
         both_c = np.bincount(self.gold_k, minlength=classes) + np.bincount(given_k, minlength=classes)
-        return 2 * hits_c[self.gold_k] / both_c[self.gold_k], right_k.astype(np.float64)
+        return {
+            "f1": 2 * hits_c[self.gold_k] / both_c[self.gold_k],
+            "accuracy": right_k.astype(np.float64),
+        }
 
 
 def bitext_of_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int | None = None) -> Bitext:
@@ -150,7 +166,6 @@ def bitext_of_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries
         instruction=instruction,
         test=_table(("text_a", "text_b", "language"), test),
         others=_table(("text_b", "language"), sorted(others)) if others else None,
-        place=name,
     )
 
 

@@ -1,4 +1,4 @@
-"""Clustering: do k-means clusters of a model's vectors fall together with the labels?
+"""Clustering: do k-means clusters of a model's vectors agree with the labels?
 
 Each language is clustered by itself, into as many clusters as it has labels, and scored by V-measure (as mteb's).
 
@@ -15,30 +15,44 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from f2llm_ray.base.optional import require
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
-from f2llm_ray.evaluate.encode import as_queries, encode_distinct
-from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
+from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.summary import Metric, measured
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet, codes
+from f2llm_ray.evaluate.metrics.scores import measured
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet, codes
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
     from f2llm_ray.model.dims import Vectors
 
 STARTS = 5
 """K-means keeps the best of this many starts."""
 
 
+class ClusteringSet(LabelledFile):
+    """Labelled texts whose clusters are compared with their labels."""
+
+    test: Content[str]
+    """Table with the columns text and label; a language has at least two labels."""
+    instruction: Output[str] = DEFAULT_INSTRUCTION["clustering"]
+    """Said before each text to models trained with instructions."""
+
+
 class Clustering(LabelledSet):
     """Texts and the label of each."""
 
     kind: ClassVar[Kind] = "clustering"
-    columns: ClassVar[dict[str, Column]] = {"text": "text", "label": "label"}
+    section = ClusteringSet
+    columns: ClassVar[dict[str, dict[str, Column]]] = {"test": {"text": "text", "label": "label"}}
+    metrics: ClassVar[dict[str, Builder]] = {"v_measure": weighted_metrics.v_measure}
 
     def check(self) -> None:
-        """Raises DataError where a language has one label only, so that there is nothing to tell apart."""
+        """Raises DataError where a language has one label only, so that any clustering fits."""
         labels = np.array(self.values("label"), dtype=np.str_)
         for language, rows_k in self.by_language().items():
             if len(np.unique(labels[rows_k])) < 2:
@@ -48,25 +62,28 @@ class Clustering(LabelledSet):
         """The texts."""
         return Screened(self.values(), [])
 
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """The texts."""
+        return self.rows("text")
+
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """V-measure. Texts carry the instruction."""
         started = time.perf_counter()
         texts = as_queries(encoder, self.values(), self.instruction)
-        encoded = encode_distinct(encoder, texts)
+        encoded = embed_distinct(encoder, texts)
         text_n = encoded.of(texts)
         label_n = codes(self.values("label"), self.values("label"))
-        dims, clusters = [], []
+        values = {}
         for dim, cut_ud in encoded.at_dims(divisors):
             cluster_n = np.empty(len(text_n))
             for rows_k in self.by_language().values():
                 cluster_n[rows_k] = _clusters(cut_ud[text_n[rows_k]], len(np.unique(label_n[rows_k])))
-            dims.append(dim)
-            clusters.append(cluster_n)
+            values[dim] = {"v_measure": cluster_n}
         return measured(
             self.kind,
+            self.metrics,
             self.units(label_n),
-            {"v_measure": Metric(np.column_stack(clusters), statistic.v_measure)},
-            dims,
+            values,
             corpus=0,
             tokens=encoded.tokens,
             started=started,

@@ -7,26 +7,27 @@ the table does not say it; languages are scored apart.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.encode import Positions
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.summary import Units, by_language
+from f2llm_ray.evaluate.metrics.scores import Units, by_language
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, Table, read_file
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
 
 Column = Literal["text", "label", "number", "texts"]
 """What a column holds; a label is a text or a whole number."""
@@ -38,6 +39,18 @@ READ: dict[Column, tuple[Callable[[Table, str], Sequence[Any]], pa.DataType]] = 
 }
 
 
+class LabelledFile(SetSection):
+    """A labelled set in tables, .parquet or .jsonl, by path or URI.
+
+    A column `language` (ISO 639-3), where there is one, gives the scores by language.
+    """
+
+    kind: Output[str]
+    """One of `registry.LABELLED`."""
+    test: Content[str]
+    instruction: Output[str]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LabelledSet(ABC):
     """A set of labelled texts in memory; see `Task`.
@@ -47,65 +60,94 @@ class LabelledSet(ABC):
     """
 
     kind: ClassVar[Kind]
-    columns: ClassVar[dict[str, Column]]
-    """Of the table, but for the language."""
+    section: ClassVar[type[LabelledFile]]
+    """What a recipe says of such a set; its keys are `kind`, `instruction` and the names of the tables."""
+    columns: ClassVar[dict[str, dict[str, Column]]]
+    """By table, which is also a field of the class: its columns but for the language, and what they hold."""
+    metrics: ClassVar[dict[str, Builder]]
+    """As `Task.metrics`."""
 
     name: str
     instruction: str
-    """Said before texts to models trained with instructions; "" for none."""
+    """Put before texts for models trained with instructions; "" for none."""
     test: pa.Table
     """What is scored: the kind's columns and `language`."""
-    place: str = ""
-    """The file that `test` came from, for messages."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """The files that the tables came from, for messages."""
 
     def __post_init__(self) -> None:
         if not len(self.test):
-            raise DataError(f"{self.place}: found no rows, expected at least one")
+            self.refuse("found no rows, expected at least one")
         self.check()
 
-    @abstractmethod
-    def check(self) -> None:
-        """Raises DataError where rows cannot be scored."""
+    def check(self) -> None:  # noqa: B027 - most kinds have something to check
+        """Raises DataError where rows cannot be scored; by default all can."""
 
     @abstractmethod
     def screened(self) -> Screened:
         """As `Task.screened`."""
 
     @abstractmethod
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """As `Task.unit_texts`."""
+
+    @abstractmethod
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`."""
 
     def write(self, folder: Folder) -> None:
         """As `Task.write`."""
-        folder.create()
-        for name, table in self.tables().items():
-            pq.write_table(table, f"{folder.path}/{name}.parquet", filesystem=folder.filesystem)
+        for name in self.columns:
+            table = getattr(self, name)
+            if table is not None:
+                folder.write_table(f"{name}.parquet", [table], table.schema)
         folder.write_json("set.json", {"kind": self.kind, "name": self.name, "instruction": self.instruction})
 
-    def tables(self) -> dict[str, pa.Table]:
-        """The tables by the names of their files, as the class takes them."""
-        return {"test": self.test}
+    @classmethod
+    def read(cls, folder: Folder) -> LabelledSet:
+        """As `Task.read`."""
+        facts = folder.read_json("set.json")
+        # A table that may be missing has a default, which is an attribute of the class.
+        tables = (name for name in cls.columns if not hasattr(cls, name) or folder.exists(f"{name}.parquet"))
+        files = {name: f"{folder.uri}/{name}.parquet" for name in tables}
+        return cls.of_files(files, facts["name"], facts["instruction"])
+
+    @classmethod
+    def of_files(cls, files: Mapping[str, str], name: str, instruction: str) -> LabelledSet:
+        """Reads the tables of a set, each from its file.
+
+        Raises:
+            RunError: a URI cannot be opened.
+            DataError: a file, column or row that is not as the kind needs it.
+        """
+        tables = {table: read_labelled(uri, cls.columns[table]) for table, uri in files.items()}
+        return cls(name=name, instruction=instruction, places=files, **tables)
 
     def values(self, column: str = "text") -> list[Any]:
         """A column of the test table."""
         return self.test[column].to_pylist()
 
+    def rows(self, *columns: str) -> list[tuple[Any, ...]]:
+        """Several columns of the test table, row by row."""
+        return list(zip(*map(self.values, columns), strict=True))
+
     def languages(self) -> list[str]:
         """The language of each row."""
-        return self.test["language"].to_pylist()
+        return self.values("language")
 
     def units(self, target_n: Values | None = None) -> Units:
         """The rows as what is scored; ids are hashes of their content."""
-        rows = zip(*(map(str, self.values(name)) for name in (*self.columns, "language")), strict=True)
-        return Units([text_key("\t".join(row)).hex() for row in rows], self.languages(), target_n)
+        ids = [text_key("\t".join(map(str, row))).hex() for row in self.rows(*self.columns["test"], "language")]
+        return Units(ids, self.languages(), target_n)
 
-    def by_language(self) -> dict[str, Positions]:
+    def by_language(self) -> dict[str, Ints]:
         """Rows of each language, sorted by it."""
         return by_language(self.languages())
 
-    def refuse(self, problem: str, row: int | None = None) -> NoReturn:
-        """Raises the error of a row, from 0, or of the whole file."""
-        raise DataError(f"{self.place}{'' if row is None else f', row {row + 1}'}: {problem}")
+    def refuse(self, problem: str, row: int | None = None, table: str = "test") -> NoReturn:
+        """Raises the error of a row, from 0, or of a whole file."""
+        place = self.places.get(table, self.name)
+        raise DataError(f"{place}{'' if row is None else f', row {row + 1}'}: {problem}")
 
 
 def read_labelled(uri: str, columns: dict[str, Column]) -> pa.Table:

@@ -14,30 +14,46 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.encode import Positions, as_documents, as_queries, cosines, encode_distinct
+from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import K
-from f2llm_ray.evaluate.metrics.summary import Metric, measured
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledSet
+from f2llm_ray.evaluate.metrics.scores import measured
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.vectors import as_documents, as_queries, cosines, embed_distinct
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
+
+
+class RerankingSet(LabelledFile):
+    """Queries, each with texts that answer it and texts that do not."""
+
+    test: Content[str]
+    """Table with the columns query, positive and negative, the latter two lists of texts."""
+    instruction: Output[str] = DEFAULT_INSTRUCTION["retrieval"]
+    """Said before each query to models trained with instructions."""
 
 
 class Reranking(LabelledSet):
     """Queries, each with texts that answer it and texts that do not."""
 
     kind: ClassVar[Kind] = "reranking"
-    columns: ClassVar[dict[str, Column]] = {"query": "text", "positive": "texts", "negative": "texts"}
+    section = RerankingSet
+    columns: ClassVar[dict[str, dict[str, Column]]] = {
+        "test": {"query": "text", "positive": "texts", "negative": "texts"}
+    }
+    metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(("map", "mrr@10", "ndcg@10"), weighted_metrics.mean)
 
     def check(self) -> None:
         """Raises DataError where a text is both positive and negative of its query."""
-        for row, (positive, negative) in enumerate(
-            zip(self.values("positive"), self.values("negative"), strict=True)
-        ):
+        for row, (positive, negative) in enumerate(self.rows("positive", "negative")):
             both = set(positive) & set(negative)
             if both:
                 self.refuse(f"found {min(both)!r} in positive and in negative, expected it in one of them", row)
@@ -46,35 +62,38 @@ class Reranking(LabelledSet):
         """The queries, and the texts that answer them; the others answer nothing."""
         return Screened(self.values("query"), [text for texts in self.values("positive") for text in texts])
 
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """The queries."""
+        return self.rows("query")
+
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """MAP over all candidates, MRR@10 and nDCG@10. Queries carry the instruction."""
         started = time.perf_counter()
         queries = as_queries(encoder, self.values("query"), self.instruction)
         candidates = [
             sorted({**dict.fromkeys(negative, False), **dict.fromkeys(positive, True)}.items(), key=_content)
-            for positive, negative in zip(self.values("positive"), self.values("negative"), strict=True)
+            for positive, negative in self.rows("positive", "negative")
         ]
         texts = as_documents(encoder, [text for found in candidates for text, _ in found])
         relevant_n = np.array([relevant for found in candidates for _, relevant in found])
         query_n = np.repeat(np.arange(len(queries)), [len(found) for found in candidates])
-        encoded = encode_distinct(encoder, [*queries, *texts])
+        encoded = embed_distinct(encoder, [*queries, *texts])
         query_vector_n, vector_n = encoded.of(queries)[query_n], encoded.of(texts)
-        found = [
-            (dim, ranked(query_n, cosines(cut_ud, query_vector_n, vector_n), relevant_n))
-            for dim, cut_ud in encoded.at_dims(divisors)
-        ]
         return measured(
             self.kind,
+            self.metrics,
             self.units(),
-            {name: Metric(np.column_stack([values[name] for _, values in found])) for name in found[0][1]},
-            [dim for dim, _ in found],
+            {
+                dim: ranked(query_n, cosines(cut_ud, query_vector_n, vector_n), relevant_n)
+                for dim, cut_ud in encoded.at_dims(divisors)
+            },
             corpus=len(texts),
             tokens=encoded.tokens,
             started=started,
         )
 
 
-def ranked(query_n: Positions, score_n: Values, relevant_n: np.ndarray) -> dict[str, Values]:
+def ranked(query_n: Ints, score_n: Values, relevant_n: np.ndarray) -> dict[str, Values]:
     """Metrics of each query over its candidates, equal scores in the order given.
 
     "map" is the mean over relevant candidates of the precision down to each; "mrr@10" is 1 / rank of the first

@@ -9,21 +9,19 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from f2llm_ray.engine.nearest import top_positions
-from f2llm_ray.evaluate.encode import as_documents, as_queries, encode_distinct
 from f2llm_ray.evaluate.metrics.by_type import by_type
-from f2llm_ray.evaluate.metrics.ranking import METRICS, K, metrics
-from f2llm_ray.evaluate.metrics.summary import Metric, Units, measured
+from f2llm_ray.evaluate.metrics.ranking import K, metrics
+from f2llm_ray.evaluate.metrics.scores import Units, measured
 from f2llm_ray.evaluate.tasks.task import Measured
+from f2llm_ray.evaluate.vectors import as_documents, as_queries, embed_distinct
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
     from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
+    from f2llm_ray.evaluate.vectors import Embedder
 
 
-def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:
+def evaluate(encoder: Embedder, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:
     """Encodes a set once and scores it at several dims.
 
     Queries carry the set's instruction where the model was trained with instructions.
@@ -34,28 +32,27 @@ def evaluate(encoder: Encoder, retrieval_set: RetrievalSet, divisors: Sequence[i
         divisors: the dims, as the model's d divided by these.
 
     Raises:
-        RunError: the model gives vectors that are not numbers.
+        RunError: the model returns vectors with NaN or infinity.
     """
     started = time.perf_counter()
     queries = as_queries(encoder, retrieval_set.query_texts, retrieval_set.instruction)
     passages = as_documents(encoder, retrieval_set.corpus_texts)
-    encoded = encode_distinct(encoder, [*queries, *passages])
+    encoded = embed_distinct(encoder, [*queries, *passages])
     query_q, corpus_c = encoded.of(queries), encoded.of(passages)
     judged = retrieval_set.judgements
-    by_dim = {
-        dim: metrics(
-            top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),
-            judged.relevant_r2,
-            len(corpus_c),
-            judged.grade_r,
-        )
-        for dim, cut_ud in encoded.at_dims(divisors)
-    }
     found = measured(
-        "retrieval",
+        retrieval_set.kind,
+        retrieval_set.metrics,
         Units(retrieval_set.query_ids, retrieval_set.query_languages),
-        {name: Metric(np.column_stack([values[name] for values in by_dim.values()])) for name in METRICS},
-        list(by_dim),
+        {
+            dim: metrics(
+                top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),
+                judged.relevant_r2,
+                len(corpus_c),
+                judged.grade_r,
+            )
+            for dim, cut_ud in encoded.at_dims(divisors)
+        },
         corpus=len(corpus_c),
         tokens=encoded.tokens,
         started=started,

@@ -1,7 +1,7 @@
 """Retrieval sets: queries, a corpus, and which passages answer which query.
 
 A set comes from a user's folder in the BEIR layout (`read_beir`) or from pairs of a source (`from_pairs`), and
-lies in a run as parquet (`RetrievalSet.write`, `read_set`).
+lies in a run as parquet (`RetrievalSet.write`, `RetrievalSet.read`).
 Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 """
 
@@ -9,23 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
+from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.ranking import Judgements
+from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
 
 Pairs = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -37,6 +42,17 @@ JUDGED_PASSAGE = ("corpus-id", "corpus_id", "pid")
 QUERY_TEXT = ("text", "query")
 CORPUS_TEXT = ("text", "passage")
 KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, SCORE}
+
+
+class FolderSet(SetSection):
+    """A retrieval set on disk in the BEIR layout: queries, corpus and qrels, each .parquet or .jsonl."""
+
+    kind: Output[Literal["retrieval"]] = "retrieval"
+    folder: Content[str]
+    instruction: Output[str] = DEFAULT_INSTRUCTION["retrieval"]
+    """Said before each query to models trained with instructions."""
+    max_queries: Output[int | None] = Field(default=None, ge=1)
+    """At most this many queries, drawn by content hash; the corpus stays whole."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +74,7 @@ class RetrievalSet:
     grades: Values | None = None
     """[r], above 0: how relevant each pair is; None where all are alike."""
     kind: ClassVar[Kind] = "retrieval"
+    metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(METRICS, weighted_metrics.mean)
 
     def write(self, folder: Folder) -> None:
         """As `Task.write`: queries, corpus and qrels as parquet."""
@@ -96,22 +113,21 @@ class RetrievalSet:
         """Queries, and the passages as their answers."""
         return Screened(self.query_texts, self.corpus_texts)
 
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """The queries."""
+        return [(text,) for text in self.query_texts]
+
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`: nDCG@10 and others of exact search."""
         from f2llm_ray.evaluate.tasks.retrieval import evaluate
 
         return evaluate(encoder, self, divisors)
 
-
-def read_set(folder: Folder) -> RetrievalSet:
-    """Reads what `RetrievalSet.write` wrote.
-
-    Raises:
-        RunError: set.json is not there.
-        DataError: a file is missing or does not hold a set.
-    """
-    facts = folder.read_json("set.json")
-    return _read(folder, name=facts["name"], instruction=facts["instruction"], max_queries=None)
+    @classmethod
+    def read(cls, folder: Folder) -> RetrievalSet:
+        """As `Task.read`."""
+        facts = folder.read_json("set.json")
+        return _read(folder, name=facts["name"], instruction=facts["instruction"], max_queries=None)
 
 
 def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:

@@ -1,19 +1,37 @@
-"""A task: something that a model is measured on. Every kind of task is a `Task` and gives `Measured`."""
+"""A task: something that a model is measured on. Every kind of task is a class with the methods of `Task`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import pyarrow as pa
 
+from f2llm_ray.base.section import Neutral, Section
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.encode import Encoder
+    from f2llm_ray.evaluate.vectors import Embedder
     from f2llm_ray.run.folder import Folder
 
-Kind = Literal["retrieval", "bitext", "classification", "clustering", "sts", "pair_classification", "reranking"]
+Kind = str
+"""A kind of task, one of `registry.TASKS`."""
+
+
+class SetSection(Section):
+    """What the recipe's entry of every set says, wherever the set comes from."""
+
+    screen: Neutral[bool] = True
+    """Training rows that hold a text of the set are left out. A set that comes after the data were prepared is
+    measured as it is, and the report says how much of it was trained on; --rescreen prepares and trains again."""
+
+
+class ScreenedSet(Section):
+    """What every evaluation set of a recipe may say."""
+
+    screen: Neutral[bool] = True
+    """Take out the training rows that hold a text of the set, when data are prepared (`data.decontaminate`)."""
 
 
 class Scores(TypedDict):
@@ -29,9 +47,9 @@ class Scores(TypedDict):
     languages: dict[str, dict[str, dict[str, Any]]]
     """By dim and language: "queries", how many there are, each metric over them alone, and "ci"."""
     queries: int
-    """What is scored: queries, or the texts or pairs of a labelled set."""
+    """How many are scored: queries, or the texts or pairs of a labelled set."""
     corpus: int
-    """What they are held against: passages, translations, candidates or labelled texts; 0 where there are none."""
+    """How many texts these are compared with: passages, translations, candidates or training texts; 0 for none."""
     seconds: float
     tokens: int
     """Tokens encoded, each distinct text once."""
@@ -45,13 +63,15 @@ class Measured(NamedTuple):
     scores: Scores
     units: pa.Table
     """One row per query, text or pair, in the task's order: `id`, `language`, `target` (null where the kind has
-    none), and a column per dim, named by it. What they hold is what `summary.compare` needs of two models."""
+    none), and a column per dim, named by it, with the value of the main metric, or what it is computed from."""
 
 
 class Task(Protocol):
     """What a model is measured on."""
 
     kind: ClassVar[Kind]
+    metrics: ClassVar[dict[str, Builder]]
+    """How each metric is computed from the units, the main metric first."""
 
     @property
     def name(self) -> str:
@@ -59,15 +79,27 @@ class Task(Protocol):
 
     @property
     def instruction(self) -> str:
-        """Said before queries to models trained with instructions; "" for none."""
+        """Put before queries for models trained with instructions; "" for none."""
 
     def screened(self) -> Screened:
         """The texts that must not be trained on."""
 
-    def write(self, folder: Folder) -> None:
-        """Writes the task for `kinds.read_task`: its tables, and kind, name and instruction as set.json, last."""
+    def unit_texts(self) -> list[tuple[str, ...]]:
+        """The texts of each query, text or pair that must not have been trained on, in the order of the units."""
 
-    def measure(self, encoder: Encoder, divisors: Sequence[int]) -> Measured:
+    def write(self, folder: Folder) -> None:
+        """Writes the task for `read`: its tables, and kind, name and instruction as set.json, last."""
+
+    @classmethod
+    def read(cls, folder: Folder) -> Task:
+        """Reads what `write` wrote.
+
+        Raises:
+            RunError: set.json is not there.
+            DataError: a file is missing or does not hold this kind of task.
+        """
+
+    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """Encodes the task's texts once and scores them at several dims.
 
         Args:
@@ -75,5 +107,5 @@ class Task(Protocol):
             divisors: the dims, as the model's d divided by these.
 
         Raises:
-            RunError: the model gives vectors that are not numbers.
+            RunError: the model returns vectors with NaN or infinity.
         """

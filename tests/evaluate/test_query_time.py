@@ -1,4 +1,4 @@
-"""How long a query takes: asked one by one, and searched for at every dim and type."""
+"""How long one query takes by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from f2llm_ray.evaluate.speed import QUERIES, query_ms, search_ms
+from f2llm_ray.evaluate.query_time import QUERIES, query_ms
 from tests.evaluate.planted import Planted
 
 
@@ -27,12 +27,3 @@ def test_queries_are_asked_one_by_one_and_the_first_time_does_not_count() -> Non
     assert len(model.asked) == QUERIES + 1
     alone = Slow({"abcde": [1.0]})
     assert query_ms(alone, ["abcde"]) == pytest.approx(5, abs=4)
-
-
-def test_every_dim_and_type_is_searched() -> None:
-    found = search_ms([12, 512])
-    assert {dim: list(times) for dim, times in found.items()} == {
-        dim: ["float", "int8", "binary"] for dim in ("12", "512")
-    }
-    assert found["512"]["binary"] < found["512"]["float"]
-    assert 0 < found["12"]["float"] < found["512"]["float"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
@@ -19,13 +20,11 @@ from f2llm_ray.model.dims import Vectors, cut_dims
 if TYPE_CHECKING:
     from f2llm_ray.model.checkpoint import ModelInfo
 
-Positions = np.ndarray[Any, np.dtype[np.int64]]
-
 TEXTS_PER_CALL = 8192
 
 
-class Encoder(Protocol):
-    """What is measured: the engine over a model of ours, or a model from elsewhere (`evaluate.outside`)."""
+class Embedder(Protocol):
+    """A model that is measured: the engine over one of ours, or one from elsewhere (`evaluate.other_models`)."""
 
     info: ModelInfo
     device: str
@@ -40,18 +39,18 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class DistinctVectors:
     """Distinct texts and their vectors."""
 
     vectors_ud: Vectors
-    number: dict[str, int]
-    """Which vector each text has."""
+    row_of: dict[str, int]
+    """The row of each text's vector."""
     tokens: int
-    """How many were encoded."""
+    """How many tokens were read."""
 
-    def of(self, texts: Sequence[str]) -> Positions:
-        """Which vector each of these texts has [n]."""
-        return np.array([self.number[text] for text in texts], dtype=np.int64)
+    def of(self, texts: Sequence[str]) -> Ints:
+        """The row of each text's vector [n]."""
+        return np.array([self.row_of[text] for text in texts], dtype=np.int64)
 
     def at_dims(self, divisors: Sequence[int]) -> Iterator[tuple[int, Vectors]]:
         """The dims that are d divided by each of these, largest first, and the vectors cut to them."""
@@ -60,15 +59,15 @@ class Encoded:
         return ((dim, cut_dims(self.vectors_ud, dim)) for dim in dims)
 
 
-def evenly_drawn(count: int, most: int) -> Positions:
-    """Places of at most so many of `count` things, evenly drawn, in their order."""
+def evenly_drawn(count: int, most: int) -> Ints:
+    """Positions of at most `most` of `count` things, evenly spaced and ascending."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
-def as_queries(encoder: Encoder, texts: Sequence[str], instruction: str) -> list[str]:
+def as_queries(encoder: Embedder, texts: Sequence[str], instruction: str) -> list[str]:
     """Texts as the query side's input: with the instruction where the model was trained with instructions.
 
-    Else with the model's own prompt for queries, which most have not.
+    Other models get their own prompt for queries, which most do not have.
     """
     if encoder.info.instructions:
         return [query_text(text, instruction) for text in texts]
@@ -76,20 +75,20 @@ def as_queries(encoder: Encoder, texts: Sequence[str], instruction: str) -> list
     return [prompt + text for text in texts]
 
 
-def as_documents(encoder: Encoder, texts: Sequence[str]) -> list[str]:
-    """Texts as what is found: with the model's prompt for documents where it has one; those of ours have none."""
+def as_documents(encoder: Embedder, texts: Sequence[str]) -> list[str]:
+    """Texts as passages: with the model's prompt for documents where it has one; our own models have none."""
     prompt = encoder.info.prompts.get("document", "")
     return [prompt + text for text in texts]
 
 
-def encode_distinct(encoder: Encoder, texts: Sequence[str]) -> Encoded:
-    """Unit vectors of the distinct texts, a bounded number of texts at a time.
+def embed_distinct(encoder: Embedder, texts: Sequence[str]) -> DistinctVectors:
+    """Unit vectors of the distinct texts, at most `TEXTS_PER_CALL` texts at a time.
 
     Raises:
-        RunError: the model gives vectors that are not numbers.
+        RunError: the model returns vectors with NaN or infinity.
     """
-    number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    distinct = list(number)
+    row_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    distinct = list(row_of)
     vectors, tokens = [], 0
     for start in range(0, len(distinct), TEXTS_PER_CALL):
         some, read = encoder.embed_counted(distinct[start : start + TEXTS_PER_CALL])
@@ -100,13 +99,13 @@ def encode_distinct(encoder: Encoder, texts: Sequence[str]) -> Encoded:
     if broken:
         raise RunError(
             f"{encoder.info.name}: the vectors of {broken} of {len(distinct)} texts are not numbers; "
-            "a training that has diverged gives such"
+            "a model whose training diverged returns such vectors"
         )
-    return Encoded(vectors_ud, number, tokens)
+    return DistinctVectors(vectors_ud, row_of, tokens)
 
 
-def cosines(vectors_ud: Vectors, a_n: Positions, b_n: Positions) -> Values:
-    """Cosines of pairs of unit vectors, said by their places [n], a bounded number of pairs at a time."""
+def cosines(vectors_ud: Vectors, a_n: Ints, b_n: Ints) -> Values:
+    """Cosines [n] of pairs of unit vectors, given by their rows, at most `TEXTS_PER_CALL` pairs at a time."""
     found = []
     for start in range(0, len(a_n), TEXTS_PER_CALL):
         some = slice(start, start + TEXTS_PER_CALL)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics
 
-from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.statistic import Builder
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 
 Reference = Callable[[Values, Values], float]
 
@@ -36,18 +36,18 @@ def correlation(of: Callable[[Values, Values], tuple[float, float]]) -> Referenc
 
 
 BINARY: dict[Builder, Reference] = {
-    statistic.average_precision: lambda t, v: float(metrics.average_precision_score(t, v)),
-    statistic.best_accuracy: accuracy_at_best,
-    statistic.best_f1: f1_at_best,
+    weighted_metrics.average_precision: lambda t, v: float(metrics.average_precision_score(t, v)),
+    weighted_metrics.best_accuracy: accuracy_at_best,
+    weighted_metrics.best_f1: f1_at_best,
 }
 GRADED: dict[Builder, Reference] = {
-    statistic.mean: lambda _, v: float(v.mean()),
-    statistic.pearson: correlation(stats.pearsonr),
-    statistic.spearman: correlation(stats.spearmanr),
+    weighted_metrics.mean: lambda _, v: float(v.mean()),
+    weighted_metrics.pearson: correlation(stats.pearsonr),
+    weighted_metrics.spearman: correlation(stats.spearmanr),
 }
 CLASSES: dict[Builder, Reference] = {
-    statistic.macro_f1: lambda t, v: float(metrics.f1_score(t, v, average="macro")),
-    statistic.v_measure: metrics.v_measure_score,
+    weighted_metrics.macro_f1: lambda t, v: float(metrics.f1_score(t, v, average="macro")),
+    weighted_metrics.v_measure: metrics.v_measure_score,
 }
 
 
@@ -122,5 +122,5 @@ def test_classes(builder: Builder, reference: Reference, problem: tuple[Values, 
 
 def test_a_model_that_gives_every_pair_the_same_cosine_orders_nothing() -> None:
     target_n, value_n1 = np.arange(50.0), np.full((50, 1), 0.3)
-    for builder in (statistic.spearman, statistic.pearson):
+    for builder in (weighted_metrics.spearman, weighted_metrics.pearson):
         assert builder(target_n, value_n1)(np.ones((1, 50))).tolist() == [[0.0]]

@@ -8,16 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from f2llm_ray.evaluate.metrics import statistic
+from f2llm_ray.evaluate.metrics import weighted_metrics
+from f2llm_ray.evaluate.metrics.clean import clean_scores
+from f2llm_ray.evaluate.metrics.differences import compare
 from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of, paired_bootstrap
-from f2llm_ray.evaluate.metrics.summary import MAIN, Metric, Units, compare, measured
+from f2llm_ray.evaluate.metrics.scores import Units, measured
+from f2llm_ray.evaluate.tasks.registry import TASKS, main_metric
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 
 def measure(kind: Kind, units: Units, value_nm: np.ndarray) -> Measured:
-    metrics = {"main": Metric(value_nm, MAIN[kind]), "other": Metric(1 - value_nm)}
-    dims = [2 ** (5 - m) for m in range(value_nm.shape[1])]
-    return measured(kind, units, metrics, dims, corpus=7, tokens=9, started=0.0)
+    metrics = {"main": main_metric(kind), "other": weighted_metrics.mean}
+    values = {2 ** (5 - m): {"main": value_n, "other": 1 - value_n} for m, value_n in enumerate(value_nm.T)}
+    return measured(kind, metrics, units, values, corpus=7, tokens=9, started=0.0)
 
 
 def named(languages: list[str]) -> Units:
@@ -73,7 +76,7 @@ def test_a_comparison_is_the_paired_bootstrap_of_what_was_kept() -> None:
     value_nm = rng.random((300, 2))
     units = named(["eng"] * 300)
     a, b = measure("retrieval", units, value_nm), measure("retrieval", units, value_nm * 0.9)
-    found = compare("retrieval", a, b.units, (32, 16))
+    found = compare("retrieval", a.units, b.units, (32, 16))
     expected = paired_bootstrap(value_nm[:, 0], value_nm[:, 1] * 0.9, "eng")
     assert found.all == pytest.approx(expected)
     assert found.macro == pytest.approx(expected)
@@ -86,14 +89,15 @@ def test_a_comparison_of_clusterings_tells_the_better_one() -> None:
     spoiled_n = np.where(rng.random(400) < 0.3, rng.integers(0, 4, 400), label_n)
     units = Units([str(n) for n in range(400)], ["deu", "eng"] * 200, label_n)
     a, b = (measure("clustering", units, value_n[:, None]) for value_n in (label_n, spoiled_n))
-    found = compare("clustering", a, b, (32, 32))
+    found = compare("clustering", a.units, b.units, (32, 32))
     worse = [
-        statistic.v_measure(label_n[half::2], spoiled_n[half::2, None])(np.ones((1, 200)))[0, 0] for half in (0, 1)
+        weighted_metrics.v_measure(label_n[half::2], spoiled_n[half::2, None])(np.ones((1, 200)))[0, 0]
+        for half in (0, 1)
     ]
     assert found.all.difference == pytest.approx(1 - np.mean(worse))
     assert 0 < found.all.low < found.all.difference < found.all.high
     assert {language: each.p < 0.01 for language, each in found.languages.items()} == {"deu": True, "eng": True}
-    same = compare("clustering", b, b, (32, 32))
+    same = compare("clustering", b.units, b.units, (32, 32))
     assert same.all == same.macro == (0.0, 0.0, 0.0, 1.0)
 
 
@@ -102,4 +106,26 @@ def test_other_units_cannot_be_compared() -> None:
     a = measure("retrieval", named(["eng"] * 3), value_nm)
     b = measure("retrieval", Units(["0", "1", "x"], ["eng"] * 3), value_nm)
     with pytest.raises(ValueError, match="3 units against 3, and they are not the same"):
-        compare("retrieval", a, b, (32, 32))
+        compare("retrieval", a.units, b.units, (32, 32))
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_clean_scores_are_those_of_the_units_that_were_not_trained_on(kind: Kind) -> None:
+    rng = np.random.default_rng(0)
+    target_n = None if main_metric(kind) is weighted_metrics.mean else rng.integers(0, 2, 200).astype(np.float64)
+    value_nm = rng.integers(0, 5, (200, 2)).astype(np.float64)
+    languages = rng.choice(["deu", "eng", "und"], 200).tolist()
+    contaminated_n = rng.random(200) < 0.4
+    contaminated_n[[language == "und" for language in languages]] = True
+    (kept_k,) = np.nonzero(~contaminated_n)
+    whole = measure(kind, Units([str(n) for n in range(200)], languages, target_n), value_nm)
+    part = Units(
+        [str(n) for n in kept_k], [languages[n] for n in kept_k], None if target_n is None else target_n[kept_k]
+    )
+    expected = measure(kind, part, value_nm[kept_k]).scores["scores"]
+    found = clean_scores(kind, whole.units, contaminated_n)
+    assert found == {dim: scores["main"] for dim, scores in expected.items()}
+    assert found != {dim: scores["main"] for dim, scores in whole.scores["scores"].items()}
+    none = clean_scores(kind, whole.units, np.zeros(200, dtype=bool))
+    assert none == {dim: scores["main"] for dim, scores in whole.scores["scores"].items()}
+    assert clean_scores(kind, whole.units, np.ones(200, dtype=bool)) == {}

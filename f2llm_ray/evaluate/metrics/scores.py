@@ -1,0 +1,162 @@
+"""From the values of each unit of a task to scores with intervals.
+
+Languages are scored by themselves and resampled by themselves: the score of all is the mean of theirs, weighted by
+their units, and the macro score the plain mean. So a correlation or a clustering never mixes languages, and one
+round of resamples serves the intervals of every language, of all and of the macro mean.
+
+Shapes: n units, m dims, r resamples, l languages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.data.ragged import Ints
+from f2llm_ray.evaluate.metrics.intervals import Values, bootstrap, interval
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.tasks.task import Kind, Measured, Scores
+
+DIGITS = 6
+FIXED = ["id", "language", "target"]
+"""Columns of a table of units; the others are dims."""
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What is scored: queries, texts, or pairs of texts."""
+
+    ids: Sequence[str]
+    languages: Sequence[str]
+    target_n: Values | None = None
+    """What the values are compared with: grades, labels or classes."""
+
+
+class LanguageGroups:
+    """The units of each language, sorted by it."""
+
+    def __init__(self, languages: Sequence[str]) -> None:
+        self.places = by_language(languages)
+        self.weight_l = np.array([len(at_k) for at_k in self.places.values()]) / len(languages)
+
+    def scores(self, builder: Builder, target_n: Values, value_nm: Values) -> Values:
+        """A metric of each language [l, m]."""
+        return np.stack(
+            [builder(target_n[at_k], value_nm[at_k])(np.ones((1, len(at_k))))[0] for at_k in self.places.values()]
+        )
+
+    def resampled(self, builder: Builder, target_n: Values, value_nm: Values) -> Values:
+        """The same over resamples of the language [l, r, m], which are the same ones for every model."""
+        return np.stack(
+            [
+                bootstrap(builder(target_n[at_k], value_nm[at_k]), len(at_k), language)
+                for language, at_k in self.places.items()
+            ]
+        )
+
+
+def measured(
+    kind: Kind,
+    metrics: Mapping[str, Builder],
+    units: Units,
+    values: Mapping[int, Mapping[str, Values]],
+    *,
+    corpus: int,
+    tokens: int,
+    started: float,
+) -> Measured:
+    """Scores of a task.
+
+    Args:
+        kind: of the task.
+        metrics: how each metric is computed, the main one first.
+        units: what is scored.
+        values: by dim, largest first, and metric: the value of each unit [n].
+        corpus: how many texts the units are compared with.
+        tokens: how many were encoded.
+        started: `time.perf_counter()` when the work began.
+    """
+    main = next(iter(metrics))
+    target_n = np.zeros(len(units.ids)) if units.target_n is None else units.target_n
+    value_nm = {name: np.column_stack([found[name] for found in values.values()]) for name in metrics}
+    groups = LanguageGroups(units.languages)
+    points = {name: groups.scores(builder, target_n, value_nm[name]) for name, builder in metrics.items()}
+    samples_lrm = groups.resampled(metrics[main], target_n, value_nm[main])
+    scores: Scores = {
+        "kind": kind,
+        "metric": main,
+        "scores": {},
+        "languages": {},
+        "queries": len(units.ids),
+        "corpus": corpus,
+        "seconds": 0.0,
+        "tokens": tokens,
+        "types": {},
+    }
+    for m, dim in enumerate(values):
+        scores["scores"][str(dim)] = {
+            **{name: rounded(groups.weight_l @ point_lm[:, m]) for name, point_lm in points.items()},
+            "ci": _interval(np.tensordot(groups.weight_l, samples_lrm[:, :, m], 1)),
+            "macro": rounded(points[main][:, m].mean()),
+            "macro_ci": _interval(samples_lrm[:, :, m].mean(axis=0)),
+        }
+        scores["languages"][str(dim)] = {
+            language: {
+                "queries": len(at_k),
+                **{name: rounded(point_lm[place, m]) for name, point_lm in points.items()},
+                "ci": _interval(samples_lrm[place, :, m]),
+            }
+            for place, (language, at_k) in enumerate(groups.places.items())
+        }
+    scores["seconds"] = round(time.perf_counter() - started, 2)
+    return Measured(scores, _table(units, value_nm[main], list(values)))
+
+
+def dims_of(units: pa.Table) -> list[int]:
+    """The dims that a model was measured at, largest first."""
+    return sorted((int(name) for name in units.column_names if name not in FIXED), reverse=True)
+
+
+def columns(units: pa.Table, dims: Sequence[int]) -> tuple[Values, Values]:
+    """The targets [n], NaN where there are none, and the values at dims [n, m] of a table of units."""
+    values = [units[str(dim)].to_numpy() for dim in dims]
+    return units["target"].to_numpy().astype(np.float64), np.column_stack(values)
+
+
+def same_units(a: pa.Table, b: pa.Table) -> bool:
+    """Whether the units of two measurements are the same ones, in the same order."""
+    return bool(a.select(FIXED).equals(b.select(FIXED)))
+
+
+def by_language(languages: Sequence[str]) -> dict[str, Ints]:
+    """Places of the units of each language, sorted by it."""
+    names, of_n = np.unique(np.array(languages, dtype=np.str_), return_inverse=True)
+    order_n = np.argsort(of_n, kind="stable")
+    ends = np.cumsum(np.bincount(of_n, minlength=len(names)))
+    return dict(zip(map(str, names), np.split(order_n, ends[:-1]), strict=True))
+
+
+def rounded(value: Any) -> float:
+    """A score with the digits that a report keeps."""
+    return round(float(value), DIGITS)
+
+
+def _table(units: Units, value_nm: Values, dims: Sequence[int]) -> pa.Table:
+    target = pa.nulls(len(units.ids), pa.float64()) if units.target_n is None else pa.array(units.target_n)
+    return pa.table(
+        {
+            "id": pa.array(units.ids, pa.string()),
+            "language": pa.array(units.languages, pa.string()),
+            "target": target,
+            **{str(dim): pa.array(value_n) for dim, value_n in zip(dims, value_nm.T, strict=True)},
+        }
+    )
+
+
+def _interval(sample_r: Values) -> list[float]:
+    return [rounded(end) for end in interval(sample_r)]
