@@ -1,7 +1,9 @@
-"""The HTTP contract: what may be asked, what is answered, and the one form of an error.
+"""The HTTP contract: the bodies of requests, answers and errors.
 
-`POST /v1/embeddings` keeps OpenAI's shape; `prompt_name`, `instruction`, `truncate` and `embedding_types` are
-ours. Answers are written straight from the array of vectors, never through Python lists of floats.
+`POST /v1/embeddings` has OpenAI's fields, and also `prompt_name`, `instruction`, `truncate` and
+`embedding_types`. Answers are written straight from the array of vectors, never through Python lists of floats.
+
+Shapes: n inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_erro
 
 
 class ApiError(Exception):
-    """An answer other than 200; all its parts are arguments, so that it travels between processes."""
+    """An answer other than 200. All its parts are arguments of `Exception`, so that it can be pickled."""
 
     def __init__(
         self, status: int, code: str, message: str, param: str | None = None, retry_after: int | None = None
@@ -67,23 +69,29 @@ def _texts_or_tokens(value: Any, _: Callable[[Any], Any]) -> Any:
 
 
 def _all(value: Any, kind: type) -> bool:
-    """Whether it is a list of nothing but this type; `true` is no int here."""
+    """Whether a value is a list of this type alone; a bool does not count as an int."""
     return isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
 Encoding = Literal["float", "base64"]
 Inputs = str | list[str] | list[int] | list[list[int]]
 
-# Checked by hand, one message for the whole field: pydantic would collect an error per item and union member,
-# gigabytes of them for a body of 10 MB of nulls.
+# Checked by hand, with one message for the whole field: pydantic would collect an error per item and union member,
+# which takes gigabytes for a body of 10 MB of nulls.
 Texts = Annotated[str | list[str], WrapValidator(_texts)]
 TextsOrTokens = Annotated[Inputs, WrapValidator(_texts_or_tokens)]
 
 
-class EmbeddingOptions(BaseModel):
-    """What both routes take. A key that is not known is refused: a misspelt `dimensions` must not pass unseen."""
+class Body(BaseModel):
+    """A body of the API; /docs shows the docstrings of its fields."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class EmbeddingOptions(Body):
+    """The fields that both routes have. An unknown one is refused, so that a misspelt `dimensions` is noticed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     dimensions: int | None = None
     """One of the dims the model was trained for (see /info); the whole vector when unset."""
@@ -106,7 +114,7 @@ class EmbeddingsRequest(EmbeddingOptions):
     """Texts, or token ids of this model's own tokenizer."""
     model: str
     user: str | None = None
-    """Taken for OpenAI's sake; not used."""
+    """A field of OpenAI's that has no effect here."""
 
 
 class EmbedRequest(EmbeddingOptions):
@@ -120,10 +128,8 @@ class EmbedRequest(EmbeddingOptions):
 Numbers = list[float] | list[int] | str
 
 
-class Embedding(BaseModel):
+class Embedding(Body):
     """One vector, as a list of numbers or as base64."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -133,14 +139,14 @@ class Embedding(BaseModel):
     """In each of the `embedding_types`, where several were asked for."""
 
 
-class Usage(BaseModel):
+class Usage(Body):
     """Tokens counted with prompt and EOS."""
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingsAnswer(BaseModel):
+class EmbeddingsAnswer(Body):
     """Answer of POST /v1/embeddings."""
 
     object: Literal["list"] = "list"
@@ -153,10 +159,8 @@ Scores = dict[str, dict[str, dict[str, float | tuple[float, float]]]]
 Types = dict[str, dict[int, dict[EmbeddingType, float]]]
 
 
-class ModelCard(BaseModel):
-    """A model that can be asked for."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
+class ModelCard(Body):
+    """A model that a request may name."""
 
     id: str
     object: Literal["model"] = "model"
@@ -168,29 +172,27 @@ class ModelCard(BaseModel):
     dims: tuple[int, ...]
     """The values `dimensions` may take."""
     max_tokens: int
-    """Longest text taken whole, EOS included."""
+    """Tokens of the longest text that is not cut, EOS included."""
     embedding_types: tuple[EmbeddingType, ...]
     """The values `embedding_types` may hold."""
     parameters: int | None = None
     scores: Scores = {}
-    """What the run's report measured: by evaluation set and dim, each metric, and intervals as [low, high]."""
+    """Scores in the run's report, by evaluation set, dim and metric; confidence intervals are [low, high]."""
     types: Types = {}
-    """What shorter and smaller vectors cost: by retrieval set, dim and type, nDCG@10."""
+    """nDCG@10 of shorter and smaller vectors, by retrieval set, dim and vector type."""
     corpus_rows: int = 0
     """Passages that POST /search and the page at / search in; 0 without a corpus."""
 
 
-class ModelList(BaseModel):
+class ModelList(Body):
     """Answer of GET /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
-class Info(BaseModel):
+class Info(Body):
     """Answer of GET /info."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str
     dims: tuple[int, ...]
@@ -201,24 +203,24 @@ class Info(BaseModel):
     instructions: bool
     """Whether `instruction` may be given."""
     max_tokens: int
-    """Longest text taken whole, EOS included."""
+    """Tokens of the longest text that is not cut, EOS included."""
     self_checked: bool
-    """Whether the vectors were compared with those stored when the model was made."""
+    """Whether the vectors were compared with those stored in the model's folder."""
     types: Types
-    """What shorter and smaller vectors cost: by retrieval set of the run, dim and type, nDCG@10."""
+    """nDCG@10 of shorter and smaller vectors, by retrieval set of the run, dim and vector type."""
     limits: Serving
     device: str
     version: str
 
 
-class Health(BaseModel):
+class Health(Body):
     """Answer of GET /health."""
 
     status: Literal["ok"] = "ok"
 
 
-class ErrorDetail(BaseModel):
-    """What went wrong."""
+class ErrorDetail(Body):
+    """The parts of an error."""
 
     message: str
     type: str
@@ -227,7 +229,7 @@ class ErrorDetail(BaseModel):
     code: str
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(Body):
     """Body of every answer that is not 200."""
 
     error: ErrorDetail
@@ -235,7 +237,7 @@ class ErrorBody(BaseModel):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request got: the body of a 200, and what the access log says of it."""
+    """A successful answer: its body, and the facts for the access log."""
 
     content: bytes
     model: str
@@ -266,7 +268,7 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
     """The request in a body.
 
     Raises:
-        ApiError: 400 for anything that is not JSON of this shape, 422 for a value not among those allowed.
+        ApiError: 400 for a body that is not JSON or has wrong fields, 422 for a value that is not allowed.
     """
     content = read_json(body)
     try:
@@ -284,7 +286,7 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
 
 
 def split(given: Inputs) -> tuple[list[str], list[list[int]]]:
-    """The inputs one by one, as texts or as token lists; a lone text or token list is a list of one."""
+    """The inputs as texts and as token lists, of which one is empty; a single input becomes a list of one."""
     if isinstance(given, str):
         return [given], []
     if given and isinstance(given[0], int):
@@ -299,9 +301,9 @@ def embeddings_answer(
     """The body of an `EmbeddingsAnswer`.
 
     Args:
-        forms: the vectors [n, ...] in each type asked for, the first one first.
+        forms: the vectors [n, ...] by type, in the order of the request.
         model: name of the model.
-        tokens: what they took.
+        tokens: number of tokens of all inputs.
         encoding: numbers, or base64 of their bytes.
     """
     coded = {kind: _coded(rows, encoding) for kind, rows in forms.items()}
@@ -318,7 +320,7 @@ def embeddings_answer(
 def embed_answer(
     forms: Mapping[EmbeddingType, Quantised], *, named: bool = False, encoding: Encoding = "float"
 ) -> bytes:
-    """The body of POST /embed's answer: a list of vectors, or such a list by type where types were named."""
+    """The body of POST /embed's answer: a list of vectors, or with `named` such a list by type."""
     answer: Any = {kind: rows if encoding == "float" else _coded(rows, encoding) for kind, rows in forms.items()}
     if not named:
         (answer,) = answer.values()

@@ -17,7 +17,7 @@ from f2llm_ray.serve.served_model import Arguments, find_model
 
 
 @answers_http(Info)
-class Endpoint(Replica):
+class ModelServer(Replica):
     """The replica as Ray Serve deploys it."""
 
 
@@ -28,4 +28,4 @@ def build(args: dict[str, Any]) -> serve.Application:
         NotServableError: wrong arguments, or no such run or model.
     """
     served = checked(lambda: find_model(Arguments.model_validate(args)))
-    return serve.deployment(Endpoint).options(**options(served.settings)).bind(served)
+    return serve.deployment(ModelServer).options(**options(served.settings)).bind(served)

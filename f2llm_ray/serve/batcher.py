@@ -1,8 +1,10 @@
-"""Batches across clients: while the engine works on one batch, the next one gathers.
+"""Batches across clients: while the engine embeds one batch, requests wait and become the next one.
 
-Ray Serve's own `@serve.batch` fails a request that is larger than the batch by itself, puts a request that did not
-fit at the end of the queue, and waits a set time for more. This one never waits: an idle engine starts at once, a
-busy one takes its next batch itself, without waiting for an event loop that is reading and answering requests.
+Ray Serve's own `@serve.batch` fails a request that alone is larger than a batch, moves a request that does not fit
+to the end of the queue, and waits a fixed time for more requests. This batcher never waits: an idle engine starts
+at once, and a busy one takes its next batch in its own thread, while the event loop reads and answers requests.
+
+Shapes: n texts, d dims.
 """
 
 from __future__ import annotations
@@ -19,15 +21,16 @@ from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.model.dims import Vectors
 
 Request = tuple[Sequence[Tokens], "asyncio.Future[Vectors]", float]
-"""Token lists, where their vectors go, and when they came."""
+"""Token lists, the future of their vectors [n, d], and when they came (`time.perf_counter`)."""
 Observer = Callable[[int, int, float, float], None]
-"""Told of each batch: texts, tokens, seconds that its oldest request waited, seconds in the engine."""
+"""Called after each batch with its texts, its tokens, the seconds that its oldest request waited, and those in the
+engine."""
 
 
 class Batcher:
-    """Joins the token lists of waiting requests, in the order they came, up to a token budget.
+    """Joins the token lists of waiting requests, in the order they came, up to `batch_tokens`.
 
-    A request above the budget is a batch of its own; the engine cuts it into passes.
+    A request with more tokens is a batch of its own; the engine cuts it into passes.
     """
 
     def __init__(
@@ -37,18 +40,18 @@ class Batcher:
         self._observe = observe
         self._batch_tokens = batch_tokens
         self._waiting: deque[Request] = deque()
-        # One thread: two passes at a time would share the same cores or GPU and only take turns.
+        # One thread: two passes at a time would only take turns on the same cores or GPU.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
-        # Held over what waits, and whether the thread will look there again.
+        # Guards `_waiting` and `_busy`: whether the thread will look at `_waiting` again.
         self._lock = threading.Lock()
         self._busy = False
 
     async def embed(self, tokens: Sequence[Tokens], *, first: bool = False) -> Vectors:
-        """Vectors [n, d] of one request; a caller that is cancelled while waiting costs the engine nothing.
+        """Vectors [n, d] of one request; one that is cancelled while it waits is not embedded.
 
         Args:
             tokens: the request's token lists.
-            first: go before all that wait, so that a health check does not time out under load.
+            first: go ahead of all waiting requests, so that a health check does not time out under load.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Vectors] = loop.create_future()
@@ -60,18 +63,18 @@ class Batcher:
         return await future
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Runs batches until none waits, in the engine's thread."""
+        """Embeds batches until no request waits, in the engine's thread."""
         while batch := self._take():
             tokens = [ids for request, _, _ in batch for ids in request]
             started = time.perf_counter()
             found: Vectors | Exception
             try:
                 found = self._embed(tokens)
-            except Exception as error:  # noqa: BLE001 (it belongs to those who wait)
+            except Exception as error:  # noqa: BLE001 (the waiting requests raise it)
                 found = error
             seconds = time.perf_counter() - started
             waited = started - min(came for _, _, came in batch)
-            with suppress(RuntimeError):  # the loop is closed, and nobody waits
+            with suppress(RuntimeError):  # the loop is closed, and no request waits any more
                 loop.call_soon_threadsafe(self._deliver, batch, found, waited, seconds)
 
     def _deliver(self, batch: list[Request], found: Vectors | Exception, waited: float, seconds: float) -> None:
@@ -90,7 +93,7 @@ class Batcher:
             self._observe(len(found), tokens, waited, seconds)
 
     def _take(self) -> list[Request]:
-        """The next batch; with none the thread is free, and the next request starts it again."""
+        """The next batch; where it is empty the thread ends, and the next request starts it again."""
         batch: list[Request] = []
         size = 0
         with self._lock:

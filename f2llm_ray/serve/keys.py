@@ -1,9 +1,9 @@
-"""API keys: a file of hashes, a comparison that tells nothing by its time, and a rate for each key.
+"""API keys: a file of their hashes, a comparison in constant time, and a rate for each key.
 
     python -m f2llm_ray.serve.keys search-team --file keys.txt --per-minute 6000
 
 prints a new key once and adds its hash to the file. A line is `name:sha256[:requests per minute]`. Keys are 256
-random bits, so that a plain SHA-256 of one cannot be guessed back.
+random bits, so that no key can be found from its plain SHA-256.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.serve.api import ApiError
 
 REREAD_S = 5.0
-"""How often the file is looked at: a key added or taken out counts within seconds, without a new deployment."""
+"""Seconds between looks at the file: an added or removed key counts within seconds, without a new deployment."""
 LINE = re.compile(r"(?P<name>[\w.-]+):(?P<hash>[0-9a-f]{64})(?::(?P<per_minute>[1-9]\d*))?")
 
 log = logging.getLogger("ray.serve")
@@ -31,7 +31,7 @@ log = logging.getLogger("ray.serve")
 
 @dataclass
 class Key:
-    """One key and the requests it may still make (a bucket that holds a minute's worth)."""
+    """One key, and the requests that it has left (a bucket that holds a minute's worth)."""
 
     name: str
     digest: bytes
@@ -41,7 +41,7 @@ class Key:
 
 
 class Keys:
-    """The keys of a file; the file may change while they are in use.
+    """The keys of a file, which may change while they are in use.
 
     Raises:
         RunError: no such file, a line of another form, a name or a key twice, or no key at all.
@@ -54,10 +54,10 @@ class Keys:
         self._looked = time.monotonic()
 
     def admit(self, authorization: str | None) -> str:
-        """Name of the key in an `Authorization: Bearer` header.
+        """Takes one request from the key in an `Authorization: Bearer` header and returns the key's name.
 
         Raises:
-            ApiError: 401 for no key or an unknown one, 429 when its requests of this minute are used up.
+            ApiError: 401 for no key or an unknown one, 429 where none of its requests are left.
         """
         now = time.monotonic()
         if now - self._looked > REREAD_S:
@@ -131,10 +131,10 @@ def _read(path: Path) -> list[Key]:
 
 
 def new_key(path: Path, name: str, per_minute: int | None = None) -> str:
-    """Makes a key, adds its hash to the file (readable by its owner alone when it is new) and returns it.
+    """Makes a key, adds its hash to the file and returns the key; only its owner can read a new file.
 
     Raises:
-        RunError: a name of other characters, one that is there already, or a file that cannot be written.
+        RunError: the name has other characters or is in the file already, or the file cannot be written.
     """
     key = f"f2-{secrets.token_urlsafe(32)}"
     line = f"{name}:{hashlib.sha256(key.encode()).hexdigest()}" + ("" if per_minute is None else f":{per_minute}")
@@ -143,15 +143,12 @@ def new_key(path: Path, name: str, per_minute: int | None = None) -> str:
             f"name {name!r}, {per_minute} a minute: expected letters, digits, '.', '_' and '-', and at least 1"
         )
     try:
-        if path.exists() and path.stat().st_size:
-            if name in (known.name for known in _read(path)):
-                raise RunError(f"{path}: there is a key of the name {name!r} already")
-        else:
-            path.touch(mode=0o600)
+        path.touch(mode=0o600)
         before = path.read_text(encoding="utf-8")
-        separator = "\n" if before and not before.endswith("\n") else ""
+        if before and name in (known.name for known in _read(path)):
+            raise RunError(f"{path}: there is a key of the name {name!r} already")
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{separator}{line}\n")
+            file.write(f"\n{line}\n" if before and not before.endswith("\n") else f"{line}\n")
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error}") from None
     return key
@@ -160,7 +157,7 @@ def new_key(path: Path, name: str, per_minute: int | None = None) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m f2llm_ray.serve.keys", description="Makes an API key.")
-    parser.add_argument("name", help="who uses it; the access log names it")
+    parser.add_argument("name", help="who uses the key; the access log has this name")
     parser.add_argument("--file", required=True, type=Path, help="file of hashes that the endpoint reads")
     parser.add_argument("--per-minute", type=int, help="requests a minute that one replica takes from it")
     given = parser.parse_args(arguments)

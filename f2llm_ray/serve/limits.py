@@ -1,4 +1,4 @@
-"""What a replica refuses, and why: pure checks of a request against the limits and the model."""
+"""The checks of a request against the limits and the model; each raises an `ApiError`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RETRY_AFTER_S = 1
 
 
 class RequestSlots:
-    """As many requests at a time as are allowed."""
+    """Bounds the number of requests that wait or run at a time."""
 
     def __init__(self, limits: Serving) -> None:
         self.limits = limits
@@ -31,7 +31,7 @@ class RequestSlots:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Holds a place for one request, from before its body is read until it is answered.
+        """Holds a slot for one request, from before its body is read until it is answered.
 
         Raises:
             ApiError: 429 when all slots are taken.
@@ -47,96 +47,91 @@ class RequestSlots:
 
 
 def check_body(size: int, limits: Serving) -> None:
-    """413 for a body above the limit; called before all of it is read."""
+    """Raises 413 for a body above the limit; called before all of it is read."""
     if size > limits.max_body_bytes:
         raise ApiError(413, "body_too_large", f"the body is larger than {limits.max_body_bytes} bytes")
 
 
 def check_model(name: str, served: Sequence[str]) -> None:
-    """404 for a model that is not served here."""
+    """Raises 404 for a model that is not served here."""
     if name not in served:
         message = f"model {name!r} is not served here; served: {', '.join(served)}"
         raise ApiError(404, "model_not_found", message, param="model")
 
 
 def check_dimensions(dimensions: int | None, info: ModelInfo) -> int:
-    """The dim to answer with; 422 for one the model was not trained for."""
-    if dimensions is None:
-        return info.dims[-1]
-    if dimensions not in info.dims:
-        allowed = ", ".join(map(str, info.dims))
-        message = f"dimensions: {info.name} was not trained for {dimensions}; allowed: {allowed}"
-        raise ApiError(422, "invalid_dimensions", message, param="dimensions")
-    return dimensions
+    """The dim to answer with; raises 422 for one that the model was not trained for."""
+    if dimensions is None or dimensions in info.dims:
+        return dimensions or info.dims[-1]
+    problem = f"{info.name} was not trained for {dimensions}; allowed: {', '.join(map(str, info.dims))}"
+    raise _wrong("dimensions", "invalid_dimensions", problem)
 
 
 def check_types(types: Sequence[EmbeddingType] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:
-    """The forms to answer with, each once; 422 for none, or for one that the model has no ranges for."""
+    """The vector types to answer with, each once; raises 422 for none, or for one that the model cannot make."""
     if types is None:
         return ["float"]
     if not types:
-        message = f"embedding_types: it is empty; allowed: {', '.join(known)}"
-        raise ApiError(422, "invalid_value", message, param="embedding_types")
-    unknown = next((kind for kind in types if kind not in known), None)
-    if unknown is not None:
-        message = (
-            f"embedding_types: this model has no stored ranges for {unknown} ({CALIBRATION_FILE} in its folder, "
-            f"which the pipeline writes); allowed: {', '.join(known)}"
-        )
-        raise ApiError(422, "not_calibrated", message, param="embedding_types")
+        raise _wrong("embedding_types", "invalid_value", f"it is empty; allowed: {', '.join(known)}")
+    for kind in types:
+        if kind not in known:
+            problem = f"this model has no stored ranges for {kind} ({CALIBRATION_FILE} in its folder, which the "
+            problem += f"pipeline writes); allowed: {', '.join(known)}"
+            raise _wrong("embedding_types", "not_calibrated", problem)
     return list(dict.fromkeys(types))
 
 
 def check_prompt(prompt_name: str | None, instruction: str | None, info: ModelInfo) -> str:
-    """The text to put before each input; 422 where the model has no such prompt or takes no instructions."""
-    if instruction is not None and prompt_name is not None:
-        message = "instruction: give either prompt_name or instruction, not both"
-        raise ApiError(422, "invalid_prompt", message, param="instruction")
+    """The text to put before each input; raises 422 for a prompt or instruction that the model does not take."""
     if instruction is not None:
+        if prompt_name is not None:
+            raise _wrong("instruction", "invalid_prompt", "give either prompt_name or instruction, not both")
         if not info.instructions:
-            message = f"instruction: {info.name} was trained without instructions"
-            raise ApiError(422, "invalid_prompt", message, param="instruction")
+            raise _wrong("instruction", "invalid_prompt", f"{info.name} was trained without instructions")
         return query_text("", instruction)
-    if prompt_name is None:
-        return ""
-    if prompt_name not in info.prompts:
-        message = f"prompt_name: {info.name} has no prompt {prompt_name!r}; it has: {', '.join(info.prompts)}"
-        raise ApiError(422, "invalid_prompt", message, param="prompt_name")
-    return info.prompts[prompt_name]
+    if prompt_name is not None and prompt_name not in info.prompts:
+        problem = f"{info.name} has no prompt {prompt_name!r}; it has: {', '.join(info.prompts)}"
+        raise _wrong("prompt_name", "invalid_prompt", problem)
+    return "" if prompt_name is None else info.prompts[prompt_name]
 
 
 def check_inputs(inputs: Sequence[str] | Sequence[Sequence[int]], limits: Serving, param: str) -> None:
-    """413 for too many inputs, 422 for none or an empty one."""
+    """Raises 413 for too many inputs, 422 for none or an empty one."""
     if len(inputs) > limits.max_inputs:
-        message = f"{param}: {len(inputs)} inputs, at most {limits.max_inputs} are allowed"
-        raise ApiError(413, "too_many_inputs", message, param=param)
-    empty = next((i for i, value in enumerate(inputs) if not value), None)
-    if not inputs or empty is not None:
-        message = f"{param}: it is empty" if not inputs else f"{param}[{empty}]: it is empty"
-        raise ApiError(422, "empty_input", message, param=param)
+        problem = f"{len(inputs)} inputs, at most {limits.max_inputs} are allowed"
+        raise _wrong(param, "too_many_inputs", problem, status=413)
+    if not inputs:
+        raise _wrong(param, "empty_input", "it is empty")
+    for i, value in enumerate(inputs):
+        if not value:
+            raise _wrong(f"{param}[{i}]", "empty_input", "it is empty")
 
 
 def check_ids(inputs: Sequence[Sequence[int]], *, vocabulary: int, eos: int, param: str) -> list[Tokens]:
-    """Token lists with EOS last, whether or not it was given; 422 for an id that the model does not have."""
+    """Token lists with EOS last, given or not; raises 422 for an id that the model does not have."""
     for i, ids in enumerate(inputs):
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            message = f"{param}[{i}]: token id {bad} is not in 0..{vocabulary - 1}"
-            raise ApiError(422, "invalid_token", message, param=param)
+        for bad in (min(ids), max(ids)):
+            if not 0 <= bad < vocabulary:
+                raise _wrong(f"{param}[{i}]", "invalid_token", f"token id {bad} is not in 0..{vocabulary - 1}")
     return [np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.uint32) for ids in inputs]
 
 
 def longest_text(info: ModelInfo, limits: Serving) -> int:
-    """Most tokens of a text: neither more than the endpoint allows nor than the model has seen."""
+    """Most tokens of a text: no more than the endpoint allows, and no more than the model was trained on."""
     return min(info.max_tokens, limits.max_tokens)
 
 
 def check_lengths(tokens: list[Tokens], *, max_tokens: int, truncate: bool, param: str) -> list[Tokens]:
-    """The token lists, cut where that was asked for; 422 for one that is too long otherwise."""
+    """The token lists, each cut to the limit with `truncate`; without it, raises 422 for one that is too long."""
     if truncate:
         return [cut(ids, max_tokens) for ids in tokens]
     for i, ids in enumerate(tokens):
         if len(ids) > max_tokens:
-            message = f"{param}[{i}]: {len(ids)} tokens, at most {max_tokens} are allowed; truncate: true cuts it"
-            raise ApiError(422, "too_many_tokens", message, param=param)
+            problem = f"{len(ids)} tokens, at most {max_tokens} are allowed; truncate: true cuts it"
+            raise _wrong(f"{param}[{i}]", "too_many_tokens", problem)
     return tokens
+
+
+def _wrong(field: str, code: str, problem: str, status: int = 422) -> ApiError:
+    """The error for a field of a request, or for one of its items, such as `input[3]`."""
+    return ApiError(status, code, f"{field}: {problem}", param=field.partition("[")[0])

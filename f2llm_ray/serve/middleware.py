@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import orjson
@@ -29,23 +28,16 @@ LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""
 
 
-@dataclass(frozen=True)
 class RequestPolicy:
-    """What one replica does with every request: the keys that it accepts, and where it counts and logs."""
+    """The keys that one replica accepts, its metrics, and whether it has an access log.
 
-    keys: Keys | None
-    metrics: RequestMetrics
-    access_log: bool
+    Raises:
+        RunError: the keys cannot be read.
+    """
 
-    @staticmethod
-    def of(access: Access) -> RequestPolicy:
-        """Reads the keys and makes the counters, on a replica.
-
-        Raises:
-            RunError: the keys cannot be read.
-        """
-        keys = None if access.keys is None else Keys(access.keys)
-        return RequestPolicy(keys, RequestMetrics(), access.access_log)
+    def __init__(self, access: Access) -> None:
+        self.keys = None if access.keys is None else Keys(access.keys)
+        self.metrics, self.access_log = RequestMetrics(), access.access_log
 
 
 class RequestMiddleware:
@@ -75,10 +67,10 @@ class RequestMiddleware:
                 key = policy.keys.admit(header(scope, b"authorization"))
             await self.app(scope, receive, watched)
         except ApiError as error:
-            await refuse(error, watched)
+            await send_json(watched, error.status, error.body(), error.headers)
         except Exception as error:
             if status == 499:
-                await refuse(internal_error(error), watched)
+                await send_json(watched, 500, internal_error(error).body())
             raise
         finally:
             seconds = time.perf_counter() - started
@@ -88,13 +80,8 @@ class RequestMiddleware:
                 _log(scope, path=route, status=status, seconds=seconds, key=key)
 
 
-async def refuse(error: ApiError, send: Send) -> None:
-    """Sends an error as the answer of a request."""
-    await send_json(send, error.status, error.body(), error.headers)
-
-
 async def send_json(send: Send, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-    """Sends a JSON body as the answer of a request."""
+    """Sends a JSON body as the answer to a request."""
     named = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
     raw = [(name.lower().encode(), value.encode()) for name, value in named.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})

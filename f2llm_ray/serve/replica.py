@@ -1,4 +1,4 @@
-"""What one replica does, whatever carries its requests: admit, check, tokenise, batch, cut to dims."""
+"""One replica: it checks requests, tokenizes texts, embeds them in batches and cuts the vectors to dims."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from f2llm_ray.serve.search import SearchAnswer, SearchCorpus, SearchRequest
 from f2llm_ray.serve.served_model import ServedModel
 
 SHORT = 500
-"""Characters of a request that is tokenised on the event loop: 0.13 ms, of which a thread would take half again
-only to be woken. A megabyte would hold up everyone there."""
+"""Most characters of a request that is tokenized on the event loop: 0.13 ms, where waking a thread alone takes
+half as long. A megabyte of text would hold up all other requests there."""
 
 
 class Replica:
-    """One model in memory; made means ready, for it has encoded texts by then.
+    """One model in memory; it has encoded a text by the end of its construction, so that it is ready then.
 
     Raises:
-        RunError: the model or the keys cannot be read, or its vectors are not those stored when it was made.
+        RunError: the model or the keys cannot be read, or its vectors differ from those stored in its folder.
     """
 
     def __init__(self, served: ServedModel) -> None:
-        self.policy = RequestPolicy.of(served.access)
+        self.policy = RequestPolicy(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
             self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, gone=_leave)
@@ -75,12 +75,12 @@ class Replica:
         return api.Answer(content, self.card.id, inputs, tokens)
 
     async def forward(self, route: str, body: bytes) -> api.Answer | api.ApiError:
-        """`answer` for a router: a refusal is returned, since Ray wraps what is raised in its stack trace."""
+        """`answer` for a router: an error is returned, since Ray would wrap a raised one in a stack trace."""
         try:
             with self.slots.held():
                 return await self.answer(route, body)
-        except api.ApiError as refusal:
-            return refusal
+        except api.ApiError as error:
+            return error
 
     def models(self) -> list[api.ModelCard]:
         """The model served here."""
@@ -103,7 +103,7 @@ class Replica:
         )
 
     async def check(self) -> None:
-        """Encodes a short text, before all that wait.
+        """Encodes a short text, ahead of all waiting requests.
 
         Raises:
             ApiError: 503 when that fails.
@@ -116,9 +116,8 @@ class Replica:
     async def _search(self, ask: SearchRequest) -> api.Answer:
         limits.check_model(ask.model, self.names)
         if self.corpus is None:
-            raise api.ApiError(
-                404, "no_corpus", f"{self.card.id} is served without a corpus to search in", "model"
-            )
+            message = f"{self.card.id} is served without a corpus to search in"
+            raise api.ApiError(404, "no_corpus", message, "model")
         query = api.EmbedRequest(inputs=ask.query, prompt_name=ask.prompt_name, truncate=True)
         forms, inputs, tokens = await self._embed(query, ask.query, "query")
         dims = self.model_info.dims
@@ -129,7 +128,7 @@ class Replica:
     async def _embed(
         self, ask: api.EmbeddingOptions, given: api.Inputs, param: str
     ) -> tuple[dict[EmbeddingType, Quantised], int, int]:
-        """Vectors in the forms asked for, the number of inputs, and the tokens they took."""
+        """Vectors [n, ...] by type, the number n of inputs, and the number of their tokens."""
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
         if _characters(given) <= SHORT:
@@ -155,12 +154,11 @@ class Replica:
 
 
 def _leave() -> None:
-    """Ends the replica whose engine is gone: Serve replaces it, and HAProxy asks another one meanwhile."""
+    """Ends a replica whose engine process is gone: Serve replaces it, and HAProxy uses another one meanwhile."""
     os._exit(1)
 
 
 def _characters(given: api.Inputs) -> int:
-    """Length of what there is to tokenise; a token id counts as one."""
-    return (
-        len(given) if isinstance(given, str) else sum(1 if isinstance(item, int) else len(item) for item in given)
-    )
+    """Length of all inputs; a token id counts as one character."""
+    texts, ids = api.split(given)
+    return sum(map(len, texts)) + sum(map(len, ids))

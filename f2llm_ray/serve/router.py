@@ -48,7 +48,7 @@ class RouterArguments(Access, Limits):
         return self
 
 
-class RouterInfo(BaseModel):
+class RouterInfo(api.Body):
     """Answer of GET /info."""
 
     models: list[api.ModelCard]
@@ -68,8 +68,7 @@ class RoutedModels:
     """Application by every name that clients may use."""
     default: str
     settings: Serving
-    access: Access
-    start_wait_s: float
+    arguments: RouterArguments
 
 
 class ModelRouter:
@@ -77,7 +76,7 @@ class ModelRouter:
 
     def __init__(self, routed: RoutedModels) -> None:
         self.routed, self.settings = routed, routed.settings
-        self.policy, self.slots = RequestPolicy.of(routed.access), limits.RequestSlots(routed.settings)
+        self.policy, self.slots = RequestPolicy(routed.arguments), limits.RequestSlots(routed.settings)
         self._handles: dict[str, DeploymentHandle] = {}
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
@@ -126,9 +125,9 @@ class ModelRouter:
 
     async def _forward(self, app: str, route: str, body: bytes) -> api.Answer | api.ApiError:
         for attempt in range(RETRIES + 1):
-            pending = asyncio.ensure_future(_result(self._handle(app), route, body))
+            pending = asyncio.ensure_future(self._handle(app).forward.remote(route, body))
             try:
-                done, _ = await asyncio.wait({pending}, timeout=self.routed.start_wait_s)
+                done, _ = await asyncio.wait({pending}, timeout=self.routed.arguments.start_wait_s)
                 if not done and not await _running(app):
                     raise self._starting(app)
                 return await pending
@@ -148,21 +147,16 @@ class ModelRouter:
         return self._handles[app]
 
     def _starting(self, app: str) -> api.ApiError:
-        wait = max(1, round(self.routed.start_wait_s / 2))
+        wait = max(1, round(self.routed.arguments.start_wait_s / 2))
         message = f"model {self.routed.apps[app].id!r} is starting; try again in {wait} s"
         return api.ApiError(503, "starting", message, "model", wait)
-
-
-async def _result(handle: DeploymentHandle, route: str, body: bytes) -> Any:
-    return await handle.forward.remote(route, body)
 
 
 async def _running(app: str) -> bool:
     """Whether an application has a replica that runs. Serve is asked only after a long wait."""
     found = (await asyncio.to_thread(serve.status)).applications.get(app)
-    if found is None:
-        return False
-    return any(deployment.replica_states.get("RUNNING") for deployment in found.deployments.values())
+    deployments = () if found is None else found.deployments.values()
+    return any(deployment.replica_states.get("RUNNING") for deployment in deployments)
 
 
 @answers_http(RouterInfo)
@@ -200,6 +194,5 @@ def find_models(args: RouterArguments) -> RoutedModels:
         names=names,
         default=args.default or next(iter(args.models)),
         settings=with_limits(Serving(), args),
-        access=args,
-        start_wait_s=args.start_wait_s,
+        arguments=args,
     )

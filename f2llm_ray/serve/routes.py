@@ -31,7 +31,7 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
     app = FastAPI(
         title="f2llm_ray", version=__version__, redirect_slashes=False, description=DESCRIPTION, redoc_url=None
     )
-    app.add_exception_handler(api.ApiError, _refused)
+    app.add_exception_handler(api.ApiError, _failed)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
 
@@ -85,20 +85,16 @@ def _json(content: bytes, status: int = 200, headers: dict[str, str] | None = No
     return Response(content, status, headers, "application/json")
 
 
-async def _refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, api.ApiError)  # noqa: S101 (the handler is registered for it; this is for the type)
-    return _json(error.body(), error.status, error.headers)
-
-
 async def _no_route(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 (as above)
+    assert isinstance(error, HTTPException)  # noqa: S101 (the handler is registered for it; this is for the type)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    answer = api.ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
-    return _json(answer.body(), answer.status, dict(error.headers or {}))
+    known = api.ApiError(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}")
+    return _json(known.body(), known.status, dict(error.headers or {}))
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    return _json(api.internal_error(error).body(), 500)
+    known = error if isinstance(error, api.ApiError) else api.internal_error(error)
+    return _json(known.body(), known.status, known.headers)
 
 
 def _docs(answer: Any, ask: type[BaseModel] | None = None) -> dict[str, Any]:

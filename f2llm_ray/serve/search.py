@@ -1,6 +1,6 @@
-"""The corpus that the demo page searches: a folder that jobs/embed.py made, held by the replica.
+"""The corpus that the demo page searches: a folder that jobs/embed.py wrote, held in the replica's memory.
 
-It is for looking at what a model finds, not for production: search is exact, over a bounded number of passages.
+It shows what a model finds and is not for production: search is exact, over a bounded number of passages.
 Shapes: n passages, d dims of the whole vector, k trained dims.
 """
 
@@ -10,24 +10,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+import pyarrow as pa
+from pydantic import ConfigDict, Field
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.serve.api import Body
 
 MANIFEST = "_manifest.json"
-"""What jobs/embed.py writes last, beside the shards."""
+"""The file that jobs/embed.py writes last, beside the shards."""
 MOST_ROWS = 100_000
 """Passages of a corpus: 400 MB of vectors at d = 1024, and tens of milliseconds per search on one core."""
 
 
-class SearchRequest(BaseModel):
+class SearchRequest(Body):
     """Body of POST /search."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     query: str
@@ -37,10 +39,8 @@ class SearchRequest(BaseModel):
     """Prompt of the model before the query (see /info); null for none."""
 
 
-class Hit(BaseModel):
+class Hit(Body):
     """A passage that is among the nearest at one dim or more."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     text: str
@@ -48,10 +48,8 @@ class Hit(BaseModel):
     """Cosine with the query, by dim."""
 
 
-class SearchAnswer(BaseModel):
+class SearchAnswer(Body):
     """Answer of POST /search."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str
     rows: int
@@ -62,7 +60,7 @@ class SearchAnswer(BaseModel):
 
 
 def check_corpus(corpus: Folder, model: Folder, info: ModelInfo) -> int:
-    """Number of passages of a corpus that this model can search.
+    """Checks that a corpus can be searched with a model, and returns its number of passages.
 
     Raises:
         RunError: it is not finished, was embedded by another model, or lacks what the page needs.
@@ -72,23 +70,19 @@ def check_corpus(corpus: Folder, model: Folder, info: ModelInfo) -> int:
     made: dict[str, Any] = corpus.read_json(MANIFEST)
     if made.get("model_fingerprint") != fingerprint(model):
         raise RunError(f"{corpus.uri}: embedded by {made.get('model')!r} as it was then, not by {model.uri}")
-    wrong = None
     if made["column"] not in made["keep"]:
-        wrong = f"it has no texts: embed again with --keep-columns {made['column']}"
-    elif made["dimensions"] != info.dims[-1] or made["dtype"] not in {"float32", "float16"}:
-        wrong = (
-            f"it has {made['dimensions']} dims as {made['dtype']}: whole vectors as float32 or float16 are needed"
-        )
-    elif not 1 <= made["rows"] <= MOST_ROWS:
-        wrong = f"it has {made['rows']:,} rows: the demo page takes 1 to {MOST_ROWS:,}"
-    if wrong is not None:
-        raise RunError(f"{corpus.uri}: {wrong}")
+        raise RunError(f"{corpus.uri}: it has no texts: embed again with --keep-columns {made['column']}")
+    if made["dimensions"] != info.dims[-1] or made["dtype"] not in {"float32", "float16"}:
+        found = f"{made['dimensions']} dims as {made['dtype']}"
+        raise RunError(f"{corpus.uri}: it has {found}: whole vectors as float32 or float16 are needed")
+    if not 1 <= made["rows"] <= MOST_ROWS:
+        raise RunError(f"{corpus.uri}: it has {made['rows']:,} rows: the demo page takes 1 to {MOST_ROWS:,}")
     return int(made["rows"])
 
 
 @dataclass(frozen=True)
 class SearchCorpus:
-    """Passages and their unit vectors."""
+    """Passages and their vectors of length 1."""
 
     ids: list[str]
     texts: list[str]
@@ -98,18 +92,13 @@ class SearchCorpus:
     def load(folder: Folder) -> SearchCorpus:
         """Reads a corpus that `check_corpus` has passed."""
         column = folder.read_json(MANIFEST)["column"]
-        ids: list[str] = []
-        texts: list[str] = []
-        vectors = []
-        for shard in folder.files(".parquet"):
-            table = folder.read_table(shard, columns=["id", column, "embedding"])
-            ids += map(str, table["id"].to_pylist())
-            texts += table[column].to_pylist()
-            vectors.append(np.stack(table["embedding"].to_numpy()).astype(np.float32))
-        return SearchCorpus(ids, texts, np.concatenate(vectors))
+        columns = ["id", column, "embedding"]
+        table = pa.concat_tables(folder.read_table(shard, columns=columns) for shard in folder.files(".parquet"))
+        vectors_nd = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+        return SearchCorpus(list(map(str, table["id"].to_pylist())), table[column].to_pylist(), vectors_nd)
 
     def search(self, query_d: Vectors, dims: tuple[int, ...], top: int) -> tuple[dict[int, list[int]], list[Hit]]:
-        """The nearest passages at each dim, and every one of them with its scores at all dims.
+        """The indices of the nearest passages at each dim among the hits, and the hits with scores at all dims.
 
         Args:
             query_d: the query's vector.
@@ -132,7 +121,7 @@ class SearchCorpus:
 
 
 def cosines_by_dim(vectors_nd: Vectors, query_d: Vectors, dims: tuple[int, ...]) -> Vectors:
-    """Cosines [k, n] of a query with passages at each dim, each part of the vectors being read once."""
+    """Cosines [k, n] of a query with passages at each dim; every part of the vectors is read once."""
     dot_n, squares_n, square = np.zeros(len(vectors_nd)), np.zeros(len(vectors_nd)), 0.0
     rows = []
     for start, stop in zip((0, *dims), dims, strict=False):

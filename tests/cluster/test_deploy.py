@@ -60,7 +60,7 @@ def test_the_production_config_deploys(head: dict[str, str], tmp_path: Path) -> 
         assert found.get("status") not in {"DEPLOY_FAILED", "UNHEALTHY"}, found
         assert time.monotonic() < until, status
         time.sleep(2)
-    assert found["deployments"]["Endpoint"]["replica_states"] == {"RUNNING": 2}
+    assert found["deployments"]["ModelServer"]["replica_states"] == {"RUNNING": 2}
     ask = {"model": "text-embedding-3-small", "input": LINES, "encoding_format": "float"}
     url = f"http://127.0.0.1:{port}/v1/embeddings"
     assert httpx.post(url, json=ask).status_code == 401

@@ -66,7 +66,7 @@ def load(url: str, clients: int) -> Iterator[Counter[tuple[int, int]]]:
 
 
 def running(name: str) -> int:
-    return serve.status().applications[name].deployments["Endpoint"].replica_states.get("RUNNING", 0)
+    return serve.status().applications[name].deployments["ModelServer"].replica_states.get("RUNNING", 0)
 
 
 def wait(done: Callable[[], bool], seconds: float = 240) -> float:
@@ -91,7 +91,7 @@ def test_from_zero_to_one_to_two_to_one_to_zero(url: str, tmp_path: Path) -> Non
         "downscale_delay_s": 5,
         "downscale_to_zero_delay_s": 20,
     }
-    deployment = serve.deployment(app.Endpoint).options(**options(served.settings), autoscaling_config=scaling)
+    deployment = serve.deployment(app.ModelServer).options(**options(served.settings), autoscaling_config=scaling)
     serve.run(deployment.bind(served), name="rare", route_prefix=None)
     for name, seconds in (("hasty", 0.5), ("patient", 240)):
         routed = router.build({"models": {"rare": args}, "start_wait_s": seconds})
@@ -135,7 +135,7 @@ def test_a_new_version_loses_no_request_and_a_wrong_one_never_goes_live(url: str
     with load(f"{url}/live/embed", clients=8) as seen:
         with pytest.raises(RuntimeError):
             deploy(wrong)
-        message = serve.status().applications["live"].deployments["Endpoint"].message
+        message = serve.status().applications["live"].deployments["ModelServer"].message
         assert "self-check failed" in message
         assert str(wrong) in message
         before = seen.total()
