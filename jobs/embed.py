@@ -72,7 +72,7 @@ def _model(arguments: argparse.Namespace) -> str:
         return str(arguments.model)
     if arguments.recipe is None or arguments.root is None:
         raise RecipeError("give --model, or --recipe and --root")
-    from f2llm_ray.pipeline.pipeline import Pipeline
+    from f2llm_ray.pipeline.walk import Pipeline
 
     return Pipeline(recipe_of(arguments), arguments.root).served_model().uri
 

@@ -8,7 +8,7 @@ import sys
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
+from f2llm_ray.pipeline.command_line import dry_run, job_parser, main, pipeline_of
 from f2llm_ray.report.terminal import terminal_table
 
 
@@ -53,6 +53,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.recipe is None or arguments.root is None:
         raise RecipeError("give --recipe and --root")
     pipeline = pipeline_of(arguments)
+    if dry_run(arguments, pipeline, "jobs/evaluate.py"):
+        return
     if arguments.model is not None:
         say(json.dumps(pipeline.evaluate_folder(arguments.model), indent=2, ensure_ascii=False))
         return

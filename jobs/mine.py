@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
-
-
-def mine(arguments: argparse.Namespace) -> None:
-    """Runs the stage."""
-    pipeline_of(arguments).mine()
-
+from f2llm_ray.pipeline.command_line import main, stage_job
 
 if __name__ == "__main__":
-    sys.exit(main(job_parser(__doc__ or ""), mine))
+    sys.exit(main(*stage_job(__file__, __doc__ or "")))

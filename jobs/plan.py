@@ -14,9 +14,9 @@ from dataclasses import asdict
 from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
 from f2llm_ray.pipeline.command_line import main, recipe_of
+from f2llm_ray.plan.stage_work import Cluster, corpus_size, stage_work, training_stages
 from f2llm_ray.plan.summary import stage_numbers
 from f2llm_ray.plan.table import GB, table, totals
-from f2llm_ray.plan.work import Cluster, corpus, stage_work, training_stages
 
 UNITS = {"": 1.0, "b": 1.0, "mb": 1e6, "gb": GB, "mib": 2.0**20, "gib": 2.0**30}
 
@@ -92,7 +92,7 @@ def plan(arguments: argparse.Namespace) -> None:
     stages = []
     for name in training_stages(recipe) if arguments.stage is None else [arguments.stage]:
         work = stage_work(recipe, name, cluster.world)
-        texts = corpus(recipe, work, rows=arguments.rows, tokens_per_row=arguments.tokens_per_row)
+        texts = corpus_size(recipe, work, rows=arguments.rows, tokens_per_row=arguments.tokens_per_row)
         stages.append(stage_numbers(work, texts, cluster))
     if arguments.json:
         say(json.dumps({"recipe": recipe.name, "cluster": asdict(cluster), "stages": stages}, indent=2))

@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
-
-
-def quantize(arguments: argparse.Namespace) -> None:
-    """Runs the stages.
-
-    Raises:
-        RecipeError: the recipe has no `quantize`.
-    """
-    pipeline = pipeline_of(arguments)
-    if pipeline.recipe.quantize is None:
-        raise RecipeError(f"recipe {pipeline.recipe.name!r} has no section quantize")
-    for name in pipeline.recipe.quantize.models:
-        pipeline.model(f"{name}-int8")
-
+from f2llm_ray.pipeline.command_line import main, stage_job
 
 if __name__ == "__main__":
-    sys.exit(main(job_parser(__doc__ or ""), quantize))
+    sys.exit(main(*stage_job(__file__, __doc__ or "")))

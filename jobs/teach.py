@@ -1,17 +1,10 @@
-"""Computes the vectors of a cached teacher for the distillation, which else does it by itself."""
+"""Computes the vectors of cached teachers for distillations, which else do it by themselves."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
-
-
-def teach(arguments: argparse.Namespace) -> None:
-    """Runs the stage."""
-    pipeline_of(arguments).teach()
-
+from f2llm_ray.pipeline.command_line import main, stage_job
 
 if __name__ == "__main__":
-    sys.exit(main(job_parser(__doc__ or ""), teach))
+    sys.exit(main(*stage_job(__file__, __doc__ or "")))

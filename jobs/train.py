@@ -6,7 +6,9 @@ import argparse
 import sys
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.pipeline.command_line import job_parser, main, pipeline_of
+from f2llm_ray.pipeline.command_line import dry_run, job_parser, main, pipeline_of
+
+JOB = "jobs/train.py"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,14 +19,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Runs the stages, after making the model they start from."""
+    """Runs the stages, after making the model they start from.
+
+    Raises:
+        RecipeError: the recipe has no such stage.
+    """
     pipeline = pipeline_of(arguments)
-    stages = list(pipeline.recipe.stages)
+    stages = [stage.name for stage in pipeline.graph.of_job(JOB)]
     if arguments.stage is not None and arguments.stage not in stages:
         raise RecipeError(f"--stage {arguments.stage!r}: the recipe has {stages}")
-    pipeline.model("untrained")
-    for name in [arguments.stage] if arguments.stage else stages:
-        pipeline.train(name)
+    if not dry_run(arguments, pipeline, JOB):
+        pipeline.job(JOB, arguments.stage)
 
 
 if __name__ == "__main__":

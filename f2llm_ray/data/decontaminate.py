@@ -44,6 +44,13 @@ class Screen:
 
     def find(self, texts: Sequence[str]) -> Ints:
         """The first set that each training text holds a text of [T], -1 for none."""
+        owner, held = self.held(texts)
+        found = np.full(len(texts), len(self.sets))
+        np.minimum.at(found, owner, self.set_of[held])
+        return np.where(found < len(self.sets), found, -1)
+
+    def held(self, texts: Sequence[str]) -> tuple[Ints, Ints]:
+        """Each pair of a training text and a text of a set that it holds, as their places."""
         hashes, lengths = shingle(texts, self.settings.ngram).distinct()
         owner = np.repeat(np.arange(len(texts)), lengths)
         first = np.searchsorted(self.ngrams, hashes, side="left")
@@ -51,9 +58,7 @@ class Screen:
         pairs = np.repeat(owner, count) * len(self.sizes) + self.text_of[ranges(first, count)]
         pairs, common = np.unique(pairs, return_counts=True)
         held = pairs[common >= self.settings.overlap * self.sizes[pairs % len(self.sizes)]]
-        found = np.full(len(texts), len(self.sets))
-        np.minimum.at(found, held // len(self.sizes), self.set_of[held % len(self.sizes)])
-        return np.where(found < len(self.sets), found, -1)
+        return held // len(self.sizes), held % len(self.sizes)
 
 
 def make_screen(sets: Mapping[str, Screened], settings: Decontamination) -> Screen | None:

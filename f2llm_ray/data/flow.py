@@ -34,8 +34,8 @@ class Part:
     source_rank: int
     pieces: tuple[Piece, ...]
     key: str = ""
-    """Hash of all that its rows depend on: contents of its files, and settings. A part that any run in the root has
-    written under this key is not read again."""
+    """Hash of all that its rows depend on: contents of its files, and settings. What was written in the root under
+    this key is not read again."""
 
     @property
     def file(self) -> str:

@@ -71,8 +71,8 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
         known: folder in the root that remembers which parts were read, by their keys.
 
     Returns:
-        Facts for the manifest: `rows` (each step's in, out and dropped by reason), `languages`, `sources`, `texts`,
-        `tokens`, `vocabulary`; and the parts of the data card that are counts.
+        Facts for the manifest: `rows` (each step's in, out and dropped by reason), `languages`, `sources`,
+        `texts`, `tokens`, `vocabulary`; and the parts of the data card that are counts.
 
     Raises:
         DataError: a source that cannot be read, or one of which nothing is left.
@@ -148,7 +148,9 @@ def _part_key(task: Preparation) -> Any:
         source = task.sources[name]
         said = {field: value for field, value in source.identity().items() if field != "cap"}
         content = [[digests[uri] for uri in source.piece_inputs(piece)] for piece in pieces]
-        places = [{field: value for field, value in piece.items() if value not in digests} for piece in pieces]
+        places = [
+            {f: v for f, v in piece.items() if not (isinstance(v, str) and v in digests)} for piece in pieces
+        ]
         return seeded_key(shared_key, json.dumps([name, said, content, places], sort_keys=True)).hex()
 
     return key

@@ -17,13 +17,15 @@ from f2llm_ray.base.errors import F2LLMError, RecipeError, plain_error
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.section import Section
 from f2llm_ray.evaluate.metrics.differences import differences
-from f2llm_ray.evaluate.metrics.summary import same_units
+from f2llm_ray.evaluate.metrics.scores import same_units
 from f2llm_ray.evaluate.tasks.task import Kind
-from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.pipeline.collect import collect
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.report.ablation import rows_of, write_ablation
-from f2llm_ray.run.folder import Folder, device_name
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import device_name
 
 Units = dict[str, pa.Table]
 """What each query of a set scored, by set (`Measured.units`)."""
@@ -78,13 +80,9 @@ def load_ablation(recipe: str, variants: str, overrides: list[str]) -> Ablation:
             recipes[name] = load_recipe(recipe, overrides, change)
         except RecipeError as error:
             raise RecipeError(f"{path}: variant {name!r}: {error}") from None
-    reference = table.reference
-    if reference is None and base.distill is not None:
-        reference = base.distill.teacher
-    elif reference is None and base.prune is not None:
-        reference = base.prune.model
-    if table.reference is not None and table.reference not in base.model_names():
-        raise RecipeError(f"{path}: reference: {reference!r} is not one of {base.model_names()}")
+    reference = table.reference or base.reference()
+    if table.reference is not None and table.reference not in base.made_from():
+        raise RecipeError(f"{path}: reference: {reference!r} is not one of {list(base.made_from())}")
     return Ablation(base.name, reference, changes, recipes)
 
 
@@ -129,17 +127,14 @@ def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict
 
 def _run(recipe: Recipe, root: str) -> tuple[dict[str, Any], Units]:
     """Makes and evaluates every model of a variant: what is compared of its report, and the last one's units."""
-    from f2llm_ray.pipeline.collect import collect
-
     pipeline = Pipeline(recipe, root)
     pipeline.make()
-    report = collect(recipe, pipeline.run, pipeline.plan)
-    units: Units = {}
-    if pipeline.plan.evaluations:
-        last = pipeline.run.folder(list(pipeline.plan.evaluations.values())[-1])
-        for name, result in last.read_json("manifest.json")["results"].items():
-            if result["kind"] == "retrieval":
-                units[name] = (last / "units").read_table(f"{name}.parquet")
+    report, graph = collect(pipeline.graph, pipeline.run), pipeline.graph
+    last, units = list(graph.models)[-1], Units()
+    for name in graph.sets:
+        folder = pipeline.run.folder(graph.evaluations[last, name])
+        if folder.read_json("manifest.json")["result"]["kind"] == "retrieval":
+            units[name] = folder.read_table("units.parquet")
     return {key: report[key] for key in ("models", "training", "seconds")}, units
 
 

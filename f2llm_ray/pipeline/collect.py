@@ -6,72 +6,28 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from f2llm_ray.pipeline.stages import DISTILLED, IMPORTANCE, MINED, TAUGHT, Plan
+from f2llm_ray.pipeline.graph import Graph, Model
+from f2llm_ray.pipeline.work import CONTAMINATED, source_labels
 from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.run.folder import Folder, Run, device_name
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import Run, device_name
+from f2llm_ray.run.stage import Facts
+
+CARD = "card.json"
 
 
-def _serve_command(root: Folder) -> str:
-    quickstart = Path("runs/quickstart").absolute()
-    if root.local == quickstart:
-        return "serve run serve_configs/quickstart.yaml"
-    return f"serve run f2llm_ray.serve.app:build root={root.uri}"
-
-
-def _reference(recipe: Recipe, stages: Plan) -> str | None:
-    """What smaller models are held against: the teacher where it is a model of the run, else what is pruned."""
-    if recipe.distill is not None and recipe.distill.teacher in stages.models:
-        return recipe.distill.teacher
-    return None if recipe.prune is None else recipe.prune.model
-
-
-def _trained_on(recipe: Recipe, stages: Plan) -> dict[str, list[str]]:
-    """By model, the sources whose rows it or the models it is made from were trained on, in the recipe's order."""
-    found: dict[str, set[str]] = {}
-    for name, stage in stages.models.items():
-        made_from = [parent.name for parent in stage.parents if parent.name in found]
-        trained = recipe.distill if name == DISTILLED else recipe.stages.get(name)
-        found[name] = set(found[made_from[0]] if made_from else ())
-        found[name] |= set(() if trained is None else recipe.stage_sources(trained))
-    return {name: [source for source in recipe.sources if source in seen] for name, seen in found.items()}
-
-
-def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
-    """The report of a run from the manifests of its finished stages (design of the keys: docs of the report)."""
-    prepared = run.manifest(stages.prepare) or {}
-    manifests = {name: run.manifest(stage) for name, stage in stages.models.items()}
-    evaluations = {name: run.manifest(stage) for name, stage in stages.evaluations.items()}
-    trained_on = _trained_on(recipe, stages)
-    models, training, seconds = [], {}, {"prepare": prepared.get("seconds")}
-    for name, manifest in manifests.items():
-        if manifest is None:
-            continue
-        measured = evaluations.get(name) or {}
-        results = measured.get("results", {})
-        speeds: dict[str, Any] = {key: measured[key] for key in ("query_ms", "search_ms") if key in measured}
-        seconds[name] = manifest["seconds"]
-        if "training" in manifest:
-            training[name] = manifest["training"]
-        models.append(
-            {
-                "name": name,
-                "folder": f"{stages.models[name].folder_name}/model",
-                "sources": trained_on[name],
-                **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
-                "scores": {found: result["scores"] for found, result in results.items()},
-                "languages": {found: result["languages"] for found, result in results.items()},
-                "types": {found: result["types"] for found, result in results.items() if result.get("types")},
-                **speeds,
-            }
-        )
-    mined = None if stages.mined is None else run.manifest(stages.mined)
-    importance = None if stages.importance is None else run.manifest(stages.importance)
-    taught = None if stages.taught is None else run.manifest(stages.taught)
-    for stage, manifest in ((MINED, mined), (IMPORTANCE, importance), (TAUGHT, taught)):
-        if manifest is not None:
-            seconds[stage] = manifest["seconds"]
-    seconds |= {stages.evaluations[name].name: m["seconds"] for name, m in evaluations.items() if m is not None}
+def collect(graph: Graph, run: Run) -> dict[str, Any]:
+    """The report of a run; docs/evaluation.md explains its keys."""
+    recipe = graph.recipe
+    prepared = run.manifest(graph.prepare) or {}
+    found = {model.name: manifest for model in graph.models.values() if (manifest := run.manifest(model.stage))}
+    results = {name: _results(graph, run, name) for name in found}
+    models = [_model(graph, run, graph.models[name], manifest, results[name]) for name, manifest in found.items()]
+    manifests = {stage.name: run.manifest(stage) for stage in graph.stages()}
+    mined = None if graph.mined is None else manifests[graph.mined.name]
+    taught = [manifest["teaching"] for manifest in manifests.values() if manifest and "teaching" in manifest]
     served = recipe.serving.model or (models[-1]["name"] if models else None)
+    labels, kept = source_labels(recipe.sources), prepared.get("sources", {})
     return {
         "name": recipe.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -81,20 +37,78 @@ def collect(recipe: Recipe, run: Run, stages: Plan) -> dict[str, Any]:
         "rows": prepared.get("rows", []),
         "languages": prepared.get("languages", {}),
         "backbone": recipe.backbone.path,
-        "missing": [stage.name for stage in stages.stages() if run.manifest(stage) is None],
-        "sources": prepared.get("sources", {}),
-        "seconds": seconds,
-        "training": training,
+        "missing": [name for name, manifest in manifests.items() if manifest is None],
+        "sources": {name: {**facts, **kept[name]} for name, facts in labels.items() if name in kept},
+        "seconds": {name: manifest["seconds"] for name, manifest in manifests.items() if manifest is not None},
+        "training": {name: manifest["training"] for name, manifest in found.items() if "training" in manifest},
         "mining": None if mined is None else mined["mining"],
-        "teaching": None if taught is None else taught["teaching"],
+        "teaching": taught[-1] if taught else None,
         "models": models,
-        "reference": _reference(recipe, stages),
+        "reference": recipe.reference(),
         "sets": {
-            name: {key: result[key] for key in ("kind", "queries", "corpus")}
-            for measured in evaluations.values()
-            if measured is not None
-            for name, result in measured["results"].items()
+            name: {key: measured["result"][key] for key in ("kind", "queries", "corpus")}
+            for of_model in results.values()
+            for name, measured in of_model.items()
+        },
+        "overlap": {
+            name: {key: facts[key] for key in ("rows", "queries", "of")}
+            for name, stage in graph.overlaps.items()
+            if (facts := run.manifest(stage)) is not None
         },
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},
     }
+
+
+def refresh_card(recipe: Recipe, prepared: Folder) -> None:
+    """Draws the data card again where names, licences or instructions of sources are others than it says."""
+    from f2llm_ray.report.data_card import write_card
+
+    card = prepared.read_json(CARD)
+    labels = {"name": recipe.name, "sources": source_labels(recipe.sources)}
+    if any(card[key] != value for key, value in labels.items()):
+        write_card(prepared, {**card, **labels})
+
+
+def _results(graph: Graph, run: Run, model: str) -> dict[str, Facts]:
+    """The manifests of a model's finished evaluations, by set."""
+    found = {name: run.manifest(graph.evaluations[model, name]) for name in graph.sets}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict[str, Facts]) -> dict[str, Any]:
+    results = {name: facts["result"] for name, facts in measured.items()}
+    times = [facts["query_ms"] for facts in measured.values()]
+    clean = {name: _clean(graph, run, model.name, name) for name in results if name in graph.overlaps}
+    return {
+        "name": model.name,
+        "kind": model.kind,
+        "made_from": model.made_from,
+        "folder": f"{model.stage.folder_name}/model",
+        "sources": list(model.sources),
+        **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
+        "scores": {name: result["scores"] for name, result in results.items()},
+        "languages": {name: result["languages"] for name, result in results.items()},
+        "types": {name: result["types"] for name, result in results.items() if result.get("types")},
+        **({"clean": {name: scores for name, scores in clean.items() if scores}} if any(clean.values()) else {}),
+        **({"query_ms": times[0]} if times else {}),
+    }
+
+
+def _clean(graph: Graph, run: Run, model: str, name: str) -> dict[str, float]:
+    """Scores on the part of a set that is not in the training rows; none where nothing of it is, or all."""
+    from f2llm_ray.evaluate.metrics.clean import clean_scores
+
+    overlap, evaluation = graph.overlaps[name], graph.evaluations[model, name]
+    facts = run.manifest(overlap)
+    if facts is None or not facts["queries"]:
+        return {}
+    units = run.folder(evaluation).read_table("units.parquet")
+    contaminated = run.folder(overlap).read_array(CONTAMINATED)
+    return clean_scores((run.manifest(evaluation) or {})["result"]["kind"], units, contaminated)
+
+
+def _serve_command(root: Folder) -> str:
+    if root.local == Path("runs/quickstart").absolute():
+        return "serve run serve_configs/quickstart.yaml"
+    return f"serve run f2llm_ray.serve.app:build root={root.uri}"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
+from f2llm_ray.base.progress import say
 
 if TYPE_CHECKING:
-    from f2llm_ray.pipeline.pipeline import Pipeline
+    from f2llm_ray.pipeline.walk import Pipeline
     from f2llm_ray.recipe.recipe import Recipe
+
+Job = Callable[[argparse.Namespace], None]
 
 
 def job_parser(description: str, *, run_required: bool = True) -> argparse.ArgumentParser:
@@ -34,6 +38,14 @@ def job_parser(description: str, *, run_required: bool = True) -> argparse.Argum
         metavar="A.B=VALUE",
         help="changes one setting of the recipe (may be given several times)",
     )
+    parser.add_argument(
+        "--rescreen",
+        action="store_true",
+        help="prepare the data again where evaluation sets came after them, and train on no text of theirs",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say which stages are there, which would run, and why"
+    )
     return parser
 
 
@@ -49,24 +61,59 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def pipeline_of(arguments: argparse.Namespace) -> Pipeline:
-    """The pipeline that the flags ask for, with Ray connected.
+    """The pipeline that the flags ask for, with Ray connected unless it is a dry run.
 
     Raises:
         RecipeError: the recipe does not fit; nothing was started then.
+        DataError: a file that the recipe names is not there; nothing was started then.
     """
     from f2llm_ray.base.session import connect
-    from f2llm_ray.pipeline.pipeline import Pipeline
+    from f2llm_ray.pipeline.walk import Pipeline
 
     recipe = recipe_of(arguments)
-    pipeline = Pipeline(recipe, arguments.root)
-    connect()
+    pipeline = Pipeline(recipe, arguments.root, rescreen=arguments.rescreen)
+    if not arguments.dry_run:
+        connect()
     return pipeline
 
 
-def main(
-    parser: argparse.ArgumentParser, job: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None
-) -> int:
-    """Runs a job; what a user can mend is told in one message, and the exit code is 1 then.
+def stage_job(file: str, description: str) -> tuple[argparse.ArgumentParser, Job]:
+    """Parser and work of a job that makes the stages which the graph names it for.
+
+    Args:
+        file: the job's own file, such as jobs/prune.py.
+        description: its help.
+    """
+    job = f"jobs/{Path(file).name}"
+
+    def work(arguments: argparse.Namespace) -> None:
+        pipeline = pipeline_of(arguments)
+        if not dry_run(arguments, pipeline, job):
+            pipeline.job(job)
+
+    return job_parser(description), work
+
+
+def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None = None) -> bool:
+    """Says what would run, where the flags ask only for that; returns whether they do.
+
+    Args:
+        arguments: the flags.
+        pipeline: of the recipe.
+        job: whose stages are asked for; all stages when unset.
+    """
+    if not arguments.dry_run:
+        return False
+    from f2llm_ray.pipeline.dry_run import dry_run as lines_of
+
+    graph = pipeline.graph
+    stages = graph.stages() if job is None else graph.of_job(job)
+    say("\n".join(lines_of(graph, pipeline.run, stages)))
+    return True
+
+
+def main(parser: argparse.ArgumentParser, job: Job, argv: Sequence[str] | None = None) -> int:
+    """Runs a job; an error that a user can mend is printed in one message, and the exit code is 1 then.
 
     Args:
         parser: the job's parser.

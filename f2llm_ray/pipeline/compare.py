@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
 from f2llm_ray.evaluate.measure import measure, measure_folder
 from f2llm_ray.evaluate.metrics.differences import differences
-from f2llm_ray.evaluate.other_models import Endpoint, is_endpoint
-from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.evaluate.other_models import RemoteModel, is_endpoint
+from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.stage import short_hash
 
 DONE = "results.json"
 """Written last into the folder of a model from outside the run."""
 
 
 def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
-    """Each further model against the first (`evaluate.differences`).
+    """Each further model against the first (`differences`).
 
     Models of the run must be evaluated. Others are measured here and leave `compared/` in the root; a folder that
-    was measured before on the same data is not measured again, an endpoint is asked each time.
+    was measured before on the same sets is not measured again, an endpoint is asked each time.
 
     Args:
         pipeline: the run.
@@ -35,58 +35,59 @@ def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
     """
     if len(set(models)) < 2:
         raise RunError(f"compare: found {list(models)}, expected two or more different models")
-    names = list(pipeline.recipe.evaluation.sets)
+    graph = pipeline.graph
+    names = list(graph.sets)
     if not names:
         raise RunError("compare: the recipe has no evaluation.sets to compare on")
-    sets = pipeline.run.require(pipeline.plan.prepare, "jobs/prepare.py") / "sets"
-    places = {model: _place(pipeline, model) for model in dict.fromkeys(models)}
-    _measure(pipeline, sets, {m: place for m, place in places.items() if m not in pipeline.plan.models})
-    for model, place in places.items():
-        if not (place / "units").exists(f"{names[0]}.parquet"):
-            raise RunError(f"{model}: {place.uri} is from before comparisons; remove it and run jobs/evaluate.py")
-    kinds = {name: (sets / name).read_json("set.json")["kind"] for name in names}
+    places = {model: _places(pipeline, model) for model in dict.fromkeys(models)}
+    sets = pipeline.set_folders()
+    _measure(pipeline, sets, {m: place for m, place in places.items() if m not in graph.models})
+    kinds = {name: sets[name].read_json("set.json")["kind"] for name in names}
     units = {
-        model: {name: (place / "units").read_table(f"{name}.parquet") for name in names}
-        for model, place in places.items()
+        model: {name: of_sets[name].read_table("units.parquet") for name in names}
+        for model, of_sets in places.items()
     }
     return differences(kinds, units)
 
 
-def _place(pipeline: Pipeline, model: str) -> Folder:
-    """Where the measurements of a model are or will be."""
-    from f2llm_ray.model.fingerprint import fingerprint
-
-    if model in pipeline.plan.models:
-        return pipeline.run.require(pipeline.plan.evaluations[model], "jobs/evaluate.py")
+def _places(pipeline: Pipeline, model: str) -> dict[str, Folder]:
+    """Where the measurements of a model are or will be, by set."""
+    graph, root = pipeline.graph, pipeline.run.root
+    if model in graph.models:
+        return {name: pipeline.run.require(graph.evaluations[model, name]) for name in graph.sets}
     if is_endpoint(model):
-        told = model
+        identity = model
     else:
         folder = Folder.at(model)
         if not folder.files(".safetensors"):
-            made = list(pipeline.plan.models)
+            made = list(graph.models)
             raise RunError(
                 f"{model}: neither a model of the run ({made}) nor a folder with safetensors, nor URL#NAME"
             )
-        told = fingerprint(folder)
-    evaluation = pipeline.recipe.evaluation
-    what = [told, pipeline.plan.prepare.folder_name, list(evaluation.sets), list(evaluation.divisors)]
-    key = hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
-    return pipeline.run.root / "compared" / key
+        identity = fingerprint(folder)
+    divisors = list(pipeline.recipe.evaluation.divisors)
+    return {
+        name: root / "compared" / f"{name}-{short_hash([identity, stage.hash, divisors])}"
+        for name, stage in graph.sets.items()
+    }
 
 
-def _measure(pipeline: Pipeline, sets: Folder, places: dict[str, Folder]) -> None:
+def _measure(pipeline: Pipeline, sets: Mapping[str, Folder], places: Mapping[str, Mapping[str, Folder]]) -> None:
     """Measures what is not measured: folders where a model can run, endpoints from here, where the key is."""
     import ray
 
-    folders = {model: place for model, place in places.items() if not is_endpoint(model)}
-    new = {model: place for model, place in folders.items() if not place.exists(DONE)}
-    for model in folders.keys() - new:
-        say(f"{model}: measured before")
-    work = pipeline.work.task(measure_folder)
-    results = ray.get([work.remote(Folder.at(m), sets, pipeline.recipe, place) for m, place in new.items()])
-    for (model, place), found in zip(new.items(), results, strict=True):
-        place.write_json(DONE, {"model": model, **found})
-    for model in places.keys() - folders:
+    divisors, gpus = pipeline.recipe.evaluation.divisors, 1 if pipeline.recipe.compute.gpus_per_worker else 0
+    work, pending = ray.remote(num_cpus=1, num_gpus=gpus)(measure_folder), {}
+    for model, place in places.items():
+        new = {name: folder for name, folder in place.items() if is_endpoint(model) or not folder.exists(DONE)}
+        if not new:
+            say(f"{model}: measured before")
+        elif not is_endpoint(model):
+            pending[model] = work.remote(Folder.at(model), {name: sets[name] for name in new}, divisors, new)
+    found = {model: ray.get(done)["results"] for model, done in pending.items()}
+    for model in filter(is_endpoint, places):
         say(f"{model}: asked for vectors")
-        found = measure(Endpoint(model), sets, pipeline.recipe, places[model])
-        places[model].write_json(DONE, {"model": model, "results": found})
+        found[model] = measure(RemoteModel(model), sets, divisors, places[model])
+    for model, results in found.items():
+        for name, result in results.items():
+            places[model][name].write_json(DONE, {"model": model, "result": result})

@@ -1,186 +1,82 @@
-"""The work of each stage: from the finished stages before it to what its folder holds. `pipeline` says when."""
+"""The work of stages that needs no room of its own, and how work is put on the cluster.
+
+Whole models are loaded in Ray tasks, where there is memory for them, never in the process that walks the graph.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.pipeline.stages import DISTILLED, INT8, MERGED, Plan
-from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.run.folder import Folder, Run, Stage
-from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.data.settings import Data, Decontamination
+from f2llm_ray.engine.settings import Compute
+from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
+from f2llm_ray.evaluate.tasks.task import Task
+from f2llm_ray.model.settings import Backbone
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.stage import Facts
+
+CALIBRATION_ROWS = 512
+CONTAMINATED = "contaminated.npy"
+"""In an overlap stage's folder: whether the training rows hold what each unit of the set asks."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a recipe's stages do; each takes the folder that it fills and returns facts for the manifest."""
+def on_worker(
+    function: Callable[..., Any], *arguments: Any, compute: Compute | None = None, **keywords: Any
+) -> Any:
+    """What a function gives in a Ray task; one with a GPU where the run has some and `compute` is given."""
+    import ray
 
-    recipe: Recipe
-    run: Run
-    plan: Plan
+    gpus = 1 if compute is not None and compute.gpus_per_worker else 0
+    return ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(function).remote(*arguments, **keywords))
 
-    def task(self, function: Callable[..., Any]) -> Any:
-        """The function as a Ray task where a model can run."""
-        import ray
 
-        return ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(function)
+def make_set(name: str, setting: EvaluationSet, settings: Data, out: Folder) -> Facts:
+    """Writes an evaluation set into its stage's folder."""
+    from f2llm_ray.data.read import read_pairs
+    from f2llm_ray.evaluate.tasks.bitext import bitext_of_pairs
+    from f2llm_ray.evaluate.tasks.registry import task_of
+    from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
 
-    def _on_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function gives in a Ray task: whole models are loaded where there is memory, not on the head."""
-        import ray
-
-        return ray.get(ray.remote(num_cpus=1)(function).remote(*arguments))
-
-    def prepare(self, out: Folder) -> dict[str, Any]:
-        """The data steps."""
-        from f2llm_ray.data.prepare import prepare
-
-        return prepare(self.recipe, out)
-
-    def mine(self, out: Folder) -> dict[str, Any]:
-        """Hard negatives of the retrieval sources."""
-        from f2llm_ray.mine.mine import mine
-
-        settings = self.recipe.mine
-        assert settings is not None  # noqa: S101 - plan() made the stage from it
-        model = self._folder_of(settings.model)
-        return {"mining": mine(self.recipe, settings, self.run.folder(self.plan.prepare), model, out)}
-
-    def teach(self, out: Folder) -> dict[str, Any]:
-        """The teacher's vectors of every distinct text in the distillation's batches."""
-        from f2llm_ray.train.teacher import teach
-
-        assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
-        prepared = self.run.folder(self.plan.prepare)
-        assert self.plan.taught is not None  # noqa: S101 - it is what runs
-        mined = self.plan.mined if self.plan.mined in self.plan.taught.parents else None
-        return {
-            "teaching": teach(
-                self.recipe,
-                DISTILLED,
-                prepared=prepared,
-                mined=None if mined is None else self.run.folder(mined),
-                teacher=self._folder_of(self.recipe.distill.teacher),
-                parent=self._pruned_from(),
-                out=out,
-            )
-        }
-
-    def score(self, out: Folder) -> dict[str, Any]:
-        """How much the parts of the model that is pruned matter."""
-        from f2llm_ray.shrink.shrink import score_parts
-
-        return score_parts(self.recipe, self.run.folder(self.plan.prepare), self._pruned_from(), out)
-
-    def make(self, name: str, out: Folder) -> dict[str, Any]:
-        """Makes a model, and measures what serving needs of it: int8 ranges and the vectors of the self-check."""
-        import ray
-
-        work: Callable[[Folder], dict[str, Any]]
-        if name == "untrained":
-            work = self._untrained
-        elif name == "pruned":
-            work = self._pruned
-        elif name.endswith(MERGED):
-            work = partial(self._merged, name)
-        elif name.endswith(INT8):
-            work = partial(self._quantized, name)
-        else:
-            work = partial(self._trained, name)
-        facts = work(out)
-        prepared = self.run.folder(self.plan.prepare)
-        ray.get(self.task(_calibrate).remote(out / "model", prepared, self.recipe))
-        return {**facts, **self._on_worker(model_facts, out / "model")}
-
-    def _untrained(self, out: Folder) -> dict[str, Any]:
-        path = self.recipe.backbone.path
-        if path is not None and Path(path).exists():
-            path = str(Path(path).absolute())  # a worker stands in another folder than we do
-        self._on_worker(make_untrained, self.recipe, path, self.run.folder(self.plan.prepare), out)
-        return {}
-
-    def _trained(self, name: str, out: Folder) -> dict[str, Any]:
-        from f2llm_ray.train.trainer import train
-
-        stage: TrainStage
-        parents = self.plan.models[name].parents
-        student, teacher, taught = parents[1], None, None
-        mined = self.plan.mined if self.plan.mined in parents else None
-        if name == DISTILLED:
-            assert self.recipe.distill is not None  # noqa: S101 - plan() made the stage from it
-            stage = self.recipe.distill
-            if self.plan.taught is not None:
-                taught = self.run.folder(self.plan.taught)
-            elif stage.uses_teacher:
-                teacher = self._folder_of(stage.teacher)
-        else:
-            stage = self.recipe.stages[name]
-        return train(
-            self.recipe,
-            name,
-            stage,
-            prepared=self.run.folder(self.plan.prepare),
-            mined=None if mined is None else self.run.folder(mined),
-            student=self._model_folder(student),
-            teacher=teacher,
-            taught=taught,
-            out=out,
+    if isinstance(setting, SourceSet):
+        pairs = read_pairs(name, setting.source, settings)
+        make = bitext_of_pairs if setting.kind == "bitext" else from_pairs
+        task: Task = make(
+            pairs,
+            name=name,
+            instruction=setting.source.query_instruction,
+            max_queries=setting.max_queries,
         )
-
-    def _merged(self, name: str, out: Folder) -> dict[str, Any]:
-        from f2llm_ray.train.merge_checkpoints import merge_stage
-
-        trained = name.removesuffix(MERGED)
-        stage = self.recipe.distill if trained == DISTILLED else self.recipe.stages[trained]
-        assert stage is not None  # noqa: S101 - plan() made the merge from it
-        assert stage.merge is not None  # noqa: S101
-        folder = self.run.folder(self.plan.models[trained])
-        facts: dict[str, Any] = self._on_worker(
-            merge_stage, stage.merge, folder, f"{self.recipe.name}-{name}", out
-        )
-        return facts
-
-    def _quantized(self, name: str, out: Folder) -> dict[str, Any]:
-        from f2llm_ray.shrink.quantize import quantize_model
-
-        parent = self._model_folder(self.plan.models[name.removesuffix(INT8)])
-        prepared = self.run.folder(self.plan.prepare)
-        model = f"{self.recipe.name}-{name}"
-        facts: dict[str, Any] = self._on_worker(quantize_model, self.recipe, model, prepared, parent, out)
-        return facts
-
-    def _pruned(self, out: Folder) -> dict[str, Any]:
-        from f2llm_ray.shrink.shrink import shrink
-
-        assert self.plan.importance is not None  # noqa: S101 - plan() made it with this stage
-        scored = self.run.folder(self.plan.importance)
-        prepared = self.run.folder(self.plan.prepare)
-        facts: dict[str, Any] = self._on_worker(shrink, self.recipe, prepared, self._pruned_from(), scored, out)
-        return facts
-
-    def _pruned_from(self) -> Folder:
-        assert self.recipe.prune is not None  # noqa: S101 - plan() made the stage from it
-        return self._model_folder(self.plan.models[self.recipe.prune.model])
-
-    def _folder_of(self, model: str) -> Folder:
-        """The model folder of a stage by its name, or the one at a path."""
-        stage = self.plan.models.get(model)
-        return Folder.at(model) if stage is None else self._model_folder(stage)
-
-    def _model_folder(self, stage: Stage) -> Folder:
-        return self.run.folder(stage) / "model"
+    else:
+        task = task_of(name, setting)
+    task.write(out)
+    return {"kind": task.kind, "units": len(task.unit_texts())}
 
 
-def make_untrained(recipe: Recipe, path: str | None, prepared: Folder, out: Folder) -> None:
-    """Writes the model that the first stage starts from: the backbone with the prepared tokenizer.
+def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, out: Folder) -> Facts:
+    """Counts the training rows that hold a text of a set, and marks the units that they contaminate."""
+    from f2llm_ray.data.overlap import find_overlap
+    from f2llm_ray.evaluate.tasks.registry import read_task
+
+    task = read_task(found)
+    overlap = find_overlap(prepared, task.unit_texts(), task.screened(), settings)
+    out.write_array(CONTAMINATED, overlap.units)
+    return {"rows": overlap.rows, "queries": int(overlap.units.sum()), "of": len(overlap.units)}
+
+
+def make_untrained(
+    backbone: Backbone, seed: int, *, model_name: str, max_tokens: int, prepared: Folder, out: Folder
+) -> Facts:
+    """Writes the model that the first step starts from: the backbone with the prepared tokenizer.
 
     Args:
-        recipe: the run's recipe.
-        path: the checkpoint of the backbone, None where the recipe gives a shape.
+        backbone: a checkpoint, or a shape that gets random weights.
+        seed: of random weights.
+        model_name: name of the model.
+        max_tokens: longest text that it will be trained on.
         prepared: folder of the prepare stage.
         out: folder that gets `model/`.
 
@@ -199,26 +95,26 @@ def make_untrained(recipe: Recipe, path: str | None, prepared: Folder, out: Fold
     from f2llm_ray.model.int8 import is_quantized
     from f2llm_ray.model.sizes import random_backbone
 
-    shape = recipe.backbone.shape
+    path = backbone.path
     with (prepared / "tokenizer").as_local() as tokens:
         tokenizer = load_tokenizer(tokens)
     vocabulary = tokenizer.get_vocab_size()
-    if shape is not None:
-        backbone = random_backbone(shape, vocabulary, recipe.seed)
+    if backbone.shape is not None:
+        model = random_backbone(backbone.shape, vocabulary, seed)
     else:
         if is_quantized(str(path)):
             raise RunError(
                 f"backbone.path: {path} has int8 weights, which cannot be trained; give the model they are of"
             )
-        backbone = load_backbone(str(path))
-        if vocabulary > backbone.config.vocab_size:
+        model = load_backbone(str(path))
+        if vocabulary > model.config.vocab_size:
             raise RunError(
-                f"the tokenizer has {vocabulary} entries, the backbone {path!r} only {backbone.config.vocab_size}"
+                f"the tokenizer has {vocabulary} entries, the backbone {path!r} only {model.config.vocab_size}"
             )
     info = ModelInfo(
-        name=f"{recipe.name}-untrained",
-        dims=matryoshka_dims(backbone.config.hidden_size),
-        max_tokens=recipe.data.max_tokens,
+        name=model_name,
+        dims=matryoshka_dims(model.config.hidden_size),
+        max_tokens=max_tokens,
         prompts={"query": ""},
         instructions=False,
     )
@@ -226,11 +122,19 @@ def make_untrained(recipe: Recipe, path: str | None, prepared: Folder, out: Fold
         # A model of another run: it keeps the dims and prompts that it was trained with.
         info = replace(load_info(Path(path)), name=info.name, max_tokens=info.max_tokens)
     with (out / "model").writing() as folder:
-        save_model(folder, backbone, tokenizer, info)
+        save_model(folder, model, tokenizer, info)
+    return {}
 
 
-def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:
-    """Calibrates one model on 512 training rows, inside a Ray task."""
+def finish_model(
+    facts: Facts, sources: Sequence[str], seed: int, compute: Compute, prepared: Folder, out: Folder
+) -> Facts:
+    """Measures what serving needs of a model, int8 ranges and the vectors of the self-check, and its sizes."""
+    on_worker(_calibrate, out / "model", prepared, tuple(sources), seed, compute=compute)
+    return {**facts, **on_worker(_sizes, out / "model")}
+
+
+def _calibrate(model: Folder, prepared: Folder, sources: Sequence[str], seed: int) -> None:
     import torch
 
     from f2llm_ray.engine.calibration import calibrate, save_calibration
@@ -242,12 +146,11 @@ def _calibrate(model: Folder, prepared: Folder, recipe: Recipe) -> None:
     with model.as_local() as path:
         engine = Engine(path)
         table = load_map(path)
-    tokens = remap(calibration_tokens(recipe, prepared, 512), table)
+    tokens = remap(calibration_tokens(sources, seed, prepared, CALIBRATION_ROWS), table)
     save_calibration(model, calibrate(engine, tokens))
 
 
-def model_facts(folder: Folder) -> dict[str, Any]:
-    """Sizes of a model folder, read from its config and weights."""
+def _sizes(folder: Folder) -> Facts:
     from f2llm_ray.model.checkpoint import load_backbone
     from f2llm_ray.model.sizes import count_parameters
 
@@ -255,3 +158,11 @@ def model_facts(folder: Folder) -> dict[str, Any]:
         total, layers = count_parameters(load_backbone(path))
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return {"parameters": total, "non_embedding_parameters": layers, "bytes": size}
+
+
+def source_labels(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a person is told of each source: its task, licence and instruction."""
+    return {
+        name: {"task": source.task, "licence": source.licence, "instruction": source.query_instruction}
+        for name, source in sources.items()
+    }

@@ -94,6 +94,13 @@ class Recipe(Section):
             name = parents.get(name)
         return found[::-1]
 
+    def reference(self) -> str | None:
+        """What smaller models are compared with: the first teacher of the run, else the first model pruned."""
+        parents = self.made_from()
+        teachers = [step.teacher for step in self.steps().values() if isinstance(step, Distill)]
+        pruned = [parents[name] for name, step in self.steps().items() if isinstance(step, Prune)]
+        return next((name for name in [*teachers, *pruned] if name in parents), None)
+
     def stage_sources(self, stage: TrainStage) -> list[str]:
         """Names of the sources that a stage trains on, in the recipe's order."""
         names = self.sources if stage.sources is None else stage.sources

@@ -23,6 +23,8 @@ WHOLE_BYTES = 1 << 30
 END_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 22
 MEMORY = "inputs.json"
+TOKENIZER_STARTS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "sentencepiece", "spiece")
+TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class InputIndex:
         """
         found = tuple(self._known(file) for file in files)
         fresh = {entry.uri: asdict(entry) for entry in found if entry.modified}
-        if self.root is not None and any(self._seen.get(uri) != entry for uri, entry in fresh.items()):
+        if self.root is not None and self.root.exists() and any(self._seen.get(uri) != entry for uri, entry in fresh.items()):
             self._seen |= fresh
             self.root.write_json(MEMORY, self._seen)
         return found
@@ -104,6 +106,15 @@ def model_inputs(path: str) -> list[InputFile]:
     return (
         files_of(Folder.at(path), (".json", ".safetensors")) if local else [InputFile(f"hub:{path}", None, path)]
     )
+
+
+def tokenizer_inputs(path: str) -> list[InputFile]:
+    """What a tokenizer is read from: the files of a folder that say how texts become tokens, or a name on the hub."""
+    found = model_inputs(path)
+    if found and found[0].version:
+        return found
+    files = files_of(Folder.at(path), TOKENIZER_SUFFIXES)
+    return [file for file in files if file.uri.rpartition("/")[2].startswith(TOKENIZER_STARTS)]
 
 
 def digests(inputs: Inputs) -> dict[str, list[str]]:

@@ -1,0 +1,77 @@
+"""The stages of a recipe as a graph: what each is made of, who makes it, and what must be there before.
+
+Nothing else knows an order or a name of stages: the walk, jobs, report and error messages follow this graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.stage import Stage
+
+Kind = Literal["untrained", "train", "prune", "distill", "merge", "int8"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the run."""
+
+    name: str
+    kind: Kind
+    """How it is made."""
+    stage: Stage
+    made_from: str | None
+    """The model it is made from; None for the backbone."""
+    sources: tuple[str, ...]
+    """The sources that it, or a model that it is made from, was trained on, in the recipe's order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """All stages of a recipe in a root."""
+
+    recipe: Recipe
+    prepare: Stage
+    mined: Stage | None
+    models: dict[str, Model]
+    """In the order they are made."""
+    sets: dict[str, Stage]
+    """What each evaluation set is made of."""
+    overlaps: dict[str, Stage]
+    """For each set that the training rows are not screened for: how much of it is in them."""
+    evaluations: dict[tuple[str, str], Stage]
+    """By model and set."""
+
+    def stages(self) -> list[Stage]:
+        """All stages, each after those that it needs."""
+        ends = (self.prepare, *(model.stage for model in self.models.values()))
+        ends = (*ends, *self.overlaps.values(), *self.evaluations.values())
+        return list({found.folder_name: found for end in ends for found in (*end.before(), end)}.values())
+
+    def of_job(self, job: str) -> list[Stage]:
+        """The stages that a job makes, in their order.
+
+        Raises:
+            RunError: none.
+        """
+        found = [stage for stage in self.stages() if stage.job == job]
+        if not found:
+            raise RunError(f"recipe {self.recipe.name!r} has nothing for {job}")
+        return found
+
+    def model(self, name: str) -> Model:
+        """A model by its name.
+
+        Raises:
+            RunError: the recipe makes none of this name.
+        """
+        if name not in self.models:
+            raise RunError(f"recipe {self.recipe.name!r} makes no model {name!r}; it makes {list(self.models)}")
+        return self.models[name]
+
+    def served(self) -> Model:
+        """The model that the recipe serves: the one it names, or the last one."""
+        return self.models[self.recipe.serving.model or list(self.models)[-1]]
