@@ -24,7 +24,7 @@ from f2llm_ray.model.sizes import (
     random_backbone,
 )
 from f2llm_ray.plan.advice import fits
-from f2llm_ray.plan.work import Work, backbone_shape, stage_work, training_stages
+from f2llm_ray.plan.stage_work import StageWork, shape_of, stage_work, training_stages
 from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe
 
@@ -34,7 +34,7 @@ TWIN_VOCABULARY = 60
 REPO = Path(__file__).parent.parent
 
 
-def last_work(name: str) -> Work:
+def last_work(name: str) -> StageWork:
     """What the recipe's last stage trains."""
     recipe = load_recipe(f"f2llm-v2-{name}")
     return stage_work(recipe, training_stages(recipe)[-1], recipe.compute.workers)
@@ -56,7 +56,7 @@ def twin_recipe(name: str, folder: Path) -> Path:
     """The recipe of a size at its twin's shape, for two steps a stage on a made-up corpus, without GPUs."""
     small = write_corpus(folder)
     recipe = load_recipe(f"f2llm-v2-{name}")
-    backbone = twin(backbone_shape(recipe)[0])
+    backbone = twin(shape_of(recipe, "untrained")[0])
     engine = {"precision": "fp32", "tokens_per_pass": 1024, "zero_stage": 2}
     if recipe.stages["stage1"].engine.tokens_per_chunk is not None:
         engine["tokens_per_chunk"] = 64
@@ -149,7 +149,7 @@ def test_the_published_rates_and_the_published_example() -> None:
 @pytest.mark.parametrize("name", PRUNED)
 def test_small_models_are_cut_from_the_06b_and_keep_its_attention(name: str) -> None:
     recipe = load_recipe(f"f2llm-v2-{name}")
-    parent, _ = backbone_shape(recipe)
+    parent, _ = shape_of(recipe, "untrained")
     assert parent == FAMILY["0.6b"]
     teacher = last_work(name).teacher
     assert teacher is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from f2llm_ray.plan.cost import extra_forwards
 from f2llm_ray.plan.memory import memory
-from f2llm_ray.plan.work import FLOAT32_BYTES, Work
+from f2llm_ray.plan.stage_work import FLOAT32_BYTES, StageWork
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan may fill; the rest is for CUDA's context and libraries, the gradients of the
@@ -19,12 +19,12 @@ WORLD = "world"
 """The number of GPUs among what is changed; the rest are settings of the engine."""
 
 
-def fits(work: Work, gpu_memory_bytes: float) -> bool:
+def fits(work: StageWork, gpu_memory_bytes: float) -> bool:
     """Whether the work fits into the usable part of a GPU."""
     return memory(work).total_bytes <= USABLE * gpu_memory_bytes
 
 
-def variants(work: Work) -> Iterator[Work]:
+def variants(work: StageWork) -> Iterator[StageWork]:
     """The same work at each ZeRO stage, without and with offload where DeepSpeed has it.
 
     Without ZeRO there is no bf16 (see `Recipe`).
@@ -34,7 +34,7 @@ def variants(work: Work) -> Iterator[Work]:
             yield replace(work, zero_stage=zero_stage, offload=offload)
 
 
-def changes(work: Work, gpu_memory_bytes: float) -> dict[str, Any] | None:
+def changes(work: StageWork, gpu_memory_bytes: float) -> dict[str, Any] | None:
     """The settings to change for the work to fit; empty if it does, None if none help.
 
     Of all that fit, what costs least: no more GPUs, else the fewest; no offload; no ZeRO-3, which fetches weights
@@ -58,14 +58,14 @@ def changes(work: Work, gpu_memory_bytes: float) -> dict[str, Any] | None:
     return {name: getattr(best, name) for name in names if getattr(best, name) != getattr(work, name)}
 
 
-def _expense(work: Work) -> tuple[float, ...]:
+def _expense(work: StageWork) -> tuple[float, ...]:
     again = extra_forwards(work, work.longest_text_tokens, work.most_tokens_per_worker)
     chunk = work.tokens_per_chunk or math.inf
     small = chunk < work.tokens_per_pass
     return (work.world, work.offload, work.zero_stage == 3, small, again, -chunk, work.zero_stage)
 
 
-def _chunks(work: Work) -> list[int | None]:
+def _chunks(work: StageWork) -> list[int | None]:
     """The chunks of now, then of a pass and its halvings, down to the longest text."""
     halvings = [work.tokens_per_pass >> power for power in range(work.tokens_per_pass.bit_length())]
     least = max(work.longest_text_tokens, 64)  # the recipe takes no fewer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters
-from f2llm_ray.plan.work import Cluster, Corpus, Work
+from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Cost:
     """Of all GPUs over both, in the currency of the price per GPU-hour."""
 
 
-def cost(work: Work, texts: Corpus, cluster: Cluster) -> Cost:
+def cost(work: StageWork, texts: CorpusSize, cluster: Cluster) -> Cost:
     """What a stage takes on a cluster."""
     text_tokens = texts.tokens_per_row / work.texts_per_row
     tokens_per_step = work.accumulate * work.rows_per_batch * texts.tokens_per_row
@@ -51,7 +51,7 @@ def cost(work: Work, texts: Corpus, cluster: Cluster) -> Cost:
     )
 
 
-def optimizer_steps(work: Work, texts: Corpus) -> int | None:
+def optimizer_steps(work: StageWork, texts: CorpusSize) -> int | None:
     """Optimizer steps of the stage; None where neither its rows nor `max_steps` say.
 
     Each source ends an epoch with a batch that is filled up, which this counts once for all sources.
@@ -72,7 +72,7 @@ def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
     return 2 * non_embedding_parameters(shape) + attention
 
 
-def flops_per_token(work: Work, text_tokens: float, worker_tokens: float) -> float:
+def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -> float:
     """FLOPs of training per token: backward takes twice the forward, a teacher beside the student its own forward.
 
     Args:
@@ -86,7 +86,7 @@ def flops_per_token(work: Work, text_tokens: float, worker_tokens: float) -> flo
     return own + (0 if teacher is None or teacher.cached else forward_flops_per_token(teacher.shape, text_tokens))
 
 
-def extra_forwards(work: Work, text_tokens: float, worker_tokens: float) -> float:
+def extra_forwards(work: StageWork, text_tokens: float, worker_tokens: float) -> float:
     """Forward passes beyond the first: GradCache does all chunks but one again, checkpointing nearly all of each.
 
     Torch stops recomputing a layer when backward has what it needs, before the last product of its FFN.
@@ -99,7 +99,7 @@ def extra_forwards(work: Work, text_tokens: float, worker_tokens: float) -> floa
     return again + 1 - last_products / forward_flops_per_token(shape, text_tokens)
 
 
-def _teacher_tokens(work: Work, texts: Corpus) -> float | None:
+def _teacher_tokens(work: StageWork, texts: CorpusSize) -> float | None:
     """Tokens that a cached teacher encodes, at most: queries and passages once, negatives as often as drawn."""
     steps = optimizer_steps(work, texts)
     if work.teacher is None or not work.teacher.cached or steps is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from f2llm_ray.model.sizes import Shape, parameters
-from f2llm_ray.plan.work import FLOAT32_BYTES, Work
+from f2llm_ray.plan.stage_work import FLOAT32_BYTES, StageWork
 
 BFLOAT16_BYTES = 2
 ADAM_BYTES = 8
@@ -37,7 +37,7 @@ class Memory:
         return float(sum(asdict(self).values()))
 
 
-def memory(work: Work) -> Memory:
+def memory(work: StageWork) -> Memory:
     """Bytes on one GPU for the batch of the longest texts."""
     count = _count(work)
     return Memory(
@@ -50,7 +50,7 @@ def memory(work: Work) -> Memory:
     )
 
 
-def gradient_bytes(work: Work) -> float:
+def gradient_bytes(work: StageWork) -> float:
     """The largest that gradients get in a backward pass.
 
     From ZeRO-2 on DeepSpeed keeps a worker's share alone, on the host with offload, since each gradient is reduced
@@ -64,7 +64,7 @@ def gradient_bytes(work: Work) -> float:
     return 0 if work.offload else work.float_bytes * _count(work) / work.world
 
 
-def optimizer_bytes(work: Work) -> float:
+def optimizer_bytes(work: StageWork) -> float:
     """AdamW's state for one worker: two float32 moments, and a float32 copy of the weights.
 
     Rajbhandari et al. 2020 (ZeRO, section 3.1): 12 bytes a parameter, of which a worker holds its share from
@@ -75,7 +75,7 @@ def optimizer_bytes(work: Work) -> float:
     return per_parameter * _count(work) / (work.world if work.zero_stage else 1)
 
 
-def host_bytes(work: Work) -> float:
+def host_bytes(work: StageWork) -> float:
     """Bytes of host memory per worker with the optimizer offloaded: its state, and gradients as they come and go.
 
     DeepSpeed keeps them there in float32 and in the precision of the pass, and under ZeRO-2 their sums over the
@@ -87,21 +87,21 @@ def host_bytes(work: Work) -> float:
     return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes + sums) * _count(work) / work.world
 
 
-def buffer_bytes(work: Work) -> float:
+def buffer_bytes(work: StageWork) -> float:
     """DeepSpeed's own: the gradient bucket from ZeRO-1 on, and under ZeRO-3 the gathered weights."""
     bucket = BUCKET_PARAMETERS if work.zero_stage else 0
     live = min(LIVE_PARAMETERS, _count(work)) if work.zero_stage == 3 else 0
     return work.float_bytes * (bucket + live)
 
 
-def teacher_bytes(work: Work) -> float:
+def teacher_bytes(work: StageWork) -> float:
     """The weights of a teacher beside the student, in bf16 on any GPU; cached vectors come with the batch."""
     if work.teacher is None or work.teacher.cached:
         return 0
     return BFLOAT16_BYTES * parameters(work.teacher.shape, work.teacher.vocabulary)
 
 
-def activation_bytes(work: Work) -> float:
+def activation_bytes(work: StageWork) -> float:
     """What forward leaves for backward: of a worker's whole part of a batch, or with GradCache of one chunk.
 
     The loss is over all texts of a batch, so that without GradCache (Gao et al. 2021) all its passes are held
@@ -136,10 +136,10 @@ def final_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     return (FLOAT32_BYTES + float_bytes) * shape.hidden + FLOAT32_BYTES
 
 
-def _several_backward(work: Work) -> bool:
+def _several_backward(work: StageWork) -> bool:
     """Whether an optimizer step takes more than one backward pass."""
     return work.accumulate > 1 or work.chunks(work.most_tokens_per_worker) > 1
 
 
-def _count(work: Work) -> int:
+def _count(work: StageWork) -> int:
     return parameters(work.shape, work.vocabulary)

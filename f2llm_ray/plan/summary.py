@@ -1,18 +1,20 @@
-"""All numbers of a stage's plan as one mapping, units in the names: what `jobs/plan.py --json` prints."""
+"""All numbers of a stage's plan as one mapping, with units in the names, as `jobs/plan.py --json` prints them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from typing import Any
 
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import non_embedding_parameters, parameters
 from f2llm_ray.plan.advice import USABLE, changes, fits, variants
 from f2llm_ray.plan.cost import cost, forward_flops_per_token
 from f2llm_ray.plan.memory import host_bytes, memory
-from f2llm_ray.plan.work import Cluster, Corpus, Work
+from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork, corpus_size, stage_work
+from f2llm_ray.recipe.recipe import Recipe
 
 
-def stage_numbers(work: Work, texts: Corpus, cluster: Cluster) -> dict[str, Any]:
+def stage_numbers(work: StageWork, texts: CorpusSize, cluster: Cluster) -> dict[str, Any]:
     """All numbers of one stage."""
     memory_bytes = cluster.gpu_memory_bytes
     changed = changes(work, memory_bytes)
@@ -23,7 +25,7 @@ def stage_numbers(work: Work, texts: Corpus, cluster: Cluster) -> dict[str, Any]
         "work": {
             **asdict(work),
             "shape": work.shape.model_dump(),
-            "teacher": None if work.teacher is None else _teacher_numbers(work),
+            "teacher": work.teacher and {**asdict(work.teacher), "shape": work.teacher.shape.model_dump()},
             "most_tokens_per_worker": work.most_tokens_per_worker,
             "longest_chunk_tokens": work.longest_chunk_tokens,
             "chunks": work.chunks(work.most_tokens_per_worker),
@@ -39,7 +41,7 @@ def stage_numbers(work: Work, texts: Corpus, cluster: Cluster) -> dict[str, Any]
     }
 
 
-def memory_numbers(work: Work, gpu_memory_bytes: float) -> dict[str, Any]:
+def memory_numbers(work: StageWork, gpu_memory_bytes: float) -> dict[str, Any]:
     """One row of the memory table."""
     parts = memory(work)
     return {
@@ -52,7 +54,16 @@ def memory_numbers(work: Work, gpu_memory_bytes: float) -> dict[str, Any]:
     }
 
 
-def _teacher_numbers(work: Work) -> dict[str, Any]:
-    teacher = work.teacher
-    assert teacher is not None  # noqa: S101 - asked for only where there is one
-    return {**asdict(teacher), "shape": teacher.shape.model_dump()}
+def stage_hours(recipe: Recipe, stage: str, cluster: Cluster) -> float | None:
+    """Hours that a training stage takes at most, without those of computing a cached teacher's vectors.
+
+    None where they cannot be computed: the recipe trains on CPUs, a model's shape is not known without a download,
+    the GPUs cannot share the batch, or a source has no cap.
+    """
+    if recipe.compute.gpus_per_worker == 0:
+        return None
+    try:
+        work = stage_work(recipe, stage, cluster.world)
+    except RecipeError:
+        return None
+    return cost(work, corpus_size(recipe, work), cluster).hours

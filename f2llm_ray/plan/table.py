@@ -7,7 +7,7 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.plan.advice import WORLD
-from f2llm_ray.plan.work import Cluster
+from f2llm_ray.plan.stage_work import Cluster
 
 GB = 1e9
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "teacher")
@@ -86,9 +86,8 @@ def _costs(numbers: dict[str, Any]) -> list[str]:
         f"time:  {formatting.plural(cost['steps'], 'step')}, {formatting.duration(cost['hours'] * 3600)}{most}"
     )
     if cost["teacher_hours"] is not None:
-        lines.append(
-            f"       and {formatting.duration(cost['teacher_hours'] * 3600)} at most for the teacher's vectors, once"
-        )
+        teacher = formatting.duration(cost["teacher_hours"] * 3600)
+        lines.append(f"       and {teacher} at most for the teacher's vectors, once")
     if cost["price"] is not None:
         lines.append(f"cost:  {cost['price']:,.0f}{most}")
     return lines

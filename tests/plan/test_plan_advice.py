@@ -8,11 +8,11 @@ import pytest
 
 from f2llm_ray.plan.advice import changes, fits, variants
 from f2llm_ray.plan.cost import flops_per_token
-from f2llm_ray.plan.work import Work, stage_work
+from f2llm_ray.plan.stage_work import StageWork, stage_work
 from f2llm_ray.recipe.files import load_recipe
 
 
-def work_of(name: str, world: int = 8, *overrides: str) -> Work:
+def work_of(name: str, world: int = 8, *overrides: str) -> StageWork:
     return stage_work(load_recipe(f"f2llm-v2-{name}", overrides), "stage2", world)
 
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from f2llm_ray.engine.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import FAMILY, Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import Cost, cost, flops_per_token, forward_flops_per_token
-from f2llm_ray.plan.work import Cluster, Corpus, Teacher
+from f2llm_ray.plan.stage_work import Cluster, CorpusSize, TeacherWork
 from f2llm_ray.train.gradcache import cached_backward
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
-ROWS = Corpus(rows_per_epoch=1e6, rows_given=True, tokens_per_row=200.0, tokens_given=True)
+ROWS = CorpusSize(rows_per_epoch=1e6, rows_given=True, tokens_per_row=200.0, tokens_given=True)
 
 
 def eager(shape: Shape) -> Any:
@@ -67,7 +67,8 @@ def test_recomputation_costs_what_torch_counts(chunks: int, checkpointing: bool)
 def test_only_a_teacher_beside_the_student_costs_every_epoch() -> None:
     student, teacher = (forward_flops_per_token(shape, 100) for shape in SHAPES)
     beside, cached = (
-        work_of(teacher=Teacher(shape=SHAPES[1], vocabulary=VOCABULARY, cached=cached)) for cached in (False, True)
+        work_of(teacher=TeacherWork(shape=SHAPES[1], vocabulary=VOCABULARY, cached=cached))
+        for cached in (False, True)
     )
     assert flops_per_token(beside, 100, TOKENS) == 3 * student + teacher
     assert flops_per_token(cached, 100, TOKENS) == 3 * student
@@ -84,7 +85,7 @@ def cluster(gpus: int = 1, **changes: Any) -> Cluster:
     return Cluster(gpus_per_node=gpus, **{**settings, **changes})
 
 
-def hours(work: Any, texts: Corpus = ROWS, **changes: Any) -> Cost:
+def hours(work: Any, texts: CorpusSize = ROWS, **changes: Any) -> Cost:
     return cost(work, texts, cluster(**changes))
 
 
@@ -121,6 +122,6 @@ def test_without_rows_only_max_steps_says_how_long() -> None:
 
 
 def test_a_cached_teacher_may_read_fewer_rows_than_there_are() -> None:
-    teacher = Teacher(shape=SHAPE, vocabulary=VOCABULARY, cached=True)
+    teacher = TeacherWork(shape=SHAPE, vocabulary=VOCABULARY, cached=True)
     whole, short = (hours(work_of(teacher=teacher, max_steps=steps)) for steps in (None, 1000))
     assert short.teacher_hours == pytest.approx(whole.teacher_hours * 1000 * TEXTS / 1e6)

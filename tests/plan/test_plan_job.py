@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY
-from f2llm_ray.plan.work import Teacher, stage_work
+from f2llm_ray.plan.cost import cost
+from f2llm_ray.plan.stage_work import Cluster, TeacherWork, corpus_size, shape_of, stage_work
+from f2llm_ray.plan.summary import stage_hours
 from f2llm_ray.recipe.files import load_recipe
 
 REPO = Path(__file__).parent.parent.parent
@@ -92,13 +95,42 @@ def test_what_pruning_keeps_is_what_is_distilled() -> None:
     whole = FAMILY["0.6b"]
     changed = {"layers": 7, "kv_heads": 2, "heads": 4}
     assert (work.shape, work.vocabulary) == (whole.model_copy(update=changed), 50_000)
-    assert work.teacher == Teacher(shape=whole, vocabulary=VOCABULARY, cached=True)
+    assert work.teacher == TeacherWork(shape=whole, vocabulary=VOCABULARY, cached=True)
     beside = load_recipe("f2llm-v2-80m", ["distill.teacher_vectors=online", "prune.vocabulary=used"])
     work = stage_work(beside, "distilled", 8)
     assert work.vocabulary == VOCABULARY, "only the corpus says how many are used"
-    assert work.teacher == Teacher(shape=whole, vocabulary=VOCABULARY, cached=False)
+    assert work.teacher == TeacherWork(shape=whole, vocabulary=VOCABULARY, cached=False)
     without = stage_work(load_recipe("f2llm-v2-80m", ["distill.mse_weight=0"]), "distilled", 8)
     assert without.teacher is None
+
+
+def test_a_model_has_the_parts_that_every_pruning_on_its_way_kept() -> None:
+    steps = [
+        "stages.half={kind: prune, model: stage1, layers: 14, kv_heads: 4}",
+        "stages.again={tasks: [retrieval]}",
+        "stages.quarter={kind: prune, layers: 7, vocabulary: 50000}",
+        "stages.last={kind: distill, teacher: again, teacher_vectors: online}",
+        "prune=null",
+        "distill=null",
+    ]
+    recipe = load_recipe("f2llm-v2-80m", steps)
+    whole = FAMILY["0.6b"]
+    half = whole.model_copy(update={"layers": 14, "kv_heads": 4, "heads": 8})
+    assert shape_of(recipe, "stage2") == (whole, VOCABULARY)
+    assert shape_of(recipe, "again") == (half, VOCABULARY)
+    work = stage_work(recipe, "last", 8)
+    assert (work.shape, work.vocabulary) == (half.model_copy(update={"layers": 7}), 50_000)
+    assert work.teacher == TeacherWork(shape=half, vocabulary=VOCABULARY, cached=False)
+
+
+def test_hours_of_a_stage_are_none_where_they_cannot_be_computed() -> None:
+    cluster = Cluster(gpus_per_node=8)
+    recipe = load_recipe("f2llm-v2-80m")
+    work = stage_work(recipe, "stage1", 8)
+    assert stage_hours(recipe, "stage1", cluster) == cost(work, corpus_size(recipe, work), cluster).hours > 0
+    assert stage_hours(recipe, "stage1", replace(cluster, gpus_per_node=3)) is None
+    assert stage_hours(load_recipe("f2llm-v2-80m", ["backbone.path=someone/else"]), "stage1", cluster) is None
+    assert stage_hours(load_recipe("quickstart"), "stage1", cluster) is None, "it trains on CPUs"
 
 
 def test_a_plan_starts_nothing() -> None:

@@ -28,7 +28,7 @@ from f2llm_ray.plan.memory import (
     layer_bytes_per_token,
     memory,
 )
-from f2llm_ray.plan.work import Teacher
+from f2llm_ray.plan.stage_work import TeacherWork
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.settings import TrainStage
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
@@ -277,7 +277,7 @@ def test_shares_of_the_states_shrink_with_the_stage_and_the_world() -> None:
 
 def test_only_a_teacher_beside_the_student_takes_memory() -> None:
     beside, cached = (
-        work_of(teacher=Teacher(shape=SHAPE, vocabulary=VOCABULARY, cached=cached)) for cached in (False, True)
+        work_of(teacher=TeacherWork(shape=SHAPE, vocabulary=VOCABULARY, cached=cached)) for cached in (False, True)
     )
     assert memory(beside).teacher_bytes == 2 * parameters(SHAPE, VOCABULARY)
     assert memory(cached).teacher_bytes == 0

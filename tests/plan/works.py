@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from f2llm_ray.model.sizes import Shape
-from f2llm_ray.plan.work import Work
+from f2llm_ray.plan.stage_work import StageWork
 
 VOCABULARY, TEXTS, LENGTH = 500, 8, 40
 TOKENS = TEXTS * LENGTH
@@ -17,9 +17,9 @@ SHAPE = Shape(hidden=256, layers=2, heads=4, kv_heads=4, head_dim=128, ffn=512)
 SHAPES = [SHAPE, Shape(hidden=48, layers=3, heads=6, kv_heads=2, head_dim=32, ffn=80)]
 
 
-def work_of(shape: Shape = SHAPE, **changes: Any) -> Work:
+def work_of(shape: Shape = SHAPE, **changes: Any) -> StageWork:
     """The texts in one pass and one chunk, unless told otherwise."""
-    work = Work(
+    work = StageWork(
         stage="stage1",
         shape=shape,
         vocabulary=VOCABULARY,

@@ -1,4 +1,4 @@
-"""The work of a training stage: what a recipe asks of each worker, in numbers."""
+"""The work of a training stage: shapes, batches and engine of a recipe's stage, as numbers per worker."""
 
 from __future__ import annotations
 
@@ -6,35 +6,33 @@ from dataclasses import dataclass
 from math import ceil
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.data.schema import Task
 from f2llm_ray.model.sizes import Shape, checkpoint_shape
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.settings import Distill, TrainStage
 
 FLOAT32_BYTES = 4
-DISTILLED = "distilled"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """The model that a distillation learns from."""
+class TeacherWork:
+    """The teacher of a distillation."""
 
     shape: Shape
     vocabulary: int
     cached: bool
-    """Its vectors are computed once, ahead of the training; else it runs beside the student."""
+    """Whether its vectors are computed once, before the training; else it runs beside the student."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """One stage's work, per worker where it says so."""
+class StageWork:
+    """The work of one stage."""
 
     stage: str
     shape: Shape
     vocabulary: int
-    teacher: Teacher | None
+    teacher: TeacherWork | None
     float_bytes: int
-    """Of a weight in forward and backward: 2 in bf16, 4 in fp32."""
+    """Bytes of a weight in forward and backward: 2 in bf16, 4 in fp32."""
     zero_stage: int
     offload: bool
     gradient_checkpointing: bool
@@ -42,7 +40,7 @@ class Work:
     epochs: int
     max_steps: int | None
     rows_per_batch: int
-    """Of a global batch."""
+    """Rows of a global batch, over all workers."""
     accumulate: int
     """Global batches of an optimizer step."""
     texts_per_row: int
@@ -50,7 +48,7 @@ class Work:
     longest_text_tokens: int
     tokens_per_pass: int
     tokens_per_chunk: int | None
-    """As in the recipe: None holds the activations of the whole batch."""
+    """As in the recipe; where it is None, the activations of the whole batch are held together."""
 
     @property
     def most_tokens_per_worker(self) -> int:
@@ -83,50 +81,45 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """What is trained on."""
+class CorpusSize:
+    """How much a stage trains on."""
 
     rows_per_epoch: float | None
-    """Unknown where a source has no cap and nobody says."""
+    """None where it was not given and a source has no cap."""
     rows_given: bool
-    """Whether somebody said; else they are the sources' caps."""
+    """Whether the rows were given; else they are the sources' caps."""
     tokens_per_row: float
-    """Of a query, its passage and the negatives drawn for it, together."""
+    """Mean tokens of a query, its passage and the negatives drawn for it, together."""
     tokens_given: bool
-    """Whether somebody said; else they are what texts of the longest length would have."""
+    """Whether the tokens were given; else they are those of texts of the longest length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What trains."""
+    """The GPUs that train. The defaults are those of an H100."""
 
-    nodes: int
+    nodes: int = 1
     gpus_per_node: int
-    gpu_memory_bytes: float
-    gpu_flops_per_second: float
+    gpu_memory_bytes: float = 80e9
+    gpu_flops_per_second: float = 989e12
     """Peak of dense matrix products in the precision of the training."""
-    mfu: float
-    """Share of that peak that is reached, by all FLOPs that are done: recomputation and teacher count."""
+    mfu: float = 0.4
+    """Model FLOPs utilization: the share of that peak that is reached, with recomputation and teacher counted."""
     price_per_gpu_hour: float | None = None
 
     @property
     def world(self) -> int:
-        """GPUs in all."""
+        """Number of GPUs."""
         return self.nodes * self.gpus_per_node
 
 
 def training_stages(recipe: Recipe) -> list[str]:
     """Names of the stages that train, in order."""
-    return [*recipe.stages, *([DISTILLED] if recipe.distill is not None else [])]
+    return [name for name, step in recipe.steps().items() if isinstance(step, TrainStage)]
 
 
-def stage_work(recipe: Recipe, name: str, world: int) -> Work:
-    """The work of one training stage of a recipe.
-
-    Args:
-        recipe: the recipe.
-        name: one of its stages, or "distilled".
-        world: number of workers.
+def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
+    """The work of one training stage of a recipe with `world` workers.
 
     Raises:
         RecipeError: the recipe has no such stage, a model's shape or vocabulary is not known, or the workers
@@ -137,14 +130,15 @@ def stage_work(recipe: Recipe, name: str, world: int) -> Work:
         raise RecipeError(
             f"stage {name!r}: global_batch ({stage.global_batch}) is not a multiple of the {world} GPUs"
         )
-    shape, vocabulary = backbone_shape(recipe)
+    shape, vocabulary = shape_of(recipe, name)
     teacher = None
-    if isinstance(stage, Distill):
-        teacher = _teacher(recipe, stage)
-        shape, vocabulary = pruned(recipe, shape, vocabulary)
+    if isinstance(stage, Distill) and stage.uses_teacher:
+        cached = stage.teacher_vectors == "cached"
+        teacher_shape, teacher_vocabulary = shape_of(recipe, stage.teacher)
+        teacher = TeacherWork(shape=teacher_shape, vocabulary=teacher_vocabulary, cached=cached)
     engine = stage.engine
     tasks = {recipe.sources[source].task for source in recipe.stage_sources(stage)}
-    return Work(
+    return StageWork(
         stage=name,
         shape=shape,
         vocabulary=vocabulary,
@@ -158,68 +152,67 @@ def stage_work(recipe: Recipe, name: str, world: int) -> Work:
         max_steps=stage.max_steps,
         rows_per_batch=stage.global_batch,
         accumulate=stage.accumulate,
-        texts_per_row=_texts_per_row(stage, tasks),
+        texts_per_row=2 + max(stage.negatives.get(task, 0) for task in tasks),
         longest_text_tokens=recipe.data.max_tokens,
         tokens_per_pass=engine.tokens_per_pass,
         tokens_per_chunk=engine.tokens_per_chunk,
     )
 
 
-def backbone_shape(recipe: Recipe) -> tuple[Shape, int]:
-    """Shape and vocabulary of the model that the recipe starts from.
+def shape_of(recipe: Recipe, model: str) -> tuple[Shape, int]:
+    """Shape and vocabulary of a model, read without a download.
+
+    A pruning that keeps the tokens in use leaves the vocabulary as it is here: only the corpus says how many they
+    are.
+
+    Args:
+        recipe: the recipe.
+        model: the name of one of its models, or the path of a model folder, which has a /.
 
     Raises:
-        RecipeError: not known without a download.
+        RecipeError: the shape is not known without a download.
     """
+    if "/" in model:
+        return checkpoint_shape(model)
+    shape, vocabulary = _backbone_shape(recipe)
+    for cut in recipe.prunes_of(model):
+        kept = {part: getattr(cut, part) for part in ("layers", "hidden", "ffn", "kv_heads")}
+        changed = {part: number for part, number in kept.items() if number is not None}
+        if cut.kv_heads is not None:  # the query heads that share one go with it
+            changed["heads"] = shape.heads // shape.kv_heads * cut.kv_heads
+        shape = shape.model_copy(update=changed)
+        vocabulary = min(vocabulary, cut.vocabulary) if isinstance(cut.vocabulary, int) else vocabulary
+    return shape, vocabulary
+
+
+def _backbone_shape(recipe: Recipe) -> tuple[Shape, int]:
     backbone, tokenizer = recipe.backbone, recipe.tokenizer
     if backbone.path is not None:
         return checkpoint_shape(backbone.path)
     assert backbone.shape is not None  # noqa: S101 - Backbone has one of the two
     if tokenizer.train_vocab is not None:
         return backbone.shape, tokenizer.train_vocab
-    # A model made from a shape has as many embeddings as the tokenizer has entries; a checkpoint beside that
-    # tokenizer has a few more at most (Qwen3's tables are padded).
+    # A model made from a shape has one embedding per entry of the tokenizer. The checkpoint beside that tokenizer
+    # has a few more, since Qwen3's tables are padded.
     return backbone.shape, checkpoint_shape(str(tokenizer.path))[1]
 
 
-def pruned(recipe: Recipe, shape: Shape, vocabulary: int) -> tuple[Shape, int]:
-    """What the recipe's pruning makes of a shape and a vocabulary.
-
-    Where it keeps the tokens that are used, only the corpus says how many: none are taken off then.
-    """
-    cut = recipe.prune
-    if cut is None:
-        return shape, vocabulary
-    kept = {part: getattr(cut, part) for part in ("layers", "hidden", "ffn", "kv_heads")}
-    changed = {part: number for part, number in kept.items() if number is not None}
-    if cut.kv_heads is not None:  # query heads go with the one that they share
-        changed["heads"] = shape.heads // shape.kv_heads * cut.kv_heads
-    wanted = cut.vocabulary if isinstance(cut.vocabulary, int) else vocabulary
-    return shape.model_copy(update=changed), min(vocabulary, wanted)
-
-
-def _teacher(recipe: Recipe, stage: Distill) -> Teacher | None:
-    if not stage.uses_teacher:
-        return None
-    own = stage.teacher in recipe.model_names()
-    shape, vocabulary = backbone_shape(recipe) if own else checkpoint_shape(stage.teacher)
-    return Teacher(shape=shape, vocabulary=vocabulary, cached=stage.teacher_vectors == "cached")
-
-
-def corpus(recipe: Recipe, work: Work, *, rows: int | None, tokens_per_row: float | None) -> Corpus:
-    """What is known of a stage's rows; caps and the longest text bound what was not given.
+def corpus_size(
+    recipe: Recipe, work: StageWork, *, rows: int | None = None, tokens_per_row: float | None = None
+) -> CorpusSize:
+    """How much a stage trains on; what is not given is bounded by the sources' caps and the longest text.
 
     Args:
         recipe: the recipe.
         work: the stage's work.
-        rows: rows of one epoch, where somebody knows.
-        tokens_per_row: mean tokens of a row's texts together, where somebody knows.
+        rows: rows of one epoch.
+        tokens_per_row: mean tokens of a row's texts together.
     """
     sources = [recipe.sources[source] for source in recipe.stage_sources(_settings(recipe, work.stage))]
     capped = [source.cap * source.weight for source in sources if source.cap is not None]
     bound = sum(capped) if len(capped) == len(sources) else None
     most = work.texts_per_row * work.longest_text_tokens
-    return Corpus(
+    return CorpusSize(
         rows_per_epoch=bound if rows is None else rows,
         rows_given=rows is not None,
         tokens_per_row=most if tokens_per_row is None else tokens_per_row,
@@ -228,11 +221,7 @@ def corpus(recipe: Recipe, work: Work, *, rows: int | None, tokens_per_row: floa
 
 
 def _settings(recipe: Recipe, name: str) -> TrainStage:
-    stage = recipe.distill if name == DISTILLED else recipe.stages.get(name)
-    if stage is None:
+    stage = recipe.steps().get(name)
+    if not isinstance(stage, TrainStage):
         raise RecipeError(f"stage {name!r}: the recipe trains {training_stages(recipe)}")
     return stage
-
-
-def _texts_per_row(stage: TrainStage, tasks: set[Task]) -> int:
-    return 2 + max(stage.negatives.get(task, 0) for task in tasks)
