@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, normalize
 
-from f2llm_ray.train.losses import Places, gather, per_rank
+from f2llm_ray.train.losses import TextPlaces, gather, per_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def distillation(
     v_nd: torch.Tensor,
     matched_nD: torch.Tensor,
     teacher_nD: torch.Tensor,
-    places: Places,
+    places: TextPlaces,
     lesson: Lesson,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted terms on a rank's texts; the mean over ranks is that of the global batch.
@@ -62,7 +62,7 @@ def distillation(
     return loss, {name: term.detach() for name, (_, term) in terms.items()}
 
 
-def mean_over_places(value_n: torch.Tensor, places: Places) -> torch.Tensor:
+def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
     """The mean over queries, passages and negatives, as in the paper: a text counts wherever it stands.
 
     Counted so, and not by distinct texts, the global batch's mean is the same however its rows are dealt out.
@@ -76,7 +76,7 @@ def mean_over_places(value_n: torch.Tensor, places: Places) -> torch.Tensor:
 def similarity_loss(
     v_nd: torch.Tensor,
     teacher_nD: torch.Tensor,
-    places: Places,
+    places: TextPlaces,
     temperature: float,
     *,
     gather_gradient: bool = True,
@@ -94,7 +94,7 @@ def similarity_loss(
     return kl_div(student_bB, teacher_bB, reduction="batchmean", log_target=True)
 
 
-def _cosines(v_nd: torch.Tensor, places: Places, *, gradient: bool) -> torch.Tensor:
+def _cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:
     """Cosines [b, B] of this rank's queries and all passages."""
     unit_nd = normalize(v_nd, dim=1)
     p_bd = unit_nd[places.passage_b]

@@ -17,23 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.batches.table import (
-    BatchTable,
-    by_length,
-    epoch_rows,
-    mix,
-    rank_slice,
-    row_rates,
-    write_source,
-)
-from f2llm_ray.data.language import UNKNOWN
+from f2llm_ray.data.batches.table import BatchTable, rank_slice
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.schema import key_numbers, rng
+from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.vector_files import Halves
-from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.teacher_store import TeacherStore
 
 if TYPE_CHECKING:
@@ -47,8 +35,8 @@ PAUSE = 0.1
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one rank needs of one global batch. A text that stands several times is there, and encoded, once."""
+class TrainBatch:
+    """One rank's part of a global batch. A text that occurs several times is listed, and encoded, once."""
 
     step: int
     source: str
@@ -68,101 +56,6 @@ class Batch:
     """The teacher's vectors of the texts [n, D], where they were computed before."""
 
 
-def build_batches(
-    recipe: Recipe, name: str, stage: TrainStage, prepared: Folder, mined: Folder | None, out: Folder
-) -> None:
-    """Writes a stage's batch tables: `train/` for all epochs and `validation/` for the held-out rows.
-
-    Args:
-        recipe: the run's recipe.
-        name: the stage's name, part of the seed.
-        stage: its settings.
-        prepared: folder of the prepare stage.
-        mined: folder of the mining stage, whose negatives take the place of the prepared ones.
-        out: folder that gets both tables.
-    """
-    import ray.data
-
-    sources = recipe.stage_sources(stage)
-    work = [
-        {"source": source, "epoch": epoch, "validation": validation}
-        for validation in (False, True)
-        for epoch in range(1 if validation else stage.epochs)
-        for source in sources
-    ]
-    write = partial(_write_epoch, recipe=recipe, name=name, stage=stage, prepared=prepared, mined=mined, out=out)
-    written = ray.data.from_items(work, override_num_blocks=len(work)).map(write).take_all()
-    counts = {(row["validation"], row["epoch"], row["source"]): row["batches"] for row in written}
-    seed = f"{recipe.seed}/{name}"
-    trained = None if stage.max_steps is None else stage.max_steps * stage.accumulate
-    held_out = -(-stage.validation_rows // stage.global_batch)
-    for validation, epochs, most in ((False, stage.epochs, trained), (True, 1, held_out)):
-        table = [[counts[validation, epoch, source] for source in sources] for epoch in range(epochs)]
-        order = mix(table, seed=seed, max_steps=most)
-        with (out / _split(validation)).writing() as folder:
-            np.save(folder / "order.npy", order)
-
-
-def _split(validation: bool) -> str:
-    return "validation" if validation else "train"
-
-
-def _write_epoch(
-    work: dict[str, Any],
-    *,
-    recipe: Recipe,
-    name: str,
-    stage: TrainStage,
-    prepared: Folder,
-    mined: Folder | None,
-    out: Folder,
-) -> dict[str, Any]:
-    source, epoch, validation = work["source"], work["epoch"], work["validation"]
-    settings = recipe.sources[source]
-    query = "instructed_key" if stage.instructions else "query_key"
-    names = {query: "query", "passage_key": "passage", "negative_keys": "negatives"}
-    columns = [*names, "query_group", "passage_group", "language", "validation"]
-    file = f"{source}.parquet"
-    rows = (prepared / "table").read_table(file, columns)
-    if mined is not None and mined.exists(file):  # its rows are in the table's order
-        negatives = mined.read_table(file, ["negative_keys"])["negative_keys"]
-        rows = rows.set_column(columns.index("negative_keys"), "negative_keys", negatives)
-    rows = rows.filter(pc.equal(rows["validation"], validation)).rename_columns(
-        [names.get(column, column) for column in columns]
-    )
-    if not len(rows):  # a small source may have no held-out rows, and with data.validation 0 none has
-        return {**work, "batches": 0}
-    seed = f"{recipe.seed}/{name}/{_split(validation)}/{epoch}"
-    rates = np.ones(len(rows)) if validation else _rates(rows, settings.weight, stage.language_temperature)
-    order = epoch_rows(rates, rng(seed, source, "order"))
-    if stage.length_window > 1:
-        with (prepared / "tokens").as_local() as store:
-            order = by_length(order, _lengths(rows, TokenStore(store)), stage.length_window * stage.global_batch)
-    with (out / _split(validation) / f"epoch-{epoch:03d}").writing() as folder:
-        batches = write_source(
-            folder / f"{source}.arrow",
-            rows,
-            order,
-            source=source,
-            task=settings.task,
-            negatives=stage.negatives.get(settings.task, 0),
-            size=stage.global_batch,
-            seed=seed,
-        )
-    return {**work, "batches": batches}
-
-
-def _rates(rows: pa.Table, weight: float, temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    languages = rows["language"].combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices
-    return row_rates(languages.to_numpy().astype(np.int64), weight, temperature)
-
-
-def _lengths(rows: pa.Table, store: TokenStore) -> Ints:
-    """Tokens of query and passage of each row."""
-    query, passage = (store.lengths(key_numbers(rows[side])) for side in ("query", "passage"))
-    return query + passage
-
-
 def stream(
     table: BatchTable,
     store: Path,
@@ -172,7 +65,7 @@ def stream(
     world: int,
     prefetch: int,
     taught: Path | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[TrainBatch]:
     """One rank's part of every global batch from `first_step` on, prepared ahead by Ray Data from this call on.
 
     Ray Data's executor runs in an actor beside the trainer: inside it, its threads take the interpreter from the
@@ -198,7 +91,7 @@ def stream(
     return _take(feeder, coming, steps, table.sources)
 
 
-def _take(feeder: Any, coming: deque[Any], steps: int, sources: tuple[str, ...]) -> Iterator[Batch]:
+def _take(feeder: Any, coming: deque[Any], steps: int, sources: tuple[str, ...]) -> Iterator[TrainBatch]:
     import ray
 
     prefetch = len(coming)
@@ -209,7 +102,9 @@ def _take(feeder: Any, coming: deque[Any], steps: int, sources: tuple[str, ...])
         yield _unpack(row, sources)
 
 
-def read(table: BatchTable, store: Path, *, rank: int, world: int, taught: Path | None = None) -> Iterator[Batch]:
+def read(
+    table: BatchTable, store: Path, *, rank: int, world: int, taught: Path | None = None
+) -> Iterator[TrainBatch]:
     """One rank's part of every batch, read as it is asked for: for the few batches of a validation."""
     for step in range(len(table.order())):
         yield _unpack(_collate(table, store, taught, step, rank, world), table.sources)
@@ -304,8 +199,8 @@ def _collate(table: BatchTable, store: Path, taught: Path | None, step: int, ran
     """One rank's part of a step as one row of flat lists: tokens, places and the teacher's vectors."""
     entry = _order(table)[step]
     batch = table.batch(entry)
-    mine = rank_slice(len(batch), rank, world)
-    batch = batch.slice(mine.start, mine.stop - mine.start)
+    rows = rank_slice(len(batch), rank, world)
+    batch = batch.slice(rows.start, rows.stop - rows.start)
     negatives = batch["negatives"]
     keys = np.concatenate(
         [key_numbers(batch["query"]), key_numbers(batch["passage"]), key_numbers(pc.list_flatten(negatives))]
@@ -329,14 +224,14 @@ def _collate(table: BatchTable, store: Path, taught: Path | None, step: int, ran
     return pa.table({"step": [step], "source": [int(entry["source"])], **lists})
 
 
-def _unpack(row: pa.Table, sources: tuple[str, ...]) -> Batch:
+def _unpack(row: pa.Table, sources: tuple[str, ...]) -> TrainBatch:
     values = {name: row[name].combine_chunks().values.to_numpy() for name in row.column_names[2:]}
     tokens = np.split(values["tokens"], np.cumsum(values["lengths"])[:-1])
     counts = values["negatives"]
     rows, places = len(counts), values["places"].astype(np.int64)
     negative = np.full((rows, int(counts.max(initial=0))), -1, dtype=np.int64)
     negative[np.arange(negative.shape[1]) < counts[:, None]] = places[2 * rows :]
-    return Batch(
+    return TrainBatch(
         step=row["step"][0].as_py(),
         source=sources[row["source"][0].as_py()],
         tokens=tokens,

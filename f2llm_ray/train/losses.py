@@ -38,8 +38,8 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Places:
-    """Which vector is what in a rank's batch: the look-ups of `train.loader.Batch` as tensors."""
+class TextPlaces:
+    """Which vector is what in a rank's batch: the look-ups of `train.loader.TrainBatch` as tensors."""
 
     query_b: torch.Tensor
     passage_b: torch.Tensor
@@ -78,7 +78,7 @@ def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:
     return {dim: 1 / (i * math.sqrt(full / dim)) for i, dim in enumerate(largest_first, start=1)}
 
 
-def contrastive(v_nd: torch.Tensor, places: Places, objective: Objective) -> tuple[torch.Tensor, Parts]:
+def contrastive(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) -> tuple[torch.Tensor, Parts]:
     """The paper's objective: hard-negative and in-batch term, summed over the matryoshka dims.
 
     The mean over ranks is the loss of the global batch, however its rows are dealt out. Every rank must have
@@ -211,14 +211,14 @@ def _over_norm(square: torch.Tensor) -> torch.Tensor:
     return square.clamp(min=1e-24).rsqrt()
 
 
-def _hard_negatives(places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+def _hard_negatives(places: TextPlaces) -> tuple[torch.Tensor, torch.Tensor]:
     """Which hard negatives there are [b, k], and which of them are neither the row's passage nor its query."""
     has_bk = places.negative_bk >= 0
     same_bk = (places.negative_bk == places.passage_b[:, None]) | (places.negative_bk == places.query_b[:, None])
     return has_bk, has_bk & ~same_bk
 
 
-def _same_text(places: Places) -> torch.Tensor:
+def _same_text(places: TextPlaces) -> torch.Tensor:
     """Which passages of all ranks [b, B] read like a row's own passage or like its query."""
     id_B = gather(places.passage_id_b)
     return (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)

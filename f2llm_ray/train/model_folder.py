@@ -1,17 +1,18 @@
-"""What is left when a stage is done: the model folder and `training.json`."""
+"""Model folders: the one that a finished training leaves, and copies of it with other weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
-from f2llm_ray.model.vocabulary import TokenMap, save_map
-from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
+from f2llm_ray.model.vocabulary import TokenMap, load_map, save_map
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.training import Training
 
 if TYPE_CHECKING:
     import torch
@@ -38,26 +39,52 @@ def export(
     if rank != 0:
         return
     with (out / "model").writing() as folder:
-        save_model(folder, engine.module.backbone, tokenizer, info, state=state)
-        if token_map is not None:
-            save_map(token_map, folder)
+        _write(folder, engine.module.backbone, tokenizer, info, token_map, state)
     out.write_json("training.json", training)
 
 
-def trained_info(
-    before: ModelInfo, recipe: Recipe, name: str, stage: TrainStage, sources: Sequence[str], hidden: int
-) -> ModelInfo:
-    """The facts of the model that a stage makes from the one `before`."""
+def write_reweighted(
+    model: Path, folder: Path, info: ModelInfo, weight: Callable[[str, torch.Tensor], torch.Tensor]
+) -> None:
+    """Writes a copy of a model folder with other weights.
+
+    Args:
+        model: the model folder that is copied.
+        folder: gets the copy.
+        info: the copy's facts.
+        weight: gives the copy's weight from the name and the value of the model's.
+    """
+    backbone = load_backbone(model)
+    state = {name: weight(name, value) for name, value in backbone.state_dict().items()}
+    _write(folder, backbone, load_tokenizer(model), info, load_map(model), state)
+
+
+def _write(
+    folder: Path,
+    backbone: PreTrainedModel,
+    tokenizer: Tokenizer,
+    info: ModelInfo,
+    token_map: TokenMap | None,
+    state: dict[str, torch.Tensor],
+) -> None:
+    save_model(folder, backbone, tokenizer, info, state=state)
+    if token_map is not None:
+        save_map(token_map, folder)
+
+
+def trained_info(before: ModelInfo, training: Training) -> ModelInfo:
+    """The facts of the model that a training makes from the one with the facts `before`."""
+    settings = training.settings
     prompts = {
-        source: query_text("", recipe.sources[source].query_instruction) if stage.instructions else ""
-        for source in sources
+        name: query_text("", source.instruction) if settings.instructions else ""
+        for name, source in training.sources.items()
     }
     return replace(
         before,
-        name=f"{recipe.name}-{name}",
-        dims=matryoshka_dims(hidden, stage.matryoshka_min_dim),
-        prompts={"query": prompts[sources[0]], **prompts},
-        instructions=stage.instructions,
+        name=training.model_name,
+        dims=matryoshka_dims(before.dims[-1], settings.matryoshka_min_dim),
+        prompts={"query": next(iter(prompts.values())), **prompts},
+        instructions=settings.instructions,
     )
 
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.encoder import encode, plan
 from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.model.vocabulary import TokenMap, remap
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.distillation import Lesson, distillation
-from f2llm_ray.train.loader import Batch
-from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
+from f2llm_ray.train.loader import TrainBatch
+from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive
 from f2llm_ray.train.settings import Distill, TrainStage
-from f2llm_ray.train.teacher import Teacher
+from f2llm_ray.train.teacher import TeacherVectors
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -57,44 +57,49 @@ class StageLoss:
     """The loss of a stage's batches.
 
     Args:
-        recipe: the run's recipe.
-        stage: the stage's settings.
+        settings: the stage's settings.
+        sources: the sources by name.
         hidden: the hidden size d of the model that is trained.
         teacher: gives the vectors to learn, when distilling.
     """
 
-    def __init__(self, recipe: Recipe, stage: TrainStage, hidden: int, teacher: Teacher | None = None) -> None:
-        self.recipe, self.stage, self.hidden = recipe, stage, hidden
-        self.teacher = teacher
-        self.lesson = lesson_of(stage) if isinstance(stage, Distill) else None
+    def __init__(
+        self,
+        settings: TrainStage,
+        sources: Mapping[str, SourceFacts],
+        hidden: int,
+        teacher: TeacherVectors | None = None,
+    ) -> None:
+        self.settings, self.sources, self.hidden, self.teacher = settings, sources, hidden, teacher
+        self.lesson = lesson_of(settings) if isinstance(settings, Distill) else None
 
     @property
     def projected_dims(self) -> int | None:
         """Dims to which the student's vectors are projected to meet the teacher's; None where they are not."""
-        if self.teacher is None or not isinstance(self.stage, Distill) or not self.stage.matches_vectors:
+        if self.teacher is None or not isinstance(self.settings, Distill) or not self.settings.matches_vectors:
             return None
-        wanted = self.stage.projection or self.hidden > self.teacher.dims
+        wanted = self.settings.projection or self.hidden > self.teacher.dims
         return self.teacher.dims if wanted else None
 
     def own(self, v: torch.Tensor) -> torch.Tensor:
         """The student's vectors [n, d] of what `Student` gives."""
         return v[:, : self.hidden]
 
-    def __call__(self, v: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, Parts]:
+    def __call__(self, v: torch.Tensor, batch: TrainBatch) -> tuple[torch.Tensor, Parts]:
         """The loss of this rank's part of a batch, from what `Student` gives for its texts, and its parts."""
-        stage, task, v_nd = self.stage, self.recipe.sources[batch.source].task, self.own(v)
+        settings, task, v_nd = self.settings, self.sources[batch.source].task, self.own(v)
         objective = Objective(
-            dims=tuple(matryoshka_dims(self.hidden, stage.matryoshka_min_dim)),
-            temperature=stage.temperatures.get(task, stage.temperature),
+            dims=tuple(matryoshka_dims(self.hidden, settings.matryoshka_min_dim)),
+            temperature=settings.temperatures.get(task, settings.temperature),
             in_batch=task == "retrieval",
-            gather_gradient=stage.gather_gradient,
-            hard_negative_weight=stage.hard_negative_weight,
-            in_batch_weight=stage.in_batch_weight,
-            absolute_margin=stage.absolute_margin,
-            relative_margin=stage.relative_margin,
+            gather_gradient=settings.gather_gradient,
+            hard_negative_weight=settings.hard_negative_weight,
+            in_batch_weight=settings.in_batch_weight,
+            absolute_margin=settings.absolute_margin,
+            relative_margin=settings.relative_margin,
         )
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
-        places = Places(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
+        places = TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
         loss, parts = contrastive(v_nd, places, objective)
         if self.teacher is None or self.lesson is None:
             return loss, parts
@@ -110,7 +115,7 @@ def lesson_of(stage: Distill) -> Lesson:
     return Lesson(**{name: getattr(stage, name) for name in names})
 
 
-def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: Batch) -> list[list[int]]:
+def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: TrainBatch) -> list[list[int]]:
     """The chunks in which a batch's texts go through the engine: all at once unless the recipe bounds them.
 
     Where ZeRO-3 keeps weights in parts a chunk is one pass of the encoder, since all ranks must fetch them equally
@@ -126,7 +131,7 @@ def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: Batch) -> list[
     return plan(backbone, remap(batch.tokens, engine.module.tokens), budget)
 
 
-def encoder_of(engine: DeepSpeedEngine, batch: Batch) -> Callable[[Sequence[int]], torch.Tensor]:
+def encoder_of(engine: DeepSpeedEngine, batch: TrainBatch) -> Callable[[Sequence[int]], torch.Tensor]:
     """Gives the vectors [c, d] of the texts at some places of a batch, through the engine."""
     return lambda chunk: engine([batch.tokens[place] for place in chunk]).float()
 

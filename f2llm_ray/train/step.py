@@ -1,9 +1,9 @@
-"""One optimizer step: the gradients of its global batches, their mean, and what was seen on the way.
+"""One optimizer step: the gradients of its global batches, their mean, and their losses and counts.
 
-Accumulated batches stay batches of their own, with their own in-batch negatives: there are `accumulate` times as
-many rows to a step, but no larger contrastive batch. That is what GradCache makes (`train/cache.py`), at the cost
-of a second forward pass, which accumulation does not need.
-Shapes: A batches of the step, m values that are seen of each.
+Accumulated batches stay batches of their own, with their own in-batch negatives: a step has `accumulate` times as
+many rows, but no larger contrastive batch. That is what GradCache makes (`train/gradcache.py`), at the cost of a
+second forward pass, which accumulation does not need.
+Shapes: A batches of the step, m values of each.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.train.deepspeed import step
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
-from f2llm_ray.train.loader import Batch
-from f2llm_ray.train.meters import Seen
+from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
 from f2llm_ray.train.throughput import Flops, positions
 
@@ -27,6 +26,20 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 COUNTS = ("tokens", "positions", "flops")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One global batch of a step, over all ranks."""
+
+    source: str
+    task: str
+    loss: float
+    tokens: int
+    """Real tokens."""
+    positions: int
+    """Tokens and the padding that was computed with them."""
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ class Done:
 
 
 def train_step(
-    engine: DeepSpeedEngine, loss: StageLoss, coming: Iterator[Batch], count: int, *, flops: Flops, world: int
+    engine: DeepSpeedEngine, loss: StageLoss, coming: Iterator[TrainBatch], count: int, *, flops: Flops, world: int
 ) -> Done:
     """Moves the weights along the mean gradient of the next batches; every rank must call it.
 
@@ -50,7 +63,7 @@ def train_step(
         loss: the stage's loss.
         coming: this rank's parts of the global batches.
         count: how many of them make up the step.
-        flops: what texts cost.
+        flops: counts the FLOPs of texts.
         world: number of workers.
     """
     waited, sources, own = 0.0, list[str](), list[dict[str, torch.Tensor]]()
@@ -68,7 +81,7 @@ def train_step(
     batches = [
         Seen(
             source=source,
-            task=loss.recipe.sources[source].task,
+            task=loss.sources[source].task,
             loss=seen["loss"],
             tokens=round(seen["tokens"] * world),
             positions=round(seen["positions"] * world),
@@ -81,11 +94,11 @@ def train_step(
 
 
 def _backward(
-    engine: DeepSpeedEngine, loss: StageLoss, batch: Batch, flops: Flops, *, share: float, last: bool
+    engine: DeepSpeedEngine, loss: StageLoss, batch: TrainBatch, flops: Flops, *, share: float, last: bool
 ) -> dict[str, torch.Tensor]:
-    """Adds a share of a batch's gradient to the step's; gives what this rank saw of it, in float64."""
-    backward, backbone, settings = engine_backward(engine), engine.module.backbone, loss.stage.engine
-    chunks = chunks_of(engine, loss.stage, batch)
+    """Adds a share of a batch's gradient to the step's; returns this rank's loss, parts and counts in float64."""
+    backward, backbone, settings = engine_backward(engine), engine.module.backbone, loss.settings.engine
+    chunks = chunks_of(engine, loss.settings, batch)
     value, parts = cached_backward(
         encoder_of(engine, batch),
         chunks,
@@ -97,7 +110,7 @@ def _backward(
         positions(backbone, batch.tokens, chunks, settings.tokens_per_pass),
         flops(batch.tokens),
     )
-    dims = sorted(matryoshka_dims(loss.hidden, loss.stage.matryoshka_min_dim), reverse=True)
+    dims = sorted(matryoshka_dims(loss.hidden, loss.settings.matryoshka_min_dim), reverse=True)
     seen = {
         "loss": value,
         **{name: value.new_tensor(count, dtype=torch.float64) for name, count in zip(COUNTS, counts, strict=True)},

@@ -1,14 +1,15 @@
 """The teacher: its vectors of each text computed once, before the student trains, or beside it.
 
 batches (of the student's stage) -> keys (of the distinct texts in them) -> vectors (in pieces, by actors that each
-hold the teacher). Every step leaves files that are there whole or not at all; a run that was cut off goes on with
-those that are missing.
+load the teacher). Every step writes a file whole or not at all; a run that was cut off goes on with those that are
+missing.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,11 +28,11 @@ from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
 from f2llm_ray.engine.vector_files import Encoder
 from f2llm_ray.model.checkpoint import read_info
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
-from f2llm_ray.train.loader import Batch, build_batches
+from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.settings import Distill
+from f2llm_ray.train.training import Training, write_batches
 
 if TYPE_CHECKING:
     import torch
@@ -42,24 +43,28 @@ PLAN = "plan.json"
 
 
 def teach(
-    recipe: Recipe,
-    name: str,
+    training: Training,
     *,
     prepared: Folder,
     mined: Folder | None,
     teacher: Folder,
-    parent: Folder,
+    student: Folder,
+    instructions: Mapping[str, str],
+    max_tokens: int,
+    shards: int,
     out: Folder,
 ) -> dict[str, Any]:
     """Computes the teacher's vectors of every text in the distillation's batches, held-out rows included.
 
     Args:
-        recipe: the run's recipe, with `distill`.
-        name: name of the student's stage, part of the seed of its batches.
+        training: the student's training, whose settings are `Distill`.
         prepared: folder of the prepare stage.
         mined: folder of the mining stage, where the student trains on its negatives.
         teacher: the teacher's model folder.
-        parent: the model folder that the student is pruned from; it says how wide the student is.
+        student: the student's model folder.
+        instructions: the instruction of every prepared source by name, for a teacher with another tokenizer.
+        max_tokens: tokens after which such a teacher's texts are cut.
+        shards: number of key ranges of the stores.
         out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher has
             another tokenizer than the prepared data.
 
@@ -68,12 +73,13 @@ def teach(
         `encoded_tokens`, `texts_per_second` and the `seconds` of each step.
 
     Raises:
-        RunError: no model folder, texts for another tokenizer are not there, or vectors that float16 cannot hold.
+        RunError: a folder is not a model folder, the texts for another tokenizer are missing, or the vectors are
+            too large for float16.
     """
     import ray
 
-    settings = recipe.distill
-    assert settings is not None  # noqa: S101 - the stage exists because the recipe has it
+    settings, compute = training.settings, training.compute
+    assert isinstance(settings, Distill)  # noqa: S101 - no other training has a teacher
     connect()
     seconds, started = {}, time.perf_counter()
 
@@ -81,24 +87,22 @@ def teach(
         nonlocal started
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
-    dims = learned_dims(recipe, read_info(teacher).dims[-1], read_info(parent).dims[-1])
+    dims = learned_dims(settings, read_info(teacher).dims[-1], read_info(student).dims[-1])
     own = bool(differences(prepared / "tokenizer", teacher))
     tokens = out / "tokens" if own else prepared / "tokens"
     if own:
-        _tokenize(recipe, prepared, teacher, tokens)
+        _tokenize(instructions, max_tokens, shards, prepared, teacher, tokens)
         lap("tokens")
-    compute = recipe.compute
-    make = partial(_Work, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
+    make = partial(PieceEncoder, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
     start = partial(
         start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker
     )
     # They load the model while the batches are made, where that leaves a core to make them with.
     spare = ray.cluster_resources().get("CPU", 0) - compute.workers * compute.cpus_per_worker
     actors = start() if spare >= 1 else None
-    if not (out / BATCHES).exists("validation/order.npy"):
-        build_batches(recipe, name, settings, prepared, mined, out / BATCHES)
-        lap("batches")
-    counts = _collect_keys(recipe, settings, out)
+    write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
+    lap("batches")
+    counts = _collect_keys(tuple(training.sources), shards, out)
     lap("keys")
     there = set((out / VECTORS).files())
     waiting = [
@@ -123,22 +127,19 @@ def teach(
     }
 
 
-def learned_dims(recipe: Recipe, teacher: int, parent: int) -> int:
-    """How many of the teacher's dims the recipe's student learns from.
-
-    Args:
-        recipe: with `distill`.
-        teacher: how many the teacher has.
-        parent: how many the model has that the student is pruned from.
-    """
-    assert recipe.distill is not None  # noqa: S101 - there is no teacher otherwise
-    if not recipe.distill.teacher_is_cut:
-        return teacher
-    named = None if recipe.prune is None else recipe.prune.hidden
-    return min(named or parent, teacher)
+def learned_dims(settings: Distill, teacher: int, student: int) -> int:
+    """How many of the teacher's dims the student learns from, given how many both have."""
+    return min(student, teacher) if settings.teacher_is_cut else teacher
 
 
-def _tokenize(recipe: Recipe, prepared: Folder, teacher: Folder, tokens: Folder) -> None:
+def _tokenize(
+    instructions: Mapping[str, str],
+    max_tokens: int,
+    shards: int,
+    prepared: Folder,
+    teacher: Folder,
+    tokens: Folder,
+) -> None:
     if tokens.exists(TOKENS_META):
         return
     if not prepared.exists("rows"):
@@ -148,17 +149,16 @@ def _tokenize(recipe: Recipe, prepared: Folder, teacher: Folder, tokens: Folder)
         )
     with teacher.as_local() as folder:
         tokenizer = load_tokenizer(folder)
-    write_store(recipe, tokenizer, prepared, tokens)
+    write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens)
 
 
-def _collect_keys(recipe: Recipe, settings: Distill, out: Folder) -> dict[int, int]:
-    """Writes the distinct keys of all batches by range, and gives how many each range has.
+def _collect_keys(sources: tuple[str, ...], shards: int, out: Folder) -> dict[int, int]:
+    """Writes the distinct keys of all batches by range, and returns the number of keys of each range.
 
-    Each epoch of each source gives a sorted file; a range is a stretch of every one of them.
+    Each epoch of each source is written as a sorted file first, so that a range is a slice of every one of them.
     """
     folder = out / "keys"
     if not folder.exists(PLAN):
-        sources = recipe.stage_sources(settings)
         with (out / BATCHES).as_local() as batches:
             used: list[Item] = [
                 {
@@ -169,11 +169,10 @@ def _collect_keys(recipe: Recipe, settings: Distill, out: Folder) -> dict[int, i
                     "part": f"{split}-{epoch}-{at}",
                 }
                 for split in ("train", "validation")
-                for (epoch, at), numbers in _used(BatchTable(batches / split, tuple(sources))).items()
+                for (epoch, at), numbers in _used(BatchTable(batches / split, sources)).items()
                 for source in [sources[at]]
             ]
         list(each("taught: keys", used, partial(_part_keys, out=out), num_cpus=0.5))
-        shards = recipe.data.shards
         merge = partial(_shard_keys, out=out, parts=[item["part"] for item in used], shards=shards)
         found = list(each("taught: merge", [{"shard": shard} for shard in range(shards)], merge, num_cpus=0.5))
         folder.write_json(PLAN, {str(item["shard"]): item["texts"] for item in found})
@@ -206,14 +205,15 @@ def _shard_keys(item: Item, *, out: Folder, parts: list[str], shards: int) -> It
     return {**item, "texts": teacher_store.write_keys(out / VECTORS, item["shard"], shards, keys)}
 
 
-class _Work:
-    """What an actor does: encodes a piece of the store."""
+class PieceEncoder:
+    """Encodes pieces of the store, one after the other, inside an actor."""
 
     def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
         self.encoder = Encoder(teacher, tokens, threads, unit=False, dim=dims)
         self.vectors = vectors
 
     def __call__(self, item: Item) -> Item:
+        """Writes the vectors of one piece."""
         keys = teacher_store.read_keys(self.vectors, item["shard"], item["piece"])
         name = teacher_store.piece_file(item["shard"], item["piece"])
         return {**item, **self.encoder.write(keys, self.vectors, name)}
@@ -222,22 +222,22 @@ class _Work:
 # While the student trains.
 
 
-class Teacher(Protocol):
-    """Gives the vectors that the student is to learn."""
+class TeacherVectors(Protocol):
+    """A source of the vectors that the student learns to match."""
 
     dims: int
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """Vectors [n, dims] of a batch's texts before normalisation, in float32."""
 
 
 class Cached:
-    """A teacher whose vectors come with the batch."""
+    """Vectors that were computed before and come with the batch."""
 
     def __init__(self, dims: int) -> None:
         self.dims = dims
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """Vectors [n, dims] of a batch's texts."""
         import torch
 
@@ -246,12 +246,12 @@ class Cached:
 
 
 class Online:
-    """A frozen model run on the same texts in the same order, in bf16 on a GPU."""
+    """Vectors of a frozen model that runs on the same texts in the same order, in bf16 on a GPU."""
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.dims = engine, engine.info.dims[-1]
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """Vectors [n, dims] of a batch's texts."""
         import torch
 
@@ -261,8 +261,8 @@ class Online:
         return vectors
 
 
-def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: int) -> Teacher | None:
-    """What teaches in a worker: a model that runs there, vectors that come with the batches, or nobody.
+def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: int) -> TeacherVectors | None:
+    """The teacher's vectors in a worker, of a model that runs there or from a store; None without a teacher.
 
     Args:
         model: model folder of an online teacher.
@@ -281,7 +281,7 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:
-    """Refuses a teacher that cannot read a batch's tokens.
+    """Refuses a teacher that cannot read the tokens of a batch.
 
     Raises:
         RunError: it has another tokenizer than the prepared data.

@@ -1,8 +1,8 @@
-"""Trackers: where a stage's values are kept for people to look at; TensorBoard, MLflow and Weights & Biases.
+"""Trackers: where the values of a training are shown: Ray's metrics, TensorBoard, MLflow and Weights & Biases.
 
-Each writes in the background, so that a slow server does not slow the steps down. A stage that was cut off goes on
-in the same TensorBoard folder, MLflow run or W&B run. Keys and passwords come from the environment variables that
-these libraries read themselves; a recipe holds none.
+Each writes in the background, so that a slow server does not slow the steps down. A training that was cut off
+continues in the same TensorBoard folder, MLflow run or W&B run. Keys and passwords come from the environment
+variables that these libraries read themselves; a recipe holds none.
 """
 
 from __future__ import annotations
@@ -11,179 +11,180 @@ import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.settings import Mlflow, TrainStage, Wandb
+from f2llm_ray.train.settings import Mlflow, Wandb
+from f2llm_ray.train.training import Training
 
+GAUGES = {
+    "loss": "Running loss of a source",
+    "validation_loss": "Loss on held-out rows at the last checkpoint",
+    "validation_ndcg10": "nDCG@10 on held-out retrieval rows at the last checkpoint",
+    "step": "Optimizer steps done",
+    "tokens_per_second": "Real tokens per second of all workers",
+    "gradient_norm": "Norm of the gradient before clipping",
+    "learning_rate": "Learning rate",
+    "loader_stall": "Share of the time spent waiting for the loader",
+    "padding_share": "Share of the computed positions that was padding",
+    "mfu": "Model FLOPs utilisation of the GPUs",
+}
+"""Ray's metrics, `f2llm_train_<name>`; all carry the label stage, the loss also source (docs/training.md)."""
+SOURCE_LOSS = "source_loss/"  # before a source's name, in the name of its running loss
 RUN_TAG = "f2llm.run"
 """Tag of an MLflow run with the id by which a later try finds it."""
-MLFLOW_SECONDS = 5.0
-"""Between two requests to MLflow's server; each takes up to 1,000 values."""
-MLFLOW_VALUES = 1000
+MLFLOW_SECONDS, MLFLOW_VALUES = 5.0, 1000
+"""Seconds between two requests to MLflow's server, and the most values that one takes."""
 
 
 class Tracker(Protocol):
-    """Takes the values of steps."""
+    """Shows values by name."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Takes values by name; a step may come in several calls, and again after a resume."""
+        """Adds values of a step; it may come in several calls, and again after a resume."""
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Writes out what is buffered."""
+        return
 
 
-class TensorBoard:
-    """Event files in a local folder; what they have of steps after `first` is replaced."""
+class _RayMetrics(Tracker):
+    """Gauges for Ray's dashboard and Prometheus; setting one takes 3 microseconds."""
+
+    def __init__(self, stage: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self.tags, of_sources = {"stage": stage}, ("stage", "source")
+        self.gauges = {
+            name: Gauge(f"f2llm_train_{name}", about, of_sources if name == "loss" else ("stage",))
+            for name, about in GAUGES.items()
+        }
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in {**values, "step": step}.items():
+            if name.startswith(SOURCE_LOSS):
+                self.gauges["loss"].set(value, {**self.tags, "source": name.removeprefix(SOURCE_LOSS)})
+            elif name in self.gauges and name != "loss":  # that of the step, over all its sources
+                self.gauges[name].set(value, self.tags)
+
+
+class _TensorBoard:
+    """Event files in a local folder; those of steps after `first`, from an earlier try, are replaced."""
 
     def __init__(self, folder: Path, first: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=first + 1)
+        self.close = self.writer.close
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Takes values by name."""
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        """Writes out what is held back."""
-        self.writer.close()
 
-
-class MlflowRun:
+class _MlflowRun:
     """A run in an MLflow experiment. A server that cannot be reached later on loses values, never the training."""
 
-    def __init__(
-        self,
-        settings: Mlflow,
-        *,
-        experiment: str,
-        name: str,
-        run_id: str,
-        facts: Mapping[str, Any],
-        tell: Callable[[str], None],
-    ) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
+    def __init__(self, settings: Mlflow, training: Training, run_id: str, tell: Callable[[str], None]) -> None:
         from mlflow import MlflowClient
 
         self.client, self.tell, self.lost = MlflowClient(settings.uri), tell, 0
+        experiment = settings.experiment or training.run_name
         found = self.client.get_experiment_by_name(experiment)
         place = self.client.create_experiment(experiment) if found is None else found.experiment_id
         runs = self.client.search_runs([place], f"tags.`{RUN_TAG}` = '{run_id}'", max_results=1)
-        run = runs[0] if runs else self.client.create_run(place, run_name=name, tags={RUN_TAG: run_id})
+        name, tags = training.model_name, {RUN_TAG: run_id}
+        run = runs[0] if runs else self.client.create_run(place, run_name=name, tags=tags)
         self.run_id = run.info.run_id
         if runs:
             self.client.update_run(self.run_id, "RUNNING")
         else:
-            for key, value in facts.items():
+            for key, value in training.facts().items():
                 self.client.log_param(self.run_id, key, str(value)[:500])
-        self.waiting: list[Any] = []
-        self.sent = time.monotonic()
+        self.buffer, self.sent = list[Any](), time.monotonic()
         self.sender = ThreadPoolExecutor(max_workers=1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Takes values by name."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self.waiting += [Metric(name, value, now, step) for name, value in values.items()]
+        self.buffer += [Metric(name, value, now, step) for name, value in values.items()]
         if time.monotonic() - self.sent > MLFLOW_SECONDS:
             self._send()
 
     def close(self) -> None:
-        """Sends what is held back and marks the run as finished."""
         self._send()
-        self.sender.submit(self._told, self.client.set_terminated, self.run_id)
+        self.sender.submit(self._request, self.client.set_terminated)
         self.sender.shutdown()
         if self.lost:
             self.tell(f"MLflow: {self.lost:,} values were not taken")
 
     def _send(self) -> None:
-        values, self.waiting, self.sent = self.waiting, [], time.monotonic()
+        values, self.buffer, self.sent = self.buffer, [], time.monotonic()
         for start in range(0, len(values), MLFLOW_VALUES):
-            self.sender.submit(
-                self._told, self.client.log_batch, self.run_id, values[start : start + MLFLOW_VALUES]
-            )
+            self.sender.submit(self._request, self.client.log_batch, values[start : start + MLFLOW_VALUES])
 
-    def _told(self, request: Callable[..., Any], run_id: str, *values: list[Any]) -> None:
+    def _request(self, request: Callable[..., Any], *values: list[Any]) -> None:
         try:
-            request(run_id, *values)
-        except Exception as error:  # noqa: BLE001 - whatever a server says, training goes on and the user hears of it
+            request(self.run_id, *values)
+        except Exception as error:  # noqa: BLE001 - no error of a server's may end the training
             if not self.lost:
                 self.tell(f"MLflow: {type(error).__name__}: {error}"[:300])
             self.lost += sum(map(len, values))
 
 
-class WandbRun:
+class _WandbRun:
     """A run in a Weights & Biases project; its own process sends or, offline, writes for `wandb sync`."""
 
-    def __init__(
-        self, settings: Wandb, *, folder: Path | None, name: str, run_id: str, facts: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, settings: Wandb, training: Training, run_id: str, folder: Path | None) -> None:
         import wandb
 
+        self.teardown = wandb.teardown
         self.run = wandb.init(
             project=settings.project,
             entity=settings.entity,
             mode="offline" if settings.offline else "online",
             id=run_id,
-            name=name,
+            name=training.model_name,
             resume="allow",
             dir=folder,
-            config=dict(facts),
+            config=training.facts(),
             # The first worker's console and machine are not what is tracked.
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Takes values by name; steps that the run has already are left as they are."""
-        self.run.log(dict(values), step=step)
+        self.run.log(dict(values), step=step)  # steps that the run has already are left as they are
 
     def close(self) -> None:
-        """Waits for what is on its way."""
-        import wandb
-
         self.run.finish()
-        wandb.teardown()  # its process writes an offline run out only now (wandb 0.31), and a worker may be killed
+        self.teardown()  # its process writes an offline run out only now (wandb 0.31), and a worker may be killed
 
 
-def open_trackers(
-    recipe: Recipe, name: str, stage: TrainStage, out: Folder, *, first: int, tell: Callable[[str], None]
-) -> list[Tracker]:
-    """Opens what the recipe's `tracking` asks for.
+def open_trackers(training: Training, out: Folder, *, first: int, tell: Callable[[str], None]) -> list[Tracker]:
+    """Opens Ray's metrics and the trackers that the training's `tracking` names.
 
     Args:
-        recipe: the run's recipe.
-        name: the stage's name.
-        stage: its settings, kept with the values.
+        training: its settings are kept with the values.
         out: the stage's folder; a local one gets `tensorboard/` and `wandb/`, an object store none.
         first: step that the stage goes on from.
-        tell: gets a sentence when a tracker loses values.
+        tell: prints a sentence, when a tracker loses values.
 
     Raises:
         RunError: a tracker cannot be opened: not installed, no such server, no access.
     """
-    settings, trackers = recipe.tracking, list[Tracker]()
-    facts = {"recipe": recipe.name, "stage": name, "seed": recipe.seed, **stage.model_dump(mode="json")}
-    run_id = f"{name}-{hashlib.sha256(out.uri.encode()).hexdigest()[:16]}"
-    title = f"{recipe.name}-{name}"
+    settings, trackers = training.tracking, list[Tracker]([_RayMetrics(training.stage)])
+    run_id = f"{training.stage}-{hashlib.sha256(out.uri.encode()).hexdigest()[:16]}"
     try:
         if settings.tensorboard and out.local and importlib.util.find_spec("tensorboard"):
-            trackers.append(TensorBoard(out.local / "tensorboard", first))
+            trackers.append(_TensorBoard(out.local / "tensorboard", first))
         if settings.mlflow is not None:
-            experiment = settings.mlflow.experiment or recipe.name
-            trackers.append(
-                MlflowRun(
-                    settings.mlflow, experiment=experiment, name=title, run_id=run_id, facts=facts, tell=tell
-                )
-            )
+            trackers.append(_MlflowRun(settings.mlflow, training, run_id, tell))
         if settings.wandb is not None:
-            trackers.append(WandbRun(settings.wandb, folder=out.local, name=title, run_id=run_id, facts=facts))
+            trackers.append(_WandbRun(settings.wandb, training, run_id, out.local))
     except ImportError as error:
         raise RunError(
             f"tracking: {error}; the extras mlflow and wandb bring what trackers need, but for a store that is a "

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
 from f2llm_ray.engine.settings import Compute
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.board import watched
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
-from f2llm_ray.train.follow import curves, followed
-from f2llm_ray.train.loader import build_batches
-from f2llm_ray.train.loop import BEST, FAILURE, RAY_TRAIN, Job, work
-from f2llm_ray.train.settings import Distill, TrainStage
+from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
+from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, write_batches
+from f2llm_ray.train.watch import SCORES_FILE, watched
 
 
 def train(
-    recipe: Recipe,
-    name: str,
-    stage: TrainStage | Distill,
+    training: Training,
     *,
     prepared: Folder,
     mined: Folder | None,
@@ -31,25 +25,23 @@ def train(
     taught: Folder | None,
     out: Folder,
 ) -> dict[str, Any]:
-    """Runs one stage; an earlier try that was cut off goes on from its last checkpoint.
+    """Runs one training; an earlier try that was cut off goes on from its last checkpoint.
 
     Args:
-        recipe: the run's recipe.
-        name: the stage's name.
-        stage: its settings.
+        training: what is trained, and how.
         prepared: folder of the prepare stage.
-        mined: folder of the mining stage, where the recipe has one before this stage.
+        mined: folder of the mining stage, where there is one before this stage.
         student: model folder that it starts from.
         teacher: model folder of a teacher that runs beside the student, when distilling from one.
         taught: folder of the teaching stage, when distilling from cached vectors; it has the stage's batches.
-        out: the stage's folder; it gets `batches/` (unless taught), `deepspeed.json`, `ray_train/` (checkpoints)
-            and `model/`.
+        out: the stage's folder; it gets `batches/` (unless taught), `deepspeed.json`, `ray_train/` (checkpoints),
+            `training.json` and `model/`.
 
     Returns:
-        What the manifest says of the training.
+        Facts for the manifest.
 
     Raises:
-        F2LLMError: what would fail again, such as a loss that is no number.
+        F2LLMError: an error that another try would meet again, such as a loss of NaN.
         ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
     import ray.train
@@ -57,29 +49,23 @@ def train(
 
     if teacher is not None:
         check_online(prepared, teacher)
-    batches = (taught or out) / BATCHES
-    if not batches.exists("validation/order.npy"):
-        build_batches(recipe, name, stage, prepared, mined, batches)
-    compute = recipe.compute
-    run_id = f"{name}-{out.path.rsplit('/', 1)[-1]}"
-    job = Job(
-        recipe=recipe,
-        name=name,
-        stage=stage,
-        sources=tuple(recipe.stage_sources(stage)),
+    if taught is None:
+        write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
+    settings, compute = training.settings, training.compute
+    job = TrainJob(
+        training=training,
         student=student,
         teacher=teacher,
         taught=None if taught is None else taught / VECTORS,
         tokens=prepared / "tokens",
-        batches=batches,
+        batches=(taught or out) / BATCHES,
         out=out,
-        run_id=run_id,
     )
     if out.exists(FAILURE):  # of an earlier try
         out.filesystem.delete_file(f"{out.path}/{FAILURE}")
-    out.write_json("deepspeed.json", deepspeed_config(stage, compute.workers))
-    settle(out / RAY_TRAIN, stage.keep_checkpoints)
-    name_of_best, sign = BEST[stage.best_by]
+    out.write_json("deepspeed.json", deepspeed_config(settings, compute.workers))
+    settle(job.checkpoints, settings.keep_checkpoints)
+    name_of_best, sign = BEST[settings.best_by]
     best = {"checkpoint_score_attribute": name_of_best, "checkpoint_score_order": "min" if sign > 0 else "max"}
     trainer = ray.train.torch.TorchTrainer(
         work,
@@ -92,24 +78,22 @@ def train(
             storage_filesystem=out.filesystem,
             # With a score, Ray Train keeps the best ones and the last.
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=stage.keep_checkpoints, **(best if stage.keep_best else {})
+                num_to_keep=settings.keep_checkpoints, **(best if settings.keep_best else {})
             ),
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
             callbacks=[_stopper()],
         ),
     )
-    measured = recipe.evaluation.during_training and bool(recipe.evaluation.sets)
-    follower = followed(job, out / RAY_TRAIN, prepared / "sets") if measured else nullcontext()
-    with watched(run_id, name), follower:
+    with watched(job):
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
             found = plain_error(getattr(error, "controller_failure", error))
             raise (found or error) from None
-    training: dict[str, Any] = out.read_json("training.json")
-    if measured:
-        training["checkpoint_scores"] = curves(out)
-    return {"training": training}
+    facts: dict[str, Any] = out.read_json("training.json")
+    if training.sets:
+        facts["checkpoint_scores"] = out.read_json(SCORES_FILE) if out.exists(SCORES_FILE) else {}
+    return {"training": facts}
 
 
 def _scaling(compute: Compute) -> Any:

@@ -21,7 +21,7 @@ from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics.ranking import K, metrics
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.train.gradcache import encode_chunks
-from f2llm_ray.train.loader import Batch
+from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
 
 if TYPE_CHECKING:
@@ -38,16 +38,18 @@ class HeldOut:
     """nDCG@10 of the held-out retrieval queries against all held-out passages; None without any."""
 
 
-def validate(engine: DeepSpeedEngine, loss: StageLoss, batches: Iterable[Batch], world: int) -> HeldOut | None:
+def validate(
+    engine: DeepSpeedEngine, loss: StageLoss, batches: Iterable[TrainBatch], world: int
+) -> HeldOut | None:
     """Loss and score over held-out batches; None without any. Every rank must call it, and gets the same."""
     losses: list[torch.Tensor] = []
     pairs: list[tuple[Ints, Vectors]] = []
     engine.eval()
     with torch.no_grad():
         for batch in batches:
-            v_nd = encode_chunks(encoder_of(engine, batch), chunks_of(engine, loss.stage, batch))
+            v_nd = encode_chunks(encoder_of(engine, batch), chunks_of(engine, loss.settings, batch))
             losses.append(loss(v_nd, batch)[0])
-            if loss.recipe.sources[batch.source].task == "retrieval":
+            if loss.sources[batch.source].task == "retrieval":
                 pairs.append(_pairs(loss.own(v_nd), batch, world))
     engine.train()
     if not losses:
@@ -79,7 +81,7 @@ def score(id_b2: Ints, v_b2d: Vectors) -> float | None:
     return float(metrics(top_qk, relevant_r2, len(passage_c))["ndcg@10"].mean())
 
 
-def _pairs(v_nd: torch.Tensor, batch: Batch, world: int) -> tuple[Ints, Vectors]:
+def _pairs(v_nd: torch.Tensor, batch: TrainBatch, world: int) -> tuple[Ints, Vectors]:
     """Ids [b, 2] and unit vectors [b, 2, d] of the batch's pairs on all ranks."""
     place_b2 = torch.from_numpy(np.column_stack([batch.query, batch.passage])).to(v_nd.device)
     id_b2 = torch.from_numpy(np.column_stack([batch.query_id, batch.passage_id])).to(v_nd.device)

@@ -18,7 +18,7 @@ import httpx
 import pytest
 import yaml
 
-from f2llm_ray.train.displays import GAUGES
+from f2llm_ray.train.trackers import GAUGES
 from tests.corpus import write_corpus, write_recipe
 from tests.ports import free_port
 from tests.tiny import tiny_model

@@ -19,8 +19,8 @@ from f2llm_ray.engine.encoder import encode, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.gradcache import cached_backward, encode_chunks, engine_backward
-from f2llm_ray.train.losses import Objective, Parts, Places, contrastive
-from f2llm_ray.train.settings import Engine, TrainStage
+from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive
+from f2llm_ray.train.settings import EngineSettings, TrainStage
 from tests.train.test_losses import PAPER, ROWS, D, side
 
 N = 4 * ROWS
@@ -200,11 +200,11 @@ def _texts(rank: int) -> list[Any]:
     return [generator.integers(0, VOCABULARY, size=int(length)).astype(np.uint32) for length in lengths]
 
 
-def _places(rank: int, *, shift: int = 0) -> Places:
+def _places(rank: int, *, shift: int = 0) -> TextPlaces:
     """Four rows; vectors begin at place `shift`."""
     negative = torch.tensor([[8, 9], [10, -1], [-1, -1], [12, 13]])
     ids = torch.arange(4) + 100 * rank
-    return Places(ids % 100 + shift, ids % 100 + 4 + shift, negative + shift * (negative >= 0), ids + 4, ids)
+    return TextPlaces(ids % 100 + shift, ids % 100 + 4 + shift, negative + shift * (negative >= 0), ids + 4, ids)
 
 
 ENGINE_OBJECTIVE = Objective(dims=(8, 16, 32), temperature=0.05, in_batch=True)
@@ -217,7 +217,7 @@ def _engine_step(rank: int, zero_stage: int, *, cache: bool) -> dict[str, torch.
     """
     import deepspeed
 
-    stage = TrainStage(global_batch=8, clip=1e9, engine=Engine(zero_stage=zero_stage, precision="fp32"))
+    stage = TrainStage(global_batch=8, clip=1e9, engine=EngineSettings(zero_stage=zero_stage, precision="fp32"))
     config = deepspeed_config(stage, 2)
     # All parameters in parts, as those of a real model; by default none of this size would be.
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -277,7 +277,7 @@ def plain_step() -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
     v_nd = torch.cat([module(_texts(rank)) for rank in (0, 1)])
     sides = [_places(0), _places(1, shift=14)]
     names = ("query_b", "passage_b", "negative_bk", "passage_id_b", "query_id_b")
-    places = Places(*(torch.cat([getattr(one, name) for one in sides]) for name in names))
+    places = TextPlaces(*(torch.cat([getattr(one, name) for one in sides]) for name in names))
     loss, _ = contrastive(v_nd, places, ENGINE_OBJECTIVE)
     loss.backward()
     with torch.no_grad():

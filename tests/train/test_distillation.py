@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from f2llm_ray.train.distillation import Lesson, distillation
-from f2llm_ray.train.losses import Places
+from f2llm_ray.train.losses import TextPlaces
 from tests.train.test_losses import D, close, plain_side, side
 
 WIDE, PROJECTED = D + 8, D + 5
@@ -24,7 +24,7 @@ LESSONS = {
     "similarity": Lesson(**ONLY, similarity_weight=1.0, similarity_temperature=0.2),
     "all, weighted": Lesson(mse_weight=0.5, cosine_weight=0.3, similarity_weight=0.2, similarity_temperature=0.1),
 }
-Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, Places]
+Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextPlaces]
 
 
 def learner(seed: int) -> Side:

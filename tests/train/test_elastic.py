@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe
 

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
-from f2llm_ray.train.losses import Objective, Parts, Places, contrastive, matryoshka_weights
+from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive, matryoshka_weights
 
 D = 24
 ROWS = 6
@@ -28,7 +28,7 @@ OBJECTIVES = {
         PAPER, absolute_margin=0.05, relative_margin=0.3, hard_negative_weight=0.3, in_batch_weight=0.7
     ),
 }
-Side = tuple[torch.Tensor, Places]
+Side = tuple[torch.Tensor, TextPlaces]
 
 
 def side(seed: int) -> Side:
@@ -47,7 +47,7 @@ def side(seed: int) -> Side:
     v_nd[negative[5, 0]] = v_nd[passage[5]] + 0.1 * v_nd[negative[5, 0]]
     query_id = query + 1000 * seed
     query_id[5] = 1000 + passage[2]  # reads like a passage of rank 0
-    return v_nd, Places(query, passage, negative, passage + 1000 * seed, query_id)
+    return v_nd, TextPlaces(query, passage, negative, passage + 1000 * seed, query_id)
 
 
 def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, di
     }
 
 
-def ours(v_nd: torch.Tensor, places: Places, objective: Objective) -> dict[str, torch.Tensor]:
+def ours(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) -> dict[str, torch.Tensor]:
     v_nd = v_nd.clone().requires_grad_()
     loss, parts = contrastive(v_nd, places, objective)
     loss.backward()
@@ -117,7 +117,7 @@ def named(parts: Parts) -> dict[str, torch.Tensor]:
     return hard | {"in_batch": parts.in_batch_m, "in_batch_masked": parts.in_batch_masked}
 
 
-def paper(v_nd: torch.Tensor, places: Places, dims: tuple[int, ...]) -> torch.Tensor:
+def paper(v_nd: torch.Tensor, places: TextPlaces, dims: tuple[int, ...]) -> torch.Tensor:
     """The paper's arithmetic: every row has all its negatives, passages are gathered without gradient."""
     criterion = torch.nn.CrossEntropyLoss(reduction="none")
     ranks, me = torch.distributed.get_world_size(), torch.distributed.get_rank()
@@ -141,7 +141,7 @@ def plain_side(seed: int) -> Side:
     v_nd = torch.randn(9 * ROWS, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     order = torch.randperm(9 * ROWS, generator=torch.Generator().manual_seed(seed))
     query, passage, negative = order[:ROWS], order[ROWS : 2 * ROWS], order[2 * ROWS :].reshape(ROWS, 7)
-    return v_nd, Places(query, passage, negative, passage + 1000 * seed, query + 1000 * seed)
+    return v_nd, TextPlaces(query, passage, negative, passage + 1000 * seed, query + 1000 * seed)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

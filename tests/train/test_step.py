@@ -19,7 +19,7 @@ from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.train.loader import Batch
+from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import TrainStage
 from f2llm_ray.train.throughput import Flops, positions
@@ -57,7 +57,7 @@ def recipe_of(engine: dict[str, Any]) -> Recipe:
     return parse(Recipe, settings, "test")
 
 
-def batch_of(number: int, source: str, rows: slice) -> Batch:
+def batch_of(number: int, source: str, rows: slice) -> TrainBatch:
     """Some rows of a batch, each text its own, of lengths from 2 to 20 tokens."""
     generator = np.random.default_rng(number)
     texts = [
@@ -66,7 +66,7 @@ def batch_of(number: int, source: str, rows: slice) -> Batch:
     places = [place for row in range(ROWS)[rows] for place in (3 * row, 3 * row + 1, 3 * row + 2)]
     own = np.arange(len(places)).reshape(-1, 3)
     ids = np.array(places).reshape(-1, 3)
-    return Batch(
+    return TrainBatch(
         step=number,
         source=source,
         tokens=[texts[place] for place in places],
@@ -78,7 +78,7 @@ def batch_of(number: int, source: str, rows: slice) -> Batch:
     )
 
 
-def batches(rows: slice) -> list[list[Batch]]:
+def batches(rows: slice) -> list[list[TrainBatch]]:
     numbers = iter(range(100))
     return [[batch_of(next(numbers), source, rows) for source in sources] for sources in STEPS]
 

@@ -24,16 +24,16 @@ from f2llm_ray.data.schema import KEY, key_numbers, text_key
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.vector_files import Encoder
-from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.pipeline.stages import NOT_BATCHES, plan
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
-from f2llm_ray.train.loader import Batch, build_batches, read
+from f2llm_ray.train.loader import TrainBatch, build_batches, read
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import Distill
-from f2llm_ray.train.teacher import Teacher, _Work, check_online, learned_dims, teach, teacher_of
+from f2llm_ray.train.teacher import TeacherVectors, _Work, check_online, learned_dims, teach, teacher_of
 from f2llm_ray.train.teacher_store import TeacherStore
 from tests.corpus import write_corpus
 from tests.tiny import tiny_model
@@ -231,7 +231,9 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     return folder
 
 
-def losses(made: Made, recipe: Recipe, teacher: Teacher, vectors: Path | None) -> Iterator[tuple[Batch, Any, Any]]:
+def losses(
+    made: Made, recipe: Recipe, teacher: TeacherVectors, vectors: Path | None
+) -> Iterator[tuple[TrainBatch, Any, Any]]:
     """Each batch with its loss and gradient, from the same student."""
     assert recipe.distill is not None
     loss = StageLoss(recipe, recipe.distill, STUDENT, teacher)

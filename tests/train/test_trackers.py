@@ -8,37 +8,45 @@ from typing import Any
 
 import pytest
 
-from f2llm_ray.base.errors import RunError
-from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.base.errors import RecipeError, RunError
+from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.recipe.files import parse
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.settings import EngineSettings, Tracking, TrainStage
 from f2llm_ray.train.trackers import Tracker, open_trackers
+from f2llm_ray.train.training import Training
+from tests.corpus import write_corpus
 
 STAGE = "only"
 
 
-def recipe_of(tracking: dict[str, Any]) -> Recipe:
-    settings = {
-        "name": "tracked",
-        "sources": {"pairs": {"format": "parquet", "paths": ["none.parquet"]}},
-        "tokenizer": {"train_vocab": 300},
-        "backbone": {"shape": {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn": 32}},
-        "stages": {STAGE: {"engine": {"precision": "fp32"}}},
-        "tracking": {"tensorboard": False, **tracking},
-    }
-    return parse(Recipe, settings, "test")
-
-
 def opened(tracking: dict[str, Any], out: Path, first: int = 0) -> tuple[list[Tracker], list[str]]:
-    recipe, told = recipe_of(tracking), list[str]()
-    return open_trackers(
-        recipe, STAGE, recipe.stages[STAGE], Folder.at(str(out)), first=first, tell=told.append
-    ), told
+    """The trackers that are asked for, but Ray's metrics, which are always there."""
+    training = Training(
+        stage=STAGE,
+        model_name=f"tracked-{STAGE}",
+        run_name="tracked",
+        settings=TrainStage(engine=EngineSettings(precision="fp32")),
+        sources={"pairs": SourceFacts("retrieval", "")},
+        seed=0,
+        compute=Compute(),
+        tracking=Tracking.model_validate({"tensorboard": False, **tracking}),
+    )
+    told = list[str]()
+    _, *trackers = open_trackers(training, Folder.at(str(out)), first=first, tell=told.append)
+    return trackers, told
 
 
-def test_tracking_is_no_part_of_any_stage() -> None:
-    one, other = (plan(recipe_of(tracking)) for tracking in ({}, {"wandb": {"project": "p"}}))
+def test_tracking_is_no_part_of_any_stage(tmp_path: Path) -> None:
+    from f2llm_ray.pipeline.stages import plan
+    from f2llm_ray.recipe.recipe import Recipe
+
+    given = write_corpus(tmp_path, rows=20)
+    one, other = (
+        plan(parse(Recipe, {**given, "tracking": tracking}, "test"))
+        for tracking in ({}, {"wandb": {"project": "p"}})
+    )
     assert [stage.hash for stage in one.stages()] == [stage.hash for stage in other.stages()]
 
 
@@ -108,6 +116,6 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 def test_a_recipe_holds_no_password() -> None:
-    with pytest.raises(Exception, match="MLFLOW_TRACKING_PASSWORD") as error:
-        recipe_of({"mlflow": {"uri": "https://me:secret@tracking.example/x"}})
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        parse(Tracking, {"mlflow": {"uri": "https://me:secret@tracking.example/x"}}, "test")
     assert "secret" not in str(error.value)

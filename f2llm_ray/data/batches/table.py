@@ -150,8 +150,7 @@ def write_source(
         order: row numbers in the order that the epoch takes them.
         source: its name, part of the seed.
         task: retrieval batches hold no two equal or near-equal texts; elsewhere equal passages (labels) are no
-        false
-            negatives.
+            false negatives.
         negatives: negatives drawn per row.
         size: rows per global batch.
         seed: seed of the run, stage and epoch.

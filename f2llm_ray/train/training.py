@@ -1,0 +1,94 @@
+"""A training as plain values: what decides it, and the folders that its workers use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from f2llm_ray.data.batches.build import BatchPlan, build_batches
+from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.engine.settings import Compute
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.settings import Distill, Tracking, TrainStage
+
+RAY_TRAIN = "ray_train"
+"""Folder of Ray Train's run, and of the checkpoints, in the stage's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that decides a training, as plain values; it travels to every worker."""
+
+    stage: str
+    """Name of the stage; part of the seed of its batches."""
+    model_name: str
+    """Name of the model that it makes, "<recipe>-<stage>"."""
+    run_name: str
+    """The recipe's name, which trackers show."""
+    settings: TrainStage | Distill
+    sources: Mapping[str, SourceFacts]
+    """The sources that the stage trains on, by name and in order."""
+    seed: int
+    compute: Compute
+    tracking: Tracking = field(default_factory=Tracking)
+    sets: Mapping[str, Folder] = field(default_factory=dict)
+    """Evaluation sets that each checkpoint is measured on beside training; none where empty."""
+    divisors: tuple[int, ...] = (1,)
+    """Those sets are measured at the full dims divided by each of these."""
+
+    def facts(self) -> dict[str, Any]:
+        """What trackers keep with the values, as JSON values."""
+        settings = self.settings.model_dump(mode="json")
+        return {"recipe": self.run_name, "stage": self.stage, "seed": self.seed, **settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """What a worker is given: the training and its folders."""
+
+    training: Training
+    student: Folder
+    """The model folder that training starts from."""
+    teacher: Folder | None
+    """The model folder of a teacher that runs beside the student."""
+    taught: Folder | None
+    """The store of a cached teacher's vectors."""
+    tokens: Folder
+    """The token store."""
+    batches: Folder
+    """The stage's batch tables."""
+    out: Folder
+    """The stage's folder."""
+
+    @property
+    def checkpoints(self) -> Folder:
+        """The folder of the checkpoints."""
+        return self.out / RAY_TRAIN
+
+    @property
+    def queue(self) -> str:
+        """Name of the queue through which workers report to the driver."""
+        return f"{self.training.stage}-{self.out.path.rsplit('/', 1)[-1]}"
+
+
+def batch_plan(settings: TrainStage) -> BatchPlan:
+    """The part of a stage's settings that its batch tables depend on."""
+    return BatchPlan(
+        epochs=settings.epochs,
+        max_batches=None if settings.max_steps is None else settings.max_steps * settings.accumulate,
+        held_out_batches=-(-settings.validation_rows // settings.global_batch),
+        global_batch=settings.global_batch,
+        negatives=settings.negatives,
+        language_temperature=settings.language_temperature,
+        length_window=settings.length_window,
+        instructions=settings.instructions,
+    )
+
+
+def write_batches(training: Training, *, prepared: Folder, mined: Folder | None, out: Folder) -> None:
+    """Writes the batch tables of a training into a folder, unless they are there."""
+    if not out.exists("validation/order.npy"):
+        seed = f"{training.seed}/{training.stage}"
+        plan = batch_plan(training.settings)
+        build_batches(plan, training.sources, seed, prepared=prepared, mined=mined, out=out)
