@@ -69,7 +69,7 @@ def recipes_page() -> str:
         "",
     ]
     for name in builtin_recipes():
-        text = (resources.files("f2llm_ray") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("f2llm_ray.recipe") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
         lines += [f"## {name}", "", "```yaml", text.rstrip(), "```", ""]
     return "\n".join(lines)
 
