@@ -73,7 +73,11 @@ class InputIndex:
         """
         found = tuple(self._known(file) for file in files)
         fresh = {entry.uri: asdict(entry) for entry in found if entry.modified}
-        if self.root is not None and self.root.exists() and any(self._seen.get(uri) != entry for uri, entry in fresh.items()):
+        if (
+            self.root is not None
+            and self.root.exists()
+            and any(self._seen.get(uri) != entry for uri, entry in fresh.items())
+        ):
             self._seen |= fresh
             self.root.write_json(MEMORY, self._seen)
         return found

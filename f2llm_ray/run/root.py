@@ -72,6 +72,7 @@ class Run:
             "hash": stage.hash,
             "settings": stage.settings,
             "inputs": {name: [asdict(entry) for entry in entries] for name, entries in stage.inputs.items()},
+            "places": stage.places,
             "parents": {role: parent.folder_name for role, parent in stage.parents.items()},
             "code_version": __version__,
             "libraries": _library_versions(),

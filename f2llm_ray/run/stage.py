@@ -32,6 +32,8 @@ class Stage:
     """The settings that can change its output, as plain JSON values."""
     inputs: Inputs = field(default_factory=dict)
     """What it reads from outside the run."""
+    places: Mapping[str, Any] = field(default_factory=dict)
+    """Where the recipe says that the inputs are, as JSON values."""
     parents: Mapping[str, Stage] = field(default_factory=dict)
     """The stages whose output it reads, by what they are to it, such as "student" or "teacher"."""
     needs: tuple[Stage, ...] = ()

@@ -1,0 +1,377 @@
+"""The stages that make models, declared: the backbone, then each step of the recipe from the model before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Effect
+from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.model.settings import PARTS, Prune
+from f2llm_ray.pipeline import jobs, work
+from f2llm_ray.pipeline.data_stages import DataStages
+from f2llm_ray.pipeline.graph import Kind, Model
+from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
+from f2llm_ray.recipe.recipe import INT8, MERGED, UNTRAINED, Recipe
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.inputs import InputFile, digests, model_inputs
+from f2llm_ray.run.root import Run
+from f2llm_ray.run.stage import Facts, Stage
+from f2llm_ray.train.settings import Distill, TrainStage
+from f2llm_ray.train.training import Training
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a step starts from."""
+
+    name: str
+    """The model that the step makes."""
+    parent: Model
+
+
+class ModelStages:
+    """Declares every model of a recipe, with mining, importance and cached teachers where they are needed.
+
+    Args:
+        recipe: the recipe.
+        run: its root.
+        inputs: finds what stages read from outside.
+        data: the stages of its data.
+    """
+
+    def __init__(self, recipe: Recipe, run: Run, inputs: StageInputs, data: DataStages) -> None:
+        self.recipe, self.run, self.inputs = recipe, run, inputs
+        self.sets, self.prepare = data.sets, data.prepare
+        self.models: dict[str, Model] = {}
+        self.mined: Stage | None = None
+        self._model(UNTRAINED, "untrained", None, (), self._untrained())
+        before = list(recipe.made_from())
+        for name, step in recipe.steps().items():
+            self._mine()
+            self._step(Start(name, self.models[step.model or before[before.index(name) - 1]]), step)
+        self._mine()
+        for name in () if recipe.quantize is None else recipe.quantize.models:
+            self._model(name + INT8, "int8", self.models[name], (), self._quantized(self.models[name]))
+
+    def _step(self, at: Start, step: TrainStage | Prune) -> None:
+        if isinstance(step, Prune):
+            self._model(at.name, "prune", at.parent, (), self._pruned(at, step))
+            return
+        kind: Kind = "distill" if isinstance(step, Distill) else "train"
+        own = tuple(self.recipe.stage_sources(step))
+        made = self._model(at.name, kind, at.parent, own, self._trained(at, step))
+        if step.merge is not None:
+            self._model(at.name + MERGED, "merge", made, (), self._merged(made, step))
+
+    def _model(self, name: str, kind: Kind, parent: Model | None, own: tuple[str, ...], stage: Stage) -> Model:
+        seen = {*own, *(() if parent is None else parent.sources)}
+        sources = tuple(source for source in self.recipe.sources if source in seen)
+        self.models[name] = Model(name, kind, stage, None if parent is None else parent.name, sources)
+        return self.models[name]
+
+    def _made(self, make: Callable[[Folder], Facts]) -> Callable[[Folder], Facts]:
+        """The work of a stage that makes a model."""
+
+        def run(out: Folder) -> Facts:
+            recipe, prepared = self.recipe, self.run.folder(self.prepare)
+            return work.finish_model(make(out), list(recipe.sources), recipe.seed, recipe.compute, prepared, out)
+
+        return run
+
+    def _folder_of(self, model: str) -> Folder:
+        """The model folder of a model of the run, or the one at a path."""
+        known = self.models.get(model)
+        return Folder.at(model) if known is None else self.run.folder(known.stage) / "model"
+
+    def _model_name(self, name: str) -> str:
+        return f"{self.recipe.name}-{name}"
+
+    def _untrained(self) -> Stage:
+        recipe, path = self.recipe, self.recipe.backbone.path
+        sought = {} if path is None else {"backbone": Sought(path, partial(_model_files, "backbone.path", path))}
+        inputs, backbone = self.inputs.find(UNTRAINED, sought), recipe.backbone
+        if path is not None and not inputs["backbone"][0].uri.startswith("hub:"):
+            backbone = backbone.model_copy(update={"path": Folder.at(path).uri})  # workers stand in other folders
+        return Stage(
+            name=UNTRAINED,
+            job=jobs.TRAIN,
+            settings=backbone.identity(),
+            inputs=inputs,
+            places=places(sought),
+            parents={"prepared": self.prepare},
+            implied=True,
+            work=self._made(
+                lambda out: work.on_worker(
+                    work.make_untrained,
+                    backbone,
+                    recipe.seed,
+                    model_name=self._model_name(UNTRAINED),
+                    max_tokens=recipe.data.max_tokens,
+                    prepared=self.run.folder(self.prepare),
+                    out=out,
+                )
+            ),
+        )
+
+    def _mine(self) -> None:
+        """Declares the mining as soon as the model that mines is among those made."""
+        settings = self.recipe.mine
+        if settings is None or self.mined is not None:
+            return
+        own = settings.model in self.recipe.made_from()
+        if own and settings.model not in self.models:
+            return
+        parents = {"prepared": self.prepare}
+        sought = {}
+        if own:
+            parents["model"] = self.models[settings.model].stage
+        else:
+            sought["model"] = Sought(settings.model, partial(_model_files, "mine.model", settings.model))
+        sources = self.recipe.mined_sources()
+
+        def mine(out: Folder) -> Facts:
+            from f2llm_ray.mine.mine import mine
+
+            prepared, model = self.run.folder(self.prepare), self._folder_of(settings.model)
+            facts = mine(sources, settings, self.recipe.compute, prepared=prepared, model=model, out=out)
+            return {"mining": facts}
+
+        self.mined = Stage(
+            name="mined",
+            job=jobs.MINE,
+            settings={**settings.identity(), "sources": sources},
+            inputs=self.inputs.find("mined", sought),
+            places=places(sought),
+            parents=parents,
+            implied=True,
+            work=mine,
+        )
+
+    def _training(self, name: str, step: TrainStage) -> Training:
+        recipe, facts = self.recipe, dict[str, SourceFacts]()
+        for source in recipe.stage_sources(step):
+            entry = recipe.sources[source]
+            facts[source] = SourceFacts(entry.task, entry.query_instruction, entry.weight)
+        measured = self.sets if recipe.evaluation.during_training else {}
+        return Training(
+            stage=name,
+            model_name=self._model_name(name),
+            run_name=recipe.name,
+            settings=step,
+            sources=facts,
+            seed=recipe.seed,
+            compute=recipe.compute,
+            tracking=recipe.tracking,
+            sets={found: self.run.folder(stage) for found, stage in measured.items()},
+            divisors=recipe.evaluation.divisors,
+        )
+
+    def _training_settings(
+        self, step: TrainStage, counts: Callable[[Effect], bool] = lambda effect: effect.output
+    ) -> dict[str, Any]:
+        # The world size is not among them: any number of workers sees the same global batches.
+        weights = {name: self.recipe.sources[name].weight for name in self.recipe.stage_sources(step)}
+        return {**step.identity(counts), "weights": weights, "seed": self.recipe.seed}
+
+    def _trained(self, at: Start, step: TrainStage) -> Stage:
+        parents = {"prepared": self.prepare, "student": at.parent.stage}
+        if self.mined is not None:
+            parents["mined"] = self.mined
+        sought: dict[str, Sought] = {}
+        teacher: Folder | None = None
+        if isinstance(step, Distill) and step.uses_teacher:
+            if step.teacher_vectors == "cached":
+                parents["taught"] = self._taught(at, step)
+            else:
+                teacher = self._folder_of(step.teacher)
+                sought = self._teacher(step, parents)
+        training = self._training(at.name, step)
+        measured = tuple(self.sets.values()) if training.sets else ()
+
+        def train(out: Folder) -> Facts:
+            from f2llm_ray.train.trainer import train
+
+            folders = {role: self.run.folder(stage) for role, stage in parents.items()}
+            return train(
+                training,
+                prepared=folders["prepared"],
+                mined=folders.get("mined"),
+                student=folders["student"] / "model",
+                teacher=teacher,
+                taught=folders.get("taught"),
+                out=out,
+            )
+
+        return Stage(
+            name=at.name,
+            job=jobs.DISTILL if isinstance(step, Distill) else jobs.TRAIN,
+            settings=self._training_settings(step),
+            inputs=self.inputs.find(at.name, sought),
+            places=places(sought),
+            parents=parents,
+            needs=measured,
+            work=self._made(train),
+        )
+
+    def _teacher(self, step: Distill, parents: dict[str, Stage]) -> dict[str, Sought]:
+        """Adds the teacher to the parents where it is a model of the run; else its files are inputs."""
+        if step.teacher in self.models:
+            parents["teacher"] = self.models[step.teacher].stage
+            return {}
+        return {"teacher": Sought(step.teacher, partial(_model_files, "distill.teacher", step.teacher))}
+
+    def _taught(self, at: Start, step: Distill) -> Stage:
+        parents = {"prepared": self.prepare}
+        sought = self._teacher(step, parents)
+        if self.mined is not None:
+            parents["mined"] = self.mined
+        settings = self._training_settings(step, lambda effect: effect.batches)
+        # How wide the student is decides how many of the teacher's dims are kept, where only those count.
+        settings["dims"] = self._width(at.parent) if step.teacher_is_cut else None
+        recipe, training = self.recipe, self._training(at.name, step)
+
+        def teach(out: Folder) -> Facts:
+            from f2llm_ray.train.teacher import teach
+
+            return {
+                "teaching": teach(
+                    training,
+                    prepared=self.run.folder(self.prepare),
+                    mined=None if "mined" not in parents else self.run.folder(parents["mined"]),
+                    teacher=self._folder_of(step.teacher),
+                    student=self.run.folder(at.parent.stage) / "model",
+                    shards=recipe.data.shards,
+                    instructions={name: source.query_instruction for name, source in recipe.sources.items()},
+                    max_tokens=recipe.data.max_tokens,
+                    out=out,
+                )
+            }
+
+        return Stage(
+            name=f"taught-{at.name}",
+            job=jobs.TEACH,
+            settings=settings,
+            inputs=self.inputs.find(f"taught-{at.name}", sought),
+            places=places(sought),
+            parents=parents,
+            needs=(at.parent.stage,),
+            implied=True,
+            work=teach,
+        )
+
+    def _width(self, model: Model) -> Any:
+        """The hidden size of a model, or the backbone that it comes from where no pruning names one."""
+        cut = [step.hidden for step in self.recipe.prunes_of(model.name) if step.hidden is not None]
+        untrained = self.models[UNTRAINED].stage
+        return cut[-1] if cut else [untrained.settings, digests(untrained.inputs)]
+
+    def _merged(self, trained: Model, step: TrainStage) -> Stage:
+        settings, every = step.merge, step.checkpoint_every
+        assert settings is not None  # noqa: S101 - called because the step merges
+        name = self._model_name(trained.name + MERGED)
+
+        def merge(out: Folder) -> Facts:
+            from f2llm_ray.train.merge_checkpoints import merge_stage
+
+            folder = self.run.folder(trained.stage)
+            facts: Facts = work.on_worker(merge_stage, settings, folder, name, out, checkpoint_every=every)
+            return facts
+
+        return Stage(
+            name=trained.name + MERGED,
+            job=trained.stage.job,
+            settings={**settings.identity(), "checkpoint_every": every},
+            parents={"prepared": self.prepare, "trained": trained.stage},
+            work=self._made(merge),
+        )
+
+    def _pruned(self, at: Start, step: Prune) -> Stage:
+        cut, recipe = step.identity(), self.recipe
+        parent = self.run.folder(at.parent.stage) / "model"
+        prepared = self.run.folder(self.prepare)
+        parents = {"prepared": self.prepare, "parent": at.parent.stage}
+
+        def score(out: Folder) -> Facts:
+            from f2llm_ray.shrink.shrink import score_parts
+
+            return score_parts(
+                list(recipe.sources),
+                step,
+                recipe.compute,
+                recipe.seed,
+                prepared=prepared,
+                parent=parent,
+                out=out,
+            )
+
+        # A stage of its own, so that a recipe with another shape in the same root finds the scores.
+        importance = Stage(
+            name=f"importance-{at.parent.name}",
+            job=jobs.PRUNE,
+            settings={key: cut[key] for key in ("importance", "calibration_rows")},
+            parents=parents,
+            implied=True,
+            work=score,
+        )
+        name = self._model_name(at.name)
+
+        def prune(out: Folder) -> Facts:
+            from f2llm_ray.shrink.shrink import shrink
+
+            scored = self.run.folder(importance)
+            facts: Facts = work.on_worker(
+                shrink, step, name, prepared=prepared, parent=parent, scored=scored, out=out
+            )
+            return facts
+
+        return Stage(
+            name=at.name,
+            job=jobs.PRUNE,
+            settings={part: cut[part] for part in PARTS},
+            parents={**parents, "importance": importance},
+            work=self._made(prune),
+        )
+
+    def _quantized(self, made: Model) -> Stage:
+        recipe = self.recipe
+        assert recipe.quantize is not None  # noqa: S101 - called because the recipe quantizes
+        embeddings, name = recipe.quantize.embeddings, self._model_name(made.name + INT8)
+
+        def quantize(out: Folder) -> Facts:
+            from f2llm_ray.shrink.quantize import quantize_model
+
+            facts: Facts = work.on_worker(
+                quantize_model,
+                list(recipe.sources),
+                recipe.seed,
+                embeddings=embeddings,
+                model_name=name,
+                prepared=self.run.folder(self.prepare),
+                parent=self.run.folder(made.stage) / "model",
+                out=out,
+            )
+            return facts
+
+        return Stage(
+            name=made.name + INT8,
+            job=jobs.QUANTIZE,
+            settings={"embeddings": embeddings},
+            parents={"prepared": self.prepare, "parent": made.stage},
+            work=self._made(quantize),
+        )
+
+
+def _model_files(key: str, path: str) -> list[InputFile]:
+    """The files of a model that the recipe names by a path.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = model_inputs(path)
+    if not files:
+        raise DataError(f"{key}: {path}: found no model there, expected config.json and safetensors weights")
+    return files
