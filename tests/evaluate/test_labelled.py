@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from f2llm_ray.pipeline.pipeline import Pipeline
 
 from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
 from f2llm_ray.base.session import connect
@@ -19,6 +19,7 @@ from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.evaluate.metrics.differences import compare, table
 from f2llm_ray.evaluate.tasks.registry import read_task, task_of
 from f2llm_ray.pipeline.compare import compare as compare_models
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
@@ -53,6 +54,11 @@ FILES: dict[str, Rows] = {
 def write(path: Path, rows: Rows) -> str:
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix in {".csv", ".tsv"}:
+        cells = [[json.dumps(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            csv.writer(file, **(form if path.suffix == ".tsv" else {})).writerows([list(rows[0]), *cells])
     else:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -77,7 +83,7 @@ def read(folder: Path, kind: str, rows: Rows, train: Rows | None = None, suffix:
     return task_of("mine", setting(entry))
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv", "tsv"])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_users_table_becomes_a_task(kind: str, suffix: str, tmp_path: Path) -> None:
     task = read(tmp_path, kind, FILES[kind], suffix=suffix)
@@ -120,26 +126,46 @@ def test_no_text_that_is_tested_may_be_trained_on(kind: str, tmp_path: Path) -> 
     [
         ("sts", [], "test.jsonl: no column text_a; found none"),
         ("bitext", [{"text_a": "x"}], r"test.jsonl: no column text_b; found \['text_a'\]"),
-        ("bitext", [*BITEXT, {"text_a": 3, "text_b": "y"}], "row 2: found 3 as text_a, expected a text"),
+        ("bitext", [*BITEXT, {"text_a": 3, "text_b": "y"}], "test.jsonl:2: text_a: found int 3, expected text"),
         (
             "clustering",
             [{"text": "x", "label": 1.5}],
-            "row 1: found 1.5 as label, expected a text or a whole number",
+            "test.jsonl:1: label: found float 1.5, expected text or a whole number",
         ),
         ("clustering", TEXTS[:3], "test.jsonl: language 'deu': found 1 label, expected at least 2"),
         (
             "classification",
             [*TEXTS, {"text": "pi", "label": "no"}],
-            "row 5: found 'no' as label, .* the 2 of .*train",
+            r"test.jsonl: row 4 \(counted from 0\): found 'no' as label, .* the 2 of .*train",
         ),
-        ("sts", [*GRADED, {**GRADED[0], "score": "high"}], "row 3: found 'high' as score, expected a number"),
-        ("sts", [{**GRADED[0], "score": float("nan")}], "row 1: found nan as score, expected a number"),
+        (
+            "sts",
+            [*GRADED, {**GRADED[0], "score": "high"}],
+            "test.jsonl:3: score: found str 'high', expected a number",
+        ),
+        ("sts", [{**GRADED[0], "score": float("nan")}], "test.jsonl:1: score: found float nan, expected a number"),
         ("sts", GRADED[:1] * 2, "language 'und': found one score for all its pairs, expected at least 2"),
-        ("pair_classification", [*BINARY, {**BINARY[0], "label": 2}], "row 3: found 2 as label, expected 0 or 1"),
+        (
+            "pair_classification",
+            [*BINARY, {**BINARY[0], "label": 2}],
+            r"test.jsonl: row 2 \(counted from 0\): found 2 as label, expected 0 or 1",
+        ),
         ("pair_classification", BINARY[:1], "language 'und': found only label 1, expected 0 and 1"),
-        ("reranking", [{**RANKED[0], "positive": []}], r"row 1: found \[\] as positive, expected a list of texts"),
-        ("reranking", [{**RANKED[0], "negative": "2"}], "row 1: found '2' as negative, expected a list of texts"),
-        ("reranking", [{**RANKED[0], "negative": ["1"]}], "row 1: found '1' in positive and in negative"),
+        (
+            "reranking",
+            [{**RANKED[0], "positive": []}],
+            r"test.jsonl:1: positive: found \[\], expected a list of text, at least one",
+        ),
+        (
+            "reranking",
+            [{**RANKED[0], "negative": "2"}],
+            "test.jsonl:1: negative: found str '2', expected a list of text",
+        ),
+        (
+            "reranking",
+            [{**RANKED[0], "negative": ["1"]}],
+            r"test.jsonl: row 0 \(counted from 0\): found '1' in positive and in negative",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(kind: str, rows: Rows, message: str, tmp_path: Path) -> None:
@@ -150,7 +176,10 @@ def test_what_is_wrong_with_a_table_is_named(kind: str, rows: Rows, message: str
 def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl: found 1 labels to fit on, expected at least 2"):
         read(tmp_path, "classification", TEXTS[:1], TEXTS[:1])
-    for test, message in (("t.csv", "t.csv: expected a .parquet or .jsonl file"), ("t.jsonl", "no file t.jsonl")):
+    for test, message in (
+        ("t.txt", "t.txt: expected a .parquet, .jsonl, .csv or .tsv file"),
+        ("t.jsonl", "no file t.jsonl"),
+    ):
         with pytest.raises(F2LLMError, match=message):
             task_of("mine", setting({"kind": "sts", "test": str(tmp_path / test)}))
     empty = pa.table({"text_a": pa.array([], pa.string()), "text_b": pa.array([], pa.string())})

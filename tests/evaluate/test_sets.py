@@ -151,7 +151,7 @@ def test_queries_outside_the_split_are_left_out(beir: Path) -> None:
         (("qid", "query"), ("pid", "passage"), ("qid", "pid")),
     ],
 )
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv", "tsv"])
 def test_reads_the_usual_spellings(
     tmp_path: Path, kind: str, query: tuple[str, str], passage: tuple[str, str], judged: tuple[str, str]
 ) -> None:
@@ -164,8 +164,13 @@ def test_reads_the_usual_spellings(
         table = pa.table(columns)
         if kind == "parquet":
             pq.write_table(table, tmp_path / f"{name}.parquet")
-        else:
+        elif kind == "jsonl":
             write_jsonl(tmp_path, f"{name}.jsonl", table.to_pylist())
+        else:
+            lines = map(
+                ("," if kind == "csv" else "\t").join, [table.column_names, *zip(*columns.values(), strict=True)]
+            )
+            (tmp_path / f"{name}.{kind}").write_text("\n".join(lines), encoding="utf-8-sig")
     found = read_beir(str(tmp_path), name="s", instruction="")
     assert related(found) == {("A?", "eng", "Y"), ("B?", "deu", "X"), ("B?", "deu", "Y")}
 
@@ -178,7 +183,10 @@ def broken_lines(folder: Path, name: str, text: str) -> None:
     ("spoil", "message"),
     [
         (lambda f: (f / "corpus.jsonl").unlink(), "no file corpus.parquet or corpus.jsonl"),
-        (lambda f: (f / "qrels/test.tsv").unlink(), "no file qrels.parquet or qrels.jsonl or qrels/test.tsv"),
+        (
+            lambda f: (f / "qrels/test.tsv").unlink(),
+            "no file qrels.parquet or qrels.jsonl or qrels.csv or qrels.tsv or qrels/test.tsv",
+        ),
         (lambda f: write_jsonl(f, "queries.jsonl", [{"_id": "1"}]), "queries.jsonl: no column text or query"),
         (lambda f: write_jsonl(f, "corpus.jsonl", [{"text": "x"}]), "corpus.jsonl: no column _id or id"),
         (lambda f: write_tsv(f, [*QRELS, ("9", "7", 1)]), "query '9' is not among the 2 queries"),
@@ -187,13 +195,28 @@ def broken_lines(folder: Path, name: str, text: str) -> None:
         (lambda f: write_jsonl(f, "qrels.jsonl", [{"qid": "2", "pid": "8"}]), "1 of 2 queries have no .*'1'"),
         (lambda f: write_tsv(f, []), "an empty set: 0 queries against 2 passages"),
         (lambda f: write_jsonl(f, "queries.jsonl", QUERIES * 2), "id '1' appears twice"),
-        (lambda f: write_jsonl(f, "corpus.jsonl", [*CORPUS, {"_id": "3"}]), "row 3: found None as text"),
-        (lambda f: write_jsonl(f, "corpus.jsonl", [{"_id": None, "text": ""}]), "row 1: found None as _id"),
-        (lambda f: write_jsonl(f, "qrels.jsonl", [{"qid": "1", "pid": "7", "score": "x"}]), "found 'x' as score"),
-        (lambda f: broken_lines(f, "corpus.jsonl", "{}\n{,}"), "corpus.jsonl, line 2: not JSON"),
-        (lambda f: broken_lines(f, "corpus.jsonl", "[1]"), "line 1: found list, expected an object"),
-        (lambda f: broken_lines(f, "queries.parquet", "text"), "queries.parquet: not a parquet file"),
-        (lambda f: (f / "corpus.jsonl").write_bytes(b'{"_id": "\xff"}'), "corpus.jsonl: not UTF-8"),
+        (
+            lambda f: write_jsonl(f, "corpus.jsonl", [*CORPUS, {"_id": "3"}]),
+            "corpus.jsonl:3: text: found null, expected text",
+        ),
+        (
+            lambda f: write_jsonl(f, "corpus.jsonl", [{"_id": None, "text": ""}]),
+            "corpus.jsonl:1: _id: found null, expected text or a whole number",
+        ),
+        (
+            lambda f: write_jsonl(f, "qrels.jsonl", [{"qid": "1", "pid": "7", "score": "x"}]),
+            "qrels.jsonl:1: score: found str 'x', expected a number",
+        ),
+        (lambda f: broken_lines(f, "corpus.jsonl", "{}\n{,}"), "corpus.jsonl:2: found a line that is not JSON"),
+        (lambda f: broken_lines(f, "corpus.jsonl", "[1]"), "corpus.jsonl:1: found list, expected a JSON object"),
+        (
+            lambda f: broken_lines(f, "queries.parquet", "text"),
+            "queries.parquet: found a damaged file or another format, expected Parquet",
+        ),
+        (
+            lambda f: (f / "corpus.jsonl").write_bytes(b'{"_id": "\xff"}'),
+            "corpus.jsonl:1: found byte 0xff at byte 10 of the line, expected UTF-8",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(beir: Path, spoil: Callable[[Path], object], message: str) -> None:

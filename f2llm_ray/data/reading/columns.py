@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import field_validator
 
-from f2llm_ray.base.section import Section
+from f2llm_ray.base.section import Output, Section
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
 from f2llm_ray.data.reading.templates import Template, join_columns, template
-from f2llm_ray.data.reading.values import Fault, Kind
+from f2llm_ray.data.reading.values import ColumnKind, Fault
 from f2llm_ray.data.schema import ROW
 
 TEXT_LIST = pa.list_(pa.string())
@@ -37,15 +37,15 @@ class Columns(Section):
     template's columns has an empty field.
     """
 
-    query: str = "query"
-    passage: str = "passage"
-    negatives: str | None = None
+    query: Output[str] = "query"
+    passage: Output[str] = "passage"
+    negatives: Output[str | None] = None
     """A list of texts (in CSV a cell with a JSON list); null and blank entries are left out."""
-    language: str | None = None
+    language: Output[str | None] = None
     """ISO 639-3 of the query; the source's `language` where the column is unset, null or blank."""
-    passage_language: str | None = None
+    passage_language: Output[str | None] = None
     """ISO 639-3 of the passage, or "code:<name>"; the query's where unset, null or blank."""
-    label: str | None = None
+    label: Output[str | None] = None
     """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
 
     @field_validator("query", "passage", "language", "passage_language")
@@ -69,9 +69,9 @@ class Columns(Section):
         """The columns that templates name, each once."""
         return list(dict.fromkeys(c for parts in self.templates().values() for _, c in parts if c))
 
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> dict[str, ColumnKind]:
         """All columns that are read, with what they hold."""
-        kinds: dict[str, Kind] = dict.fromkeys([*self.named().values(), *self.joined()], "text")
+        kinds: dict[str, ColumnKind] = dict.fromkeys([*self.named().values(), *self.joined()], "text")
         return kinds if self.negatives is None else kinds | {self.negatives: "texts"}
 
 
@@ -85,7 +85,7 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
             texts = {c: rows.column(c, "text", field=field.name).cast(pa.string()) for _, c in parts if c}
             found.append(join_columns(texts, parts))
         elif field.name in named:
-            kind: Kind = "texts" if field.name == "negatives" else "text"
+            kind: ColumnKind = "texts" if field.name == "negatives" else "text"
             column = rows.column(named[field.name], kind, field=field.name, required=True)
             found.append(column.cast(field.type))
         else:

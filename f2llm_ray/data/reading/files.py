@@ -12,11 +12,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import TEXTS, Columns, finish, texts_of
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import FilePart, Format, Rows, TableFile, check_columns
-from f2llm_ray.data.reading.values import Kind
+from f2llm_ray.data.reading.values import ColumnKind
+from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 
 NEGATIVE = re.compile(r"negative_(\d+)")
@@ -25,7 +27,7 @@ NEGATIVE = re.compile(r"negative_(\d+)")
 class FilesSource(SourceBase):
     """What all sources made of files share: a row group is a piece, and so is a text file."""
 
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: Content[tuple[str, ...]] = Field(min_length=1)
     """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens, such as
     s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
     A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
@@ -86,7 +88,7 @@ class FilesSource(SourceBase):
             key = repr(min(unseen))
             raise DataError(f"{table.place}: no row has the key {key} of the template, expected it in some")
 
-    def more(self, schema: pa.Schema | None) -> dict[str, Kind]:
+    def more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
         """Further columns of a file that are read."""
         del schema
         return {}
@@ -97,7 +99,7 @@ class FilesSource(SourceBase):
         return texts_of(rows, self.layout)
 
     def _table(self, name: str, uri: str) -> TableFile:
-        return TableFile(uri, self.kind_of_file, f"source {name!r}: {uri}")
+        return TableFile(Folder.at(uri), self.kind_of_file, f"source {name!r}: {uri}")
 
 
 class TableSource(FilesSource):
@@ -107,7 +109,7 @@ class TableSource(FilesSource):
     quotes) and TSV (tabs, no quotes) have the names of the columns in the first line.
     """
 
-    format: Literal["parquet", "jsonl", "csv", "tsv"]
+    format: Output[Literal["parquet", "jsonl", "csv", "tsv"]]
     columns: Columns = Columns()
 
     @property
@@ -128,9 +130,9 @@ class F2llmSource(FilesSource):
     source, and rows may have fewer: a null or blank negative counts as absent.
     """
 
-    format: Literal["f2llm"] = "f2llm"
+    format: Output[Literal["f2llm"]] = "f2llm"
 
-    def more(self, schema: pa.Schema | None) -> dict[str, Kind]:
+    def more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
         """The negatives of a file, in the order of their numbers."""
         numbers = sorted(
             int(match[1]) for match in map(NEGATIVE.fullmatch, schema.names if schema else ()) if match

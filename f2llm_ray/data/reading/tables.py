@@ -19,8 +19,16 @@ import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.reading.lines import CellLines, Numbered, Record, json_records
-from f2llm_ray.data.reading.paths import store_errors
-from f2llm_ray.data.reading.values import Fault, Faults, Kind, check_type, from_arrow, from_cells, from_python
+from f2llm_ray.data.reading.paths import listed, store_errors
+from f2llm_ray.data.reading.values import (
+    ColumnKind,
+    Fault,
+    Faults,
+    check_type,
+    from_arrow,
+    from_cells,
+    from_python,
+)
 from f2llm_ray.run.folder import Folder
 
 Format = Literal["parquet", "jsonl", "csv", "tsv"]
@@ -58,7 +66,7 @@ class Rows:
             return f"{self.place}:{self.lines[row]}"
         return f"{self.place}: row {self.first + row} (counted from 0)"
 
-    def column(self, name: str, kind: Kind, *, field: str | None = None, required: bool = False) -> pa.Array:
+    def column(self, name: str, kind: ColumnKind, *, field: str | None = None, required: bool = False) -> pa.Array:
         """A column as an array of `values.TYPES`; it is null in rows with a fault, which go to `faults`.
 
         Args:
@@ -117,22 +125,22 @@ class FilePart:
 class TableFile:
     """A user's file with a table. Methods raise DataError where it cannot be read or is of another format."""
 
-    uri: str
+    file: Folder
     format: Format
     place: str
     """What messages call it."""
 
     @classmethod
-    def at(cls, uri: str) -> TableFile:
+    def at(cls, file: Folder) -> TableFile:
         """A file whose suffix says its format.
 
         Raises:
             DataError: another suffix.
         """
         for name in get_args(Format):
-            if uri.endswith(f".{name}"):
-                return cls(uri, name, uri)
-        raise DataError(f"{uri}: expected a {listed(SUFFIXES)} file")
+            if file.path.endswith(f".{name}"):
+                return cls(file, name, file.uri)
+        raise DataError(f"{file.uri}: expected a {listed(SUFFIXES)} file")
 
     def schema(self) -> pa.Schema | None:
         """The columns with their types, null in CSV and TSV, which have none; None for JSON lines."""
@@ -174,7 +182,8 @@ class TableFile:
     def read_whole(self, columns: Collection[str], part: FilePart | None = None) -> Rows:
         """Reads at once a file, the whole row group that a part is of, or a run of lines."""
         if self.format != "parquet":
-            return next(self._records(part or FilePart(), None), Rows(self.place, [], []))
+            found = next(self._records(part or FilePart(), None), None)
+            return Rows(self.place, (self.schema() or pa.schema([])).names, []) if found is None else found
         with self._parquet() as file:
             names = file.schema_arrow.names
             if part is None or part.row_group is None:
@@ -185,9 +194,8 @@ class TableFile:
     @contextmanager
     def _parquet(self) -> Iterator[pq.ParquetFile]:
         """The file, open as parquet."""
-        folder = Folder.at(self.uri)
         try:
-            with folder.filesystem.open_input_file(folder.path) as stream, pq.ParquetFile(stream) as file:
+            with self.file.filesystem.open_input_file(self.file.path) as stream, pq.ParquetFile(stream) as file:
                 yield file
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(
@@ -199,13 +207,14 @@ class TableFile:
     @contextmanager
     def _stream(self, part: FilePart) -> Iterator[Iterable[bytes]]:
         """The bytes of a part, which are iterated by line."""
-        folder = Folder.at(self.uri)
         try:
             if part.stop is None:
-                with io.BufferedReader(folder.filesystem.open_input_stream(folder.path), READ_BYTES) as stream:
+                with io.BufferedReader(
+                    self.file.filesystem.open_input_stream(self.file.path), READ_BYTES
+                ) as stream:
                     yield stream
                 return
-            with folder.filesystem.open_input_file(folder.path) as file:
+            with self.file.filesystem.open_input_file(self.file.path) as file:
                 file.seek(part.start)
                 data = file.read(part.stop - part.start)
             yield io.BytesIO(data)
@@ -238,8 +247,7 @@ class TableFile:
 
     def _runs_of_lines(self, count: int) -> Iterator[FilePart]:
         first_row = first_byte = lines = read = 0
-        folder = Folder.at(self.uri)
-        with folder.filesystem.open_input_stream(folder.path) as stream:
+        with self.file.filesystem.open_input_stream(self.file.path) as stream:
             while block := stream.read(READ_BYTES):
                 ends = np.flatnonzero(np.frombuffer(block, np.uint8) == LINE_FEED)
                 # The line feeds of this block that end a part.
@@ -253,7 +261,7 @@ class TableFile:
             yield FilePart(first_row, None, first_byte, read)
 
 
-def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, Kind]], place: str) -> None:
+def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], place: str) -> None:
     """Checks that a table has columns of these kinds.
 
     Raises:
@@ -267,9 +275,3 @@ def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, Kind]], place:
 
 def _among(names: list[str], columns: Collection[str]) -> list[str]:
     return [name for name in names if name in columns]
-
-
-def listed(names: Iterable[str]) -> str:
-    """The names as a person lists them: "a, b or c"."""
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

@@ -13,18 +13,18 @@ import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
 
-Kind = Literal["text", "texts", "label", "number", "any"]
+ColumnKind = Literal["text", "texts", "label", "number", "any"]
 """What a column holds: text, a list of text, a label (text or a whole number, read as text), a finite number, or
 anything of one type. A value may always be null."""
 
-EXPECTED: dict[Kind, str] = {
+EXPECTED: dict[ColumnKind, str] = {
     "text": "text",
     "texts": "a list of text",
     "label": "text or a whole number",
     "number": "a number",
 }
 # Large strings: a whole CSV file may hold more than the 2 GB that the offsets of plain ones reach.
-TYPES: dict[Kind, pa.DataType] = {
+TYPES: dict[ColumnKind, pa.DataType] = {
     "text": pa.large_string(),
     "texts": pa.list_(pa.large_string()),
     "label": pa.large_string(),
@@ -48,7 +48,7 @@ Column = tuple[pa.Array, Faults]
 """The values of a column, null in rows with a fault."""
 
 
-def wrong_kind(column: str, kind: Kind, value: object, field: str | None = None) -> Fault:
+def wrong_kind(column: str, kind: ColumnKind, value: object, field: str | None = None) -> Fault:
     """The fault of a value of another kind than the column's; `field` is what rows call the column."""
     found = "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
     message = f"{column}: found {found}, expected {EXPECTED[kind]}"
@@ -61,7 +61,7 @@ def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "") -> F
     return Fault("not UTF-8", f"{prefix}{found}{suffix}, expected UTF-8")
 
 
-def check_type(found: pa.DataType, column: str, kind: Kind, place: str) -> None:
+def check_type(found: pa.DataType, column: str, kind: ColumnKind, place: str) -> None:
     """Checks the type of an Arrow column of text; one without any value has none and is of every kind.
 
     Raises:
@@ -77,7 +77,7 @@ def check_type(found: pa.DataType, column: str, kind: Kind, place: str) -> None:
         raise DataError(f"{place}: column {column!r}: found {found}, expected {EXPECTED[kind]}")
 
 
-def from_python(values: Sequence[Any], column: str, kind: Kind, field: str | None = None) -> Column:
+def from_python(values: Sequence[Any], column: str, kind: ColumnKind, field: str | None = None) -> Column:
     """A column of JSON values.
 
     Raises:
@@ -101,7 +101,7 @@ def from_python(values: Sequence[Any], column: str, kind: Kind, field: str | Non
         return pa.array(typed, TYPES.get(kind)), faults
 
 
-def from_cells(cells: Sequence[str | None], column: str, kind: Kind, field: str | None = None) -> Column:
+def from_cells(cells: Sequence[str | None], column: str, kind: ColumnKind, field: str | None = None) -> Column:
     """A column of CSV: lists are JSON, and in a column of any kind texts that all are numbers become numbers."""
     if kind == "texts":
         return from_python([_list_cell(cell) for cell in cells], column, kind, field)
@@ -114,7 +114,7 @@ def from_cells(cells: Sequence[str | None], column: str, kind: Kind, field: str 
     return from_python(cells, column, kind, field)
 
 
-def from_arrow(values: pa.ChunkedArray, column: str, kind: Kind, field: str | None = None) -> Column:
+def from_arrow(values: pa.ChunkedArray, column: str, kind: ColumnKind, field: str | None = None) -> Column:
     """A column of a table, whose type `check_type` has accepted."""
     if kind == "any":
         return whole(values), {}
@@ -146,7 +146,7 @@ def whole(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks or [pa.nulls(0, column.type)])
 
 
-def _typed(value: Any, kind: Kind) -> Any:
+def _typed(value: Any, kind: ColumnKind) -> Any:
     """A JSON value as `kind` has it, or a ValueError or TypeError."""
     if value is None or kind == "any":
         return value

@@ -21,6 +21,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics import weighted_metrics
@@ -28,7 +29,7 @@ from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.evaluate.vectors import DistinctVectors, as_documents, as_queries, embed_distinct
 
@@ -52,7 +53,7 @@ class Bitext(LabelledSet):
 
     kind: ClassVar[Kind] = "bitext"
     section = BitextSet
-    columns: ClassVar[dict[str, dict[str, Column]]] = {
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"text_a": "text", "text_b": "text"},
         "others": {"text_b": "text"},
     }

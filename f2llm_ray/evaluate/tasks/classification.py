@@ -21,11 +21,12 @@ from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
+from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet, codes
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, codes
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
 
@@ -54,7 +55,7 @@ class Classification(LabelledSet):
 
     kind: ClassVar[Kind] = "classification"
     section = ClassificationSet
-    columns: ClassVar[dict[str, dict[str, Column]]] = {
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"text": "text", "label": "label"},
         "train": {"text": "text", "label": "label"},
     }

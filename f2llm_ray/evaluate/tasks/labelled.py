@@ -7,9 +7,9 @@ the table does not say it; languages are scored apart.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -18,29 +18,21 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.scores import Units, by_language
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tables import LANGUAGE, Table, read_file
+from f2llm_ray.evaluate.tables import LANGUAGE, read_file
 from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.vectors import Embedder
 
-Column = Literal["text", "label", "number", "texts"]
-"""What a column holds; a label is a text or a whole number."""
-READ: dict[Column, tuple[Callable[[Table, str], Sequence[Any]], pa.DataType]] = {
-    "text": (Table.texts, pa.string()),
-    "label": (Table.ids, pa.string()),
-    "number": (Table.numbers, pa.float64()),
-    "texts": (Table.text_lists, pa.list_(pa.string())),
-}
-
 
 class LabelledFile(SetSection):
-    """A labelled set in tables, .parquet or .jsonl, by path or URI.
+    """A labelled set in tables, .parquet, .jsonl, .csv or .tsv, by path or URI.
 
     A column `language` (ISO 639-3), where there is one, gives the scores by language.
     """
@@ -62,7 +54,7 @@ class LabelledSet(ABC):
     kind: ClassVar[Kind]
     section: ClassVar[type[LabelledFile]]
     """What a recipe says of such a set; its keys are `kind`, `instruction` and the names of the tables."""
-    columns: ClassVar[dict[str, dict[str, Column]]]
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]]
     """By table, which is also a field of the class: its columns but for the language, and what they hold."""
     metrics: ClassVar[dict[str, Builder]]
     """As `Task.metrics`."""
@@ -147,10 +139,10 @@ class LabelledSet(ABC):
     def refuse(self, problem: str, row: int | None = None, table: str = "test") -> NoReturn:
         """Raises the error of a row, from 0, or of a whole file."""
         place = self.places.get(table, self.name)
-        raise DataError(f"{place}{'' if row is None else f', row {row + 1}'}: {problem}")
+        raise DataError(f"{place}{'' if row is None else f': row {row} (counted from 0)'}: {problem}")
 
 
-def read_labelled(uri: str, columns: dict[str, Column]) -> pa.Table:
+def read_labelled(uri: str, columns: dict[str, ColumnKind]) -> pa.Table:
     """Reads a user's table, or one of ours, into these columns and `language`.
 
     Raises:
@@ -158,7 +150,7 @@ def read_labelled(uri: str, columns: dict[str, Column]) -> pa.Table:
         DataError: no such file, not what its suffix says, a missing column or a value of another type.
     """
     table = read_file(uri, {*columns, *LANGUAGE})
-    arrays = {name: pa.array(READ[kind][0](table, name), READ[kind][1]) for name, kind in columns.items()}
+    arrays = {name: pa.array(table.values(kind, name), TYPES[kind]) for name, kind in columns.items()}
     return pa.table({**arrays, "language": pa.array(table.languages(), pa.string())})
 
 

@@ -18,13 +18,14 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
+from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import K
 from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.evaluate.vectors import as_documents, as_queries, cosines, embed_distinct
 
@@ -46,7 +47,7 @@ class Reranking(LabelledSet):
 
     kind: ClassVar[Kind] = "reranking"
     section = RerankingSet
-    columns: ClassVar[dict[str, dict[str, Column]]] = {
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"query": "text", "positive": "texts", "negative": "texts"}
     }
     metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(("map", "mrr@10", "ndcg@10"), weighted_metrics.mean)

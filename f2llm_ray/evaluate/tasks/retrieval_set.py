@@ -37,6 +37,7 @@ Pairs = np.ndarray[Any, np.dtype[np.int64]]
 # How the layouts in use spell a column, most usual first.
 QUERY_ID = ("_id", "id", "query-id", "query_id", "qid")
 CORPUS_ID = ("_id", "id", "corpus-id", "corpus_id", "pid")
+SPLIT = "qrels/test.tsv"
 JUDGED_QUERY = ("query-id", "query_id", "qid")
 JUDGED_PASSAGE = ("corpus-id", "corpus_id", "pid")
 QUERY_TEXT = ("text", "query")
@@ -45,7 +46,7 @@ KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, SCO
 
 
 class FolderSet(SetSection):
-    """A retrieval set on disk in the BEIR layout: queries, corpus and qrels, each .parquet or .jsonl."""
+    """A retrieval set on disk in the BEIR layout: queries, corpus and qrels, as .parquet, .jsonl, .csv or .tsv."""
 
     kind: Output[Literal["retrieval"]] = "retrieval"
     folder: Content[str]
@@ -131,7 +132,7 @@ class RetrievalSet:
 
 
 def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
-    """Reads a folder in the BEIR layout: queries and corpus as .parquet or .jsonl, qrels as those or a split.
+    """Reads a folder in the BEIR layout: queries, corpus and qrels as .parquet, .jsonl, .csv or .tsv.
 
     The usual spellings of a column are all known (`_id`, `id`; `query-id`, `query_id`; ...) and a `title` goes
     before its text. A judgement counts when its `score`, which is its grade, is above 0 or it has none. Where the
@@ -195,21 +196,21 @@ def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int
 
 
 def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | None) -> RetrievalSet:
-    table = read_table(folder, "queries.parquet", "queries.jsonl", known=KNOWN)
+    table = read_table(folder, "queries", known=KNOWN)
     texts = list(zip(table.texts(*QUERY_TEXT), table.languages(), strict=True))
-    queries = by_id(table.place, table.ids(*QUERY_ID), texts)
+    queries = by_id(table.rows.place, table.values("label", *QUERY_ID), texts)
 
-    table = read_table(folder, "corpus.parquet", "corpus.jsonl", known=KNOWN)
-    corpus = by_id(table.place, table.ids(*CORPUS_ID), table.texts(*CORPUS_TEXT))
+    table = read_table(folder, "corpus", known=KNOWN)
+    corpus = by_id(table.rows.place, table.values("label", *CORPUS_ID), table.texts(*CORPUS_TEXT))
 
-    table = read_table(folder, "qrels.parquet", "qrels.jsonl", "qrels/test.tsv", known=KNOWN)
-    judged, passages = table.ids(*JUDGED_QUERY), table.ids(*JUDGED_PASSAGE)
-    scores = table.numbers(SCORE) if SCORE in table.columns else [1.0] * len(judged)
-    if table.place.endswith(".tsv"):
+    table = read_table(folder, "qrels", SPLIT, known=KNOWN)
+    judged, passages = table.values("label", *JUDGED_QUERY), table.values("label", *JUDGED_PASSAGE)
+    scores = table.values("number", SCORE) if table.has(SCORE) else [1.0] * len(judged)
+    if table.rows.place.endswith(SPLIT):
         split = set(judged)
         queries = {query_id: query for query_id, query in queries.items() if query_id in split}
     return _assemble(
-        table.place,
+        table.rows.place,
         name=name,
         instruction=instruction,
         queries=queries,

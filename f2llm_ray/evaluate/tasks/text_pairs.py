@@ -13,10 +13,11 @@ import numpy as np
 
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import Column, LabelledFile, LabelledSet
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from f2llm_ray.evaluate.vectors import as_queries, cosines, embed_distinct
 
@@ -49,7 +50,7 @@ class TextPairs(LabelledSet):
     """Pairs of texts that are scored by their cosine against a number."""
 
     target: ClassVar[str]
-    """Column of the number."""
+    """ColumnKind of the number."""
 
     def screened(self) -> Screened:
         """Both texts of each pair."""
@@ -84,7 +85,7 @@ class Sts(TextPairs):
 
     kind: ClassVar[Kind] = "sts"
     section = StsSet
-    columns: ClassVar[dict[str, dict[str, Column]]] = {
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"text_a": "text", "text_b": "text", "score": "number"}
     }
     target: ClassVar[str] = "score"
@@ -106,7 +107,7 @@ class PairClassification(TextPairs):
 
     kind: ClassVar[Kind] = "pair_classification"
     section = PairClassificationSet
-    columns: ClassVar[dict[str, dict[str, Column]]] = {
+    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"text_a": "text", "text_b": "text", "label": "number"}
     }
     target: ClassVar[str] = "label"
