@@ -38,7 +38,7 @@ def flags_of(script: Path) -> set[str]:
     """The flags that a script knows, its own and those that all jobs have."""
     files = [
         script,
-        ROOT / "f2llm_ray" / "cli.py",
+        ROOT / "f2llm_ray" / "pipeline" / "command_line.py",
         *(script.parent.glob("*.py") if "benchmarks/" in str(script) else ()),
     ]
     return {"--help"}.union(*(re.findall(r'"(--[a-z-]+)"', file.read_text(encoding="utf-8")) for file in files))

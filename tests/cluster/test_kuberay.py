@@ -119,7 +119,7 @@ def test_jobs_call_a_script_with_flags_it_has(path: Path) -> None:
     (job,) = load(path)
     python, script, *flags = shlex.split(job["spec"]["entrypoint"])
     assert python == "python"
-    shared = (ROOT / "f2llm_ray" / "cli.py").read_text(encoding="utf-8")
+    shared = (ROOT / "f2llm_ray" / "pipeline" / "command_line.py").read_text(encoding="utf-8")
     known = (ROOT / script).read_text(encoding="utf-8") + shared
     assert all(f'"{flag}"' in known for flag in flags if flag.startswith("--"))
 
