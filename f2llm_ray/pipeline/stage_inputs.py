@@ -1,4 +1,4 @@
-"""What stages read from outside the run: found, known by content, and taken from finished stages where it is gone."""
+"""What stages read from outside the run: found, known by content, and remembered where it is gone."""
 
 from __future__ import annotations
 

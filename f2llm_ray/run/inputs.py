@@ -113,7 +113,7 @@ def model_inputs(path: str) -> list[InputFile]:
 
 
 def tokenizer_inputs(path: str) -> list[InputFile]:
-    """What a tokenizer is read from: the files of a folder that say how texts become tokens, or a name on the hub."""
+    """What a tokenizer is read from: the files of a folder that say how texts are cut, or a name on the hub."""
     found = model_inputs(path)
     if found and found[0].version:
         return found
