@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", required=True, metavar="NAME_OR_PATH", help="a built-in recipe or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="changes one setting")
-    parser.add_argument("--stage", help="only this stage (default: all that train; the last is 'distilled')")
+    parser.add_argument("--stage", help="only this stage (default: all that train)")
     parser.add_argument(
         "--gpus", type=at_least_one, help="GPUs per node (default: compute.workers over the nodes)"
     )
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan(arguments: argparse.Namespace) -> None:
+def print_plan(arguments: argparse.Namespace) -> None:
     """Prints the plan."""
     recipe = recipe_of(arguments)
     cluster = Cluster(
@@ -108,4 +108,4 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), plan))
+    sys.exit(main(parser(), print_plan))

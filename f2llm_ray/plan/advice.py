@@ -1,4 +1,4 @@
-"""What fits into a GPU, and what to change where a recipe does not."""
+"""Whether a stage fits into the memory of a GPU, and which settings to change where it does not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from f2llm_ray.plan.stage_work import FLOAT32_BYTES, StageWork
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan may fill; the rest is for CUDA's context and libraries, the gradients of the
-activations of one layer, and what the allocator loses between blocks."""
+activations of one layer, and the allocator's fragmentation."""
 WORLD = "world"
-"""The number of GPUs among what is changed; the rest are settings of the engine."""
+"""Name of the number of GPUs among the changes; the others are settings of the engine."""
 
 
 def fits(work: StageWork, gpu_memory_bytes: float) -> bool:
@@ -35,11 +35,11 @@ def variants(work: StageWork) -> Iterator[StageWork]:
 
 
 def changes(work: StageWork, gpu_memory_bytes: float) -> dict[str, Any] | None:
-    """The settings to change for the work to fit; empty if it does, None if none help.
+    """The settings to change so that the work fits; empty where it fits already, None where no change helps.
 
-    Of all that fit, what costs least: no more GPUs, else the fewest; no offload; no ZeRO-3, which fetches weights
-    for every pass; no chunks smaller than a pass, since gradients are reduced for each; as few more forward passes
-    as can be (checkpointing and GradCache take about one each); large chunks; a low ZeRO stage.
+    Of all changes that fit, it takes the cheapest, which avoid in this order: more GPUs; offload; ZeRO-3, which
+    fetches weights for every pass; chunks smaller than a pass, since gradients are reduced for each; more forward
+    passes (checkpointing and GradCache take about one each); small chunks; a high ZeRO stage.
     """
     worlds = [world for power in range(12) if not work.rows_per_batch % (world := work.world << power)]
     choices = product(
@@ -66,7 +66,7 @@ def _expense(work: StageWork) -> tuple[float, ...]:
 
 
 def _chunks(work: StageWork) -> list[int | None]:
-    """The chunks of now, then of a pass and its halvings, down to the longest text."""
+    """The present chunk size, then that of a pass and its halvings, down to the longest text."""
     halvings = [work.tokens_per_pass >> power for power in range(work.tokens_per_pass.bit_length())]
     least = max(work.longest_text_tokens, 64)  # the recipe takes no fewer
     now = work.tokens_per_chunk

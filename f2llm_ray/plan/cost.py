@@ -1,4 +1,4 @@
-"""FLOPs, hours and money; waiting for data or for the network is not counted, `Cluster.mfu` stands for it."""
+"""FLOPs, hours and price of a stage. `Cluster.mfu` covers the waiting for data and for the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a stage takes; None where the number of rows is not known."""
+    """What a stage takes; a number is None where it needs the number of rows and that is not known."""
 
     steps: int | None
     """Optimizer steps of the stage."""
@@ -19,15 +19,15 @@ class Cost:
     flops_per_token: float
     hours_per_epoch: float | None
     hours: float | None
-    """Of the stage's training: all epochs, or `max_steps` where that ends it earlier."""
+    """Hours of training: all epochs, or `max_steps` where that ends it earlier."""
     teacher_hours: float | None
-    """Before it, for the vectors of a cached teacher: each distinct text once, at most all that are drawn."""
+    """Hours before it, for the vectors of a cached teacher: at most one for each text that is drawn."""
     price: float | None
-    """Of all GPUs over both, in the currency of the price per GPU-hour."""
+    """Price of all GPUs for both, in the currency of the price per GPU-hour."""
 
 
 def cost(work: StageWork, texts: CorpusSize, cluster: Cluster) -> Cost:
-    """What a stage takes on a cluster."""
+    """Computes what a stage takes on a cluster."""
     text_tokens = texts.tokens_per_row / work.texts_per_row
     tokens_per_step = work.accumulate * work.rows_per_batch * texts.tokens_per_row
     per_token = flops_per_token(work, text_tokens, tokens_per_step / work.accumulate / work.world)
@@ -52,9 +52,9 @@ def cost(work: StageWork, texts: CorpusSize, cluster: Cluster) -> Cost:
 
 
 def optimizer_steps(work: StageWork, texts: CorpusSize) -> int | None:
-    """Optimizer steps of the stage; None where neither its rows nor `max_steps` say.
+    """Optimizer steps of the stage; None where neither its rows nor `max_steps` are known.
 
-    Each source ends an epoch with a batch that is filled up, which this counts once for all sources.
+    Each source ends an epoch with a batch that is filled up with further rows; this counts one for all sources.
     """
     if texts.rows_per_epoch is None:
         return work.max_steps
@@ -66,7 +66,7 @@ def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
     """FLOPs of a forward pass per token of texts of this mean length.
 
     Kaplan et al. 2020 (section 2.1): two per parameter outside the embeddings. Attention adds four per query
-    channel and token looked at, of which a causal one sees half. Long texts take more than the mean says.
+    channel and token attended to, and causal attention sees half of them. Texts above the mean length take more.
     """
     attention = 2 * shape.layers * shape.heads * shape.head_dim * text_tokens
     return 2 * non_embedding_parameters(shape) + attention
@@ -78,7 +78,7 @@ def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -
     Args:
         work: the stage's work.
         text_tokens: mean tokens of a text.
-        worker_tokens: mean tokens of a worker's part of a batch, which say how many chunks it has.
+        worker_tokens: mean tokens of a worker's part of a batch, which decide how many chunks it has.
     """
     forwards = 3 + extra_forwards(work, text_tokens, worker_tokens)
     own = forward_flops_per_token(work.shape, text_tokens) * forwards

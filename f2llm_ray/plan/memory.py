@@ -51,7 +51,7 @@ def memory(work: StageWork) -> Memory:
 
 
 def gradient_bytes(work: StageWork) -> float:
-    """The largest that gradients get in a backward pass.
+    """Most bytes that gradients take in a backward pass.
 
     From ZeRO-2 on DeepSpeed keeps a worker's share alone, on the host with offload, since each gradient is reduced
     as soon as it is there; under ZeRO-1 too where a step has one backward pass. But it is there only when all
@@ -88,7 +88,7 @@ def host_bytes(work: StageWork) -> float:
 
 
 def buffer_bytes(work: StageWork) -> float:
-    """DeepSpeed's own: the gradient bucket from ZeRO-1 on, and under ZeRO-3 the gathered weights."""
+    """DeepSpeed's buffers: the gradient bucket from ZeRO-1 on, and under ZeRO-3 the gathered weights."""
     bucket = BUCKET_PARAMETERS if work.zero_stage else 0
     live = min(LIVE_PARAMETERS, _count(work)) if work.zero_stage == 3 else 0
     return work.float_bytes * (bucket + live)
@@ -102,10 +102,10 @@ def teacher_bytes(work: StageWork) -> float:
 
 
 def activation_bytes(work: StageWork) -> float:
-    """What forward leaves for backward: of a worker's whole part of a batch, or with GradCache of one chunk.
+    """What forward saves for backward: of a worker's whole part of a batch, or with GradCache of one chunk.
 
     The loss is over all texts of a batch, so that without GradCache (Gao et al. 2021) all its passes are held
-    together. With checkpointing (Chen et al. 2016) a layer leaves its input only, and one layer of one pass is
+    together. With checkpointing (Chen et al. 2016) a layer saves its input only, and one layer of one pass is
     whole at a time.
     """
     shape, tokens = work.shape, work.longest_chunk_tokens

@@ -1,4 +1,4 @@
-"""A stage's plan for the eye."""
+"""A stage's plan as lines of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME, CELL = 20, 13
 
 
 def table(numbers: dict[str, Any]) -> list[str]:
-    """Lines on one stage, from its numbers."""
+    """The lines of one stage, from its `summary.stage_numbers`."""
     work = numbers["work"]
     precision = "bf16" if work["float_bytes"] == 2 else "fp32"
     checkpointing = ", gradient checkpointing" if work["gradient_checkpointing"] else ""
@@ -37,7 +37,7 @@ def _batch(numbers: dict[str, Any]) -> list[str]:
 
 
 def _memory(numbers: dict[str, Any]) -> list[str]:
-    """The memory table, without the columns that are empty; > marks the recipe's own row."""
+    """The memory table without its empty columns; > marks the settings of the recipe."""
     work, rows = numbers["work"], list(numbers["memory"])
     names = [f"ZeRO {row['zero_stage']}{' + offload' if row['offload'] else ''}" for row in rows]
     own = [(row["zero_stage"], row["offload"]) == (work["zero_stage"], work["offload"]) for row in rows]
