@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import yaml
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.model.checkpoint import ModelInfo, load_info
+from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info
 from f2llm_ray.model.fingerprint import fingerprint
-from f2llm_ray.report.model_card import CARD, read_card
+from f2llm_ray.model.sizes import count_parameters
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def model_meta(folder: Path) -> ModelMeta:
 
     info, place = load_info(folder), Folder.at(str(folder))
     config = place.read_json("config.json")
-    card = read_card(folder / CARD)[0] if (folder / CARD).is_file() else {}
+    card = _front_matter(folder / "README.md")
     spoken = card.get("language") or []
     spoken = [spoken] if isinstance(spoken, str) else spoken
     return ModelMeta(
@@ -79,7 +81,7 @@ def model_meta(folder: Path) -> ModelMeta:
         revision=fingerprint(place),
         release_date=None,
         languages=[language for language in spoken if language in ISO_TO_LANGUAGE] or None,
-        n_parameters=_parameters(folder),
+        n_parameters=count_parameters(load_backbone(folder))[0],
         n_embedding_parameters=config["vocab_size"] * config["hidden_size"],
         memory_usage_mb=None,
         max_tokens=info.max_tokens,
@@ -150,14 +152,11 @@ class MtebEncoder:
         return pairwise_cos_sim(embeddings1, embeddings2)
 
 
-def _parameters(folder: Path) -> int:
-    """Numbers in the weight files, int8 scales included."""
-    from math import prod
+def _front_matter(card: Path) -> dict[str, Any]:
+    """What the front matter of a model card says; {} where there is no card."""
+    from huggingface_hub import metadata_load
 
-    from safetensors import safe_open
-
-    count = 0
-    for file in folder.glob("model*.safetensors"):
-        with safe_open(file, framework="np") as weights:
-            count += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    return count
+    try:
+        return (metadata_load(card) or {}) if card.is_file() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunError(f"{card}: its front matter is not YAML: {error}") from None

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.report.model_card import CARD, NO_LICENCE, PLACEHOLDER, read_card
@@ -97,18 +95,18 @@ def finished_card(folder: Path, repo: str, licence: str) -> str:
         RunError: there is no card, or it lacks a field, or it states another licence.
     """
     path = folder / CARD
-    front, text = read_card(path)
+    card = read_card(path)
     for field in FIELDS:
-        if not front.get(field):
+        if not card.data.get(field):
             raise RunError(f"{path}: the front matter has no {field}")
-    stated = front["license"]
-    if stated == "other" and front.pop("license_name", None) == NO_LICENCE:
+    stated = card.data["license"]
+    if stated == "other" and card.data.pop("license_name") == NO_LICENCE:
         stated = licence
     if stated != licence:
         raise RunError(f"{path}: the card says licence {stated!r}, not {licence!r}")
-    front["license"] = licence
-    head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n{text.replace(PLACEHOLDER, repo)}"
+    card.data["license"] = licence
+    card.text = card.text.replace(PLACEHOLDER, repo)
+    return str(card)
 
 
 def check_vectors(folder: Path) -> None:

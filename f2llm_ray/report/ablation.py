@@ -8,17 +8,17 @@ from typing import Any
 from f2llm_ray.base import formatting
 from f2llm_ray.report.page import render_page
 from f2llm_ray.report.plots import Plot, line_plot
+from f2llm_ray.report.read_scores import lineage
 from f2llm_ray.run.folder import Folder
 
 METRIC = "ndcg@10"
 PER_PLOT = 5
-"""Lines that one plot tells apart by colour."""
+"""Lines of one plot, each of its own colour."""
 
-Row = dict[str, Any]
-Result = Mapping[str, Any]
+AblationRow = dict[str, Any]
 
 
-def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
+def rows_of(results: Mapping[str, Mapping[str, Any]], reference: str | None) -> list[AblationRow]:
     """One row for the reference model, where it is known, and one per variant.
 
     A variant is judged by the last model it makes, at its full dim and at the shorter ones.
@@ -33,7 +33,7 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
         at the full dim), `mean` (over the sets), `by_dim` (the mean by dim), `kept`, the share of the
         reference's mean, and `against_first`; or `name` and `error`.
     """
-    rows: list[Row] = []
+    rows: list[AblationRow] = []
     for result in results.values():
         found = [model for model in result.get("models", ()) if model["name"] == reference]
         if found:
@@ -46,8 +46,8 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
             continue
         last = result["models"][-1]
         # A model that was merged or quantised has the training of the one it is made from; a pruned one has none.
-        trained = last["name"].removesuffix("-int8").removesuffix("-merged")
-        row = _row(name, last, result["training"].get(trained))
+        made = (model for model in lineage(result["models"], last) if model.get("kind") not in {"merge", "int8"})
+        row = _row(name, last, result["training"].get(next(made, last)["name"]))
         rows.append({**row, "against_first": result["against_first"]})
     for row in rows:
         if "mean" in row:
@@ -55,21 +55,21 @@ def rows_of(results: Mapping[str, Result], reference: str | None) -> list[Row]:
     return rows
 
 
-def write_ablation(out: Folder, told: Mapping[str, Any]) -> None:
+def write_ablation(out: Folder, ablation: Mapping[str, Any]) -> None:
     """Writes ablation.json, ablation.md and ablation.html."""
-    out.write_json("ablation.json", dict(told))
-    out.write_bytes("ablation.md", markdown(told["rows"]).encode())
-    out.write_bytes("ablation.html", page(told).encode())
+    out.write_json("ablation.json", dict(ablation))
+    out.write_bytes("ablation.md", markdown(ablation["rows"]).encode())
+    out.write_bytes("ablation.html", page(ablation).encode())
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[AblationRow]) -> str:
     """The table as Markdown."""
     head, *body = cells(rows)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(_escaped(cell) for cell in line)} |\n" for line in (head, rule, *body))
 
 
-def cells(rows: Sequence[Row]) -> list[list[str]]:
+def cells(rows: Sequence[AblationRow]) -> list[list[str]]:
     """The table's head and its lines."""
     sets = list(dict.fromkeys(name for row in rows for name in row.get("scores", {})))
     head = [
@@ -100,24 +100,24 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
     return [head, *body]
 
 
-def page(told: Mapping[str, Any]) -> str:
+def page(ablation: Mapping[str, Any]) -> str:
     """The HTML page; all text in it is escaped."""
-    measured = [row for row in told["rows"] if row.get("by_dim")]
+    measured = [row for row in ablation["rows"] if row.get("by_dim")]
     groups = [measured[first : first + PER_PLOT] for first in range(0, len(measured), PER_PLOT)]
-    head, *body = cells(told["rows"])
+    head, *body = cells(ablation["rows"])
     return render_page(
         "ablation.html",
-        name=told["name"],
-        facts=[told["created"], told["device"]],
-        headline=_headline(told["rows"]),
+        name=ablation["name"],
+        facts=[ablation["created"], ablation["device"]],
+        headline=_headline(ablation["rows"]),
         head=head,
         rows=body,
         plots=[_plot(f"dims-{number}", group) for number, group in enumerate(groups)],
-        changes=[(name, str(change or "none")) for name, change in told["changes"].items()],
+        changes=[(name, str(change or "none")) for name, change in ablation["changes"].items()],
     )
 
 
-def _row(name: str, model: Mapping[str, Any], training: Mapping[str, Any] | None) -> Row:
+def _row(name: str, model: Mapping[str, Any], training: Mapping[str, Any] | None) -> AblationRow:
     # Sets of other tasks have other metrics; what is compared is retrieval.
     by_set = {
         found: {int(dim): float(values[METRIC]) for dim, values in scores.items() if METRIC in values}
@@ -141,8 +141,8 @@ def _row(name: str, model: Mapping[str, Any], training: Mapping[str, Any] | None
     }
 
 
-def _sure(row: Row, name: str) -> str:
-    """A sign after a score that is surely above or below the first variant's: its 95 % interval leaves out 0."""
+def _sure(row: AblationRow, name: str) -> str:
+    """A sign after a score whose difference from the first variant's has a 95 % interval without 0."""
     gap = row["against_first"].get(name)
     if gap is None or gap["low"] <= 0 <= gap["high"]:
         return ""
@@ -153,7 +153,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _headline(rows: Sequence[Row]) -> list[str]:
+def _headline(rows: Sequence[AblationRow]) -> list[str]:
     ranked = sorted((row for row in rows if row.get("mean") is not None), key=lambda row: -row["mean"])
     ranked = [row for row in ranked if not row["name"].startswith("reference: ")]
     if not ranked:
@@ -165,7 +165,7 @@ def _headline(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _plot(name: str, rows: Sequence[Row]) -> Plot:
+def _plot(name: str, rows: Sequence[AblationRow]) -> Plot:
     lines = {row["name"]: [(float(dim), mean) for dim, mean in row["by_dim"].items()] for row in rows}
     ticks = sorted({int(dim) for row in rows for dim in row["by_dim"]})
     return line_plot(name, lines, x="dims", y=METRIC, markers=True, ticks=ticks)

@@ -1,6 +1,6 @@
 """The parts of a data card: tables as rows of cells, and plots.
 
-All that is told by source and language is summed from one account, so that the parts agree with each other.
+All numbers by source and language are sums over one account, so that the parts agree with each other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.data.language import UNKNOWN
+from f2llm_ray.report.page import Cells
 from f2llm_ray.report.plots import Plot, bar_plot, histogram_plot, line_plot
 
 Card = Mapping[str, Any]
 Row = Mapping[str, Any]
-Cells = list[list[str]]
 
 DISAGREEMENTS = 20
 SAMPLE_CHARS = 240

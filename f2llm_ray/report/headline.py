@@ -1,18 +1,27 @@
-"""The first lines of a report: what the run gave, in sentences. What was not measured is left out."""
+"""The first lines of a report: the results of the run in sentences. What was not measured is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from f2llm_ray.base import formatting
-from f2llm_ray.report.scores import Model, at_full, by_language, enough, main_metric, reference_of, sets_of
+from f2llm_ray.report.read_scores import (
+    ModelEntry,
+    RunReport,
+    at_full,
+    by_language,
+    enough,
+    lineage,
+    main_metric,
+    reference_of,
+    sets_of,
+)
 
 WEAKEST, STRONGEST = 5, 3
 """Languages of a set that are named."""
 
 
-def headline(report: Mapping[str, Any]) -> list[str]:
+def headline(report: RunReport) -> list[str]:
     """The main numbers as sentences."""
     models = list(report.get("models") or [])
     reference = reference_of(report)
@@ -24,14 +33,15 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{formatting.count(kept)} training rows{where}, of {formatting.count(read)} read.")
     trained = reference or (models[-1] if models else None)
     if trained is not None:
+        first = next((found for found in lineage(models, trained)[1:] if found.get("kind") == "untrained"), None)
         results = [
             f"{main_metric([trained], name)} {formatting.score(at_full(trained, name))} on {name}"
-            + _before(models[0], trained, name)
+            + _before(first, name)
             for name in sets_of([trained])
         ]
         if results:
             sentences.append(f"The {trained.get('name')} model reaches {formatting.listed(results)}.")
-    if reference is not None:
+    if reference is not None and models[-1] is not reference:
         sentences += _kept(models[-1], reference)
     if models and trained is not None:
         sentences += _better(models, [trained, models[-1]])
@@ -46,13 +56,12 @@ def headline(report: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _before(first: Model, trained: Model, name: str) -> str:
-    before = at_full(first, name)
-    known = first is not trained and first.get("name") == "untrained" and before is not None
-    return f" ({formatting.score(before)} untrained)" if known else ""
+def _before(untrained: ModelEntry | None, name: str) -> str:
+    before = None if untrained is None else at_full(untrained, name)
+    return "" if before is None else f" ({formatting.score(before)} untrained)"
 
 
-def _kept(last: Model, reference: Model) -> list[str]:
+def _kept(last: ModelEntry, reference: ModelEntry) -> list[str]:
     kept = [
         f"{formatting.share(at_full(last, name), at_full(reference, name))}{'' if index else ' of that'} on {name}"
         for index, name in enumerate(sets_of([last]))
@@ -66,19 +75,19 @@ def _kept(last: Model, reference: Model) -> list[str]:
     return [f"{subject} keeps {formatting.listed(kept)}."] if kept else []
 
 
-def _better(models: Sequence[Model], told: Sequence[Model]) -> list[str]:
-    """Where a model of the run that the sentences before did not name scores above those that they did."""
+def _better(models: Sequence[ModelEntry], named: Sequence[ModelEntry]) -> list[str]:
+    """Names, set by set, a model that scores above all of those named before."""
     found = []
     for name in sets_of(models):
         scored = [(at_full(model, name) or 0.0, str(model.get("name"))) for model in models]
         score, best = max(scored, key=lambda item: item[0])
-        if score > max(at_full(model, name) or 0.0 for model in told):
+        if score > max(at_full(model, name) or 0.0 for model in named):
             found.append(f"{best} on {name} ({formatting.score(score)})")
-    those = "both" if told[0] is not told[-1] else "it"
+    those = "both" if named[0] is not named[-1] else "it"
     return [f"Better than {those}: {formatting.listed(found)}."] if found else []
 
 
-def _weakest(model: Model) -> list[str]:
+def _weakest(model: ModelEntry) -> list[str]:
     """In which languages the model is weak and strong, by its score at the full dim."""
     sentences = []
     for name in sets_of([model]):

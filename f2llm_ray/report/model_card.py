@@ -8,29 +8,40 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.optional import require
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
-from f2llm_ray.report.scores import by_dim, by_language, interval, main_metric, metrics_of, sets_of
+from f2llm_ray.report.read_scores import (
+    ModelEntry,
+    RunReport,
+    by_dim,
+    by_language,
+    interval,
+    main_metric,
+    metrics_of,
+    sets_of,
+)
 from f2llm_ray.run.folder import Folder
 
-Facts = Mapping[str, Any]
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
 
 CARD = "README.md"
 NO_LICENCE = "to-be-stated-by-the-publisher"
 PLACEHOLDER = "MODEL_FOLDER"
-"""What the examples call the model until it has a name on the hub (`evaluate.publish`)."""
+"""What the examples call the model until it has a name on the hub (`export.publish`)."""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 WEAKEST = 10
 """Languages of a set that the card names."""
 HUB_METRICS = {"ndcg@10": "ndcg_at_10", "acc@1": "accuracy", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
 
 
-def write_cards(root: Folder, report: Facts) -> list[str]:
+def write_cards(root: Folder, report: RunReport) -> list[str]:
     """Writes README.md into the folder of every model of a report; returns the folders.
 
     A folder that is not there any more, as of a run that was copied in part, is passed over: the report says
@@ -46,25 +57,24 @@ def write_cards(root: Folder, report: Facts) -> list[str]:
     return written
 
 
-def read_card(path: Path) -> tuple[dict[str, Any], str]:
-    """The front matter of a card, and the text below it.
+def read_card(path: Path) -> ModelCard:
+    """The card of a model folder, as huggingface_hub reads it.
 
     Raises:
+        DataError: huggingface_hub is not installed.
         RunError: there is no card, or its front matter cannot be read.
     """
+    hub = require("huggingface_hub", extra="datasets")
     if not path.is_file():
         raise RunError(f"{path}: there is no model card; jobs/pipeline.py or jobs/evaluate.py writes it")
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
     try:
-        front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
-    except yaml.YAMLError as error:
-        raise RunError(f"{path}: its front matter is not YAML: {error}") from None
-    if not isinstance(front, dict):
-        raise RunError(f"{path}: found no front matter, expected the hub's fields between two lines of ---")
-    return front, parts[2]
+        card: ModelCard = hub.ModelCard.load(path)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RunError(f"{path}: its front matter cannot be read: {error}") from None
+    return card
 
 
-def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:
+def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
     """The text of a card.
 
     Args:
@@ -72,9 +82,8 @@ def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:
         model: the entry of the model there.
         info: the facts of its folder.
     """
-    front = yaml.safe_dump(front_matter(report, model, info), sort_keys=False, allow_unicode=True)
     parts = [
-        f"---\n{front}---",
+        f"---\n{front_matter(report, model, info).to_yaml()}\n---",
         f"# {info.name}",
         _summary(report, model, info),
         _usage(info),
@@ -85,49 +94,47 @@ def model_card(report: Facts, model: Facts, info: ModelInfo) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(report: Facts, model: Facts, info: ModelInfo) -> dict[str, Any]:
+def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> ModelCardData:
     """What the hub reads: languages, licence, base model, data sets, tags, metrics and results."""
+    hub = require("huggingface_hub", extra="datasets")
     languages = report.get("languages") or {}
     spoken = sorted({tag.split("-")[0] for tag in languages if re.fullmatch(r"[a-z]{2,3}(-.*)?", tag)})
     base = report.get("backbone")
+    on_hub = isinstance(base, str) and HUB_NAME.fullmatch(base) and not Path(base).exists()
     tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka"]
-    # A licence cannot be worked out from those of the sources: whoever publishes the model names it.
-    front: dict[str, Any] = {
-        "language": [tag for tag in spoken if tag not in {"und", "zxx", "mul"}],
-        "license": "other",
-        "license_name": NO_LICENCE,
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "feature-extraction",
-        "tags": [*tags, "code"] if any(tag.startswith("code:") for tag in languages) else tags,
-    }
-    if isinstance(base, str) and HUB_NAME.fullmatch(base) and not Path(base).exists():
-        front["base_model"] = base
     given = [facts.get("dataset") for facts in trained_on(report, model).values()]
-    datasets = sorted({name for name in given if isinstance(name, str) and HUB_NAME.fullmatch(name)})
-    if datasets:
-        front["datasets"] = datasets
     results = [
-        {
-            "task": {"type": "sentence-similarity"},
-            "dataset": {"name": name, "type": name},
-            "metrics": [
-                {"type": HUB_METRICS.get(metric, metric), "name": f"{metric}, {dim} dims", "value": facts[metric]}
-                for dim, facts in by_dim(model, name).items()
-                for metric in metrics_of([model], name)
-                if metric in facts
-            ],
-        }
+        hub.EvalResult(
+            task_type="sentence-similarity",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=f"{metric}, {dim} dims",
+            metric_value=facts[metric],
+        )
         for name in sets_of([model])
-        if by_dim(model, name)
+        for dim, facts in by_dim(model, name).items()
+        for metric in metrics_of([model], name)
+        if metric in facts
     ]
-    if results:
-        named = [metric for name in sets_of([model]) for metric in metrics_of([model], name)]
-        front["metrics"] = list(dict.fromkeys(HUB_METRICS.get(metric, metric) for metric in named))
-        front["model-index"] = [{"name": info.name, "results": results}]
-    return front
+    card: ModelCardData = hub.ModelCardData(
+        language=[tag for tag in spoken if tag not in {"und", "zxx", "mul"}],
+        # A licence cannot be worked out from those of the sources: who publishes the model names it.
+        license="other",
+        license_name=NO_LICENCE,
+        library_name="sentence-transformers",
+        pipeline_tag="feature-extraction",
+        tags=[*tags, "code"] if any(tag.startswith("code:") for tag in languages) else tags,
+        base_model=base if on_hub else None,
+        datasets=sorted({name for name in given if isinstance(name, str) and HUB_NAME.fullmatch(name)}) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        model_name=info.name if results else None,
+        eval_results=results or None,
+    )
+    return card
 
 
-def _summary(report: Facts, model: Facts, info: ModelInfo) -> str:
+def _summary(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
     size = f"{formatting.count(model.get('parameters'))} parameters"
     outside = model.get("non_embedding_parameters")
     if outside is not None:
@@ -183,7 +190,7 @@ curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
 ```"""
 
 
-def _quality(model: Facts) -> str:
+def _quality(model: ModelEntry) -> str:
     names = [name for name in sets_of([model]) if by_dim(model, name)]
     if not names:
         return "## Quality\n\nNot measured."
@@ -197,7 +204,7 @@ def _quality(model: Facts) -> str:
     return "\n".join(lines)
 
 
-def _weak(model: Facts) -> str:
+def _weak(model: ModelEntry) -> str:
     parts = []
     for name in sets_of([model]):
         found, main = by_language(model, name), main_metric([model], name)
@@ -205,7 +212,8 @@ def _weak(model: Facts) -> str:
             continue
         weakest = sorted(found.items(), key=lambda item: (item[1].get(main) or 0.0, item[0]))[:WEAKEST]
         listed = ", ".join(
-            f"{_plain(language)} {formatting.score(facts.get(main))} ({formatting.count(facts.get('queries'))} queries)"
+            f"{_plain(language)} {formatting.score(facts.get(main))} "
+            f"({formatting.count(facts.get('queries'))} queries)"
             for language, facts in weakest
         )
         parts.append(f"- {_plain(name)} ({main}, the full dim), of {len(found)} languages: {listed}")
@@ -216,13 +224,13 @@ def _weak(model: Facts) -> str:
     )
 
 
-def trained_on(report: Facts, model: Facts) -> dict[str, Facts]:
+def trained_on(report: RunReport, model: ModelEntry) -> dict[str, Mapping[str, Any]]:
     """The sources that a model was trained on, and what the report says of each."""
     found = report.get("sources") or {}
     return {name: found[name] for name in model.get("sources") or () if name in found}
 
 
-def _data(sources: Mapping[str, Facts]) -> str:
+def _data(sources: Mapping[str, Mapping[str, Any]]) -> str:
     if not sources:
         return ""
     lines = ["## Trained on", "", "| source | task | rows | licence |", "|---|---|---|---|"]

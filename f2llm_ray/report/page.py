@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+Cells = list[list[str]]
+"""The rows of a table, each a text per column."""
+
 
 def render_page(template: str, **values: Any) -> str:
     """Fills a template that extends `page.html`; all text in it is escaped, plots are not.

@@ -11,34 +11,32 @@ from typing import Any
 from f2llm_ray.base import formatting
 from f2llm_ray.report.headline import headline
 from f2llm_ray.report.model_card import write_cards
-from f2llm_ray.report.page import render_page
-from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
-from f2llm_ray.report.resources import by_resources
-from f2llm_ray.report.scores import (
+from f2llm_ray.report.page import Cells, render_page
+from f2llm_ray.report.read_scores import (
     BITS,
+    Metrics,
+    ModelEntry,
+    RunReport,
     at_full,
     by_dim,
     by_language,
     enough,
     interval,
+    is_shrunk,
     main_metric,
     megabytes,
     metrics_of,
     reference_of,
     sets_of,
-    shrunk_of,
 )
+from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
+from f2llm_ray.report.resources import by_resources
 from f2llm_ray.run.folder import Folder
 
-Report = Mapping[str, Any]
-Model = Mapping[str, Any]
-Cells = list[list[str]]
-
 LANGUAGES_OPEN = 20
-"""Rows of the per-language table that are seen without unfolding it."""
-
+"""Rows of the per-language table that are shown before unfolding it."""
 TYPES_OPEN = 9
-"""The same of the table of smaller vectors: three dims."""
+"""The same for the table of smaller vectors: three dims."""
 
 
 def write_report(root: Folder, report: dict[str, Any]) -> None:
@@ -52,7 +50,7 @@ def write_report(root: Folder, report: dict[str, Any]) -> None:
     write_cards(root, report)
 
 
-def render(report: Report, plots: Plots) -> str:
+def render(report: RunReport, plots: Plots) -> str:
     """The HTML page; all text in it is escaped."""
     models = list(report.get("models") or [])
     reference = reference_of(report)
@@ -63,7 +61,7 @@ def render(report: Report, plots: Plots) -> str:
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
         quality=[
-            (name, _asked(report, name), _scores_head(models, name), _quality(models, reference, name))
+            (name, _asked(report, name), _overlap(report, name), *_quality(models, report, reference, name))
             for name in sets_of(models)
         ],
         matryoshka=plots.matryoshka,
@@ -101,8 +99,8 @@ def render(report: Report, plots: Plots) -> str:
 # The parts of the page
 
 
-def _asked(report: Report, name: str) -> str:
-    """How much a set asks, and among how much."""
+def _asked(report: RunReport, name: str) -> str:
+    """The kind of a set, and how many queries it has and texts that they are compared with."""
     facts = (report.get("sets") or {}).get(name)
     if not facts:
         return ""
@@ -110,51 +108,70 @@ def _asked(report: Report, name: str) -> str:
     return f"{str(facts['kind']).replace('_', ' ')}, {formatting.count(facts['queries'])} asked{among}"
 
 
-def _scores_head(models: Sequence[Model], name: str) -> list[str]:
+def _scores_head(models: Sequence[ModelEntry], name: str) -> list[str]:
     """The metrics of a set as a table shows them: the main one with its interval, then the others."""
     main, *others = metrics_of(models, name) or ["score"]
     return [main, "95 % interval", *others]
 
 
-def _scores_cells(models: Sequence[Model], name: str, facts: Mapping[str, Any]) -> list[str]:
+def _scores_cells(models: Sequence[ModelEntry], name: str, facts: Metrics) -> list[str]:
     main, *others = (formatting.score(facts.get(metric)) for metric in metrics_of(models, name) or ["score"])
     return [main, interval(facts), *others]
 
 
-def _quality(models: Sequence[Model], reference: Model | None, name: str) -> Cells:
-    """Rows of model, d and the metrics at d, and the main one as a share of the reference's."""
-    shrunk = shrunk_of(models)
+def _overlap(report: RunReport, name: str) -> str:
+    """How much of a set was trained on, where it came after the data were prepared."""
+    facts = (report.get("overlap") or {}).get(name)
+    if facts is None:
+        return ""
+    rows, queries, of = (formatting.count(facts.get(key)) for key in ("rows", "queries", "of"))
+    metric = main_metric(report.get("models") or [], name)
+    return (
+        f"Came after the data were prepared: {rows} training rows hold a text of it, {queries} of {of} queries; "
+        f"the clean part's {metric} is in the column clean."
+    )
+
+
+def _quality(
+    models: Sequence[ModelEntry], report: RunReport, reference: ModelEntry | None, name: str
+) -> tuple[list[str], Cells]:
+    """Names of the columns, and rows of model, d, metrics at d, and the main one's share of the reference's."""
+    late = name in (report.get("overlap") or {})
     rows = []
     for model in models:
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
         row = [str(model.get("name")), formatting.count(dim), *_scores_cells(models, name, facts)]
+        if late:
+            clean = (model.get("clean") or {}).get(name) or {}
+            row.append(formatting.score(clean.get(str(dim))))
         if reference is not None:
             share = formatting.share(at_full(model, name), at_full(reference, name))
-            row.append(share if model in shrunk else "")
+            row.append(share if is_shrunk(models, model) else "")
         rows.append(row)
-    return rows
+    return [*_scores_head(models, name), *(["clean"] if late else [])], rows
 
 
-def _types(model: Model) -> list[tuple[str, Cells]]:
-    """By set, a row per dim and type: the score, megabytes of a million vectors, and how long a search takes."""
-    sets, searches = [], model.get("search_ms") or {}
-    for name, found in (model.get("types") or {}).items():
-        rows = [
+def _types(model: ModelEntry) -> list[tuple[str, Cells]]:
+    """By set, a row per dim and type: the score, and megabytes of a million vectors."""
+    return [
+        (
+            name,
             [
-                formatting.count(dim),
-                kind,
-                formatting.score(found[str(dim)].get(kind)),
-                formatting.count(megabytes(dim, kind)),
-                formatting.milliseconds((searches.get(str(dim)) or {}).get(kind)),
-            ]
-            for dim in sorted(map(int, found), reverse=True)
-            for kind in BITS
-        ]
-        sets.append((name, rows))
-    return sets
+                [
+                    formatting.count(dim),
+                    kind,
+                    formatting.score(found[str(dim)].get(kind)),
+                    formatting.count(megabytes(dim, kind)),
+                ]
+                for dim in sorted(map(int, found), reverse=True)
+                for kind in BITS
+            ],
+        )
+        for name, found in (model.get("types") or {}).items()
+    ]
 
 
-def _sizes(model: Model) -> list[str]:
+def _sizes(model: ModelEntry) -> list[str]:
     numbers = [formatting.count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
     return [
         str(model.get("name")),
@@ -165,7 +182,7 @@ def _sizes(model: Model) -> list[str]:
     ]
 
 
-def _languages(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+def _languages(model: ModelEntry, report: RunReport, reference: ModelEntry | None, name: str) -> Cells:
     """Rows of language, training rows, queries, the metrics at d, and the main one's share of the reference's."""
     trained = report.get("languages") or {}
     found, main = by_language(model, name), main_metric([model], name)
@@ -181,7 +198,7 @@ def _languages(model: Model, report: Report, reference: Model | None, name: str)
     return rows
 
 
-def _resources(model: Model, report: Report, reference: Model | None, name: str) -> Cells:
+def _resources(model: ModelEntry, report: RunReport, reference: ModelEntry | None, name: str) -> Cells:
     """Rows of class, languages, training rows of each, the mean score, and that as a share of the reference's."""
     trained, main = report.get("languages") or {}, main_metric([model], name)
     theirs = {} if reference is None else by_language(reference, name)
@@ -200,7 +217,7 @@ def _step(row: Mapping[str, Any]) -> list[str]:
     return [str(row.get("step")), formatting.count(row.get("in")), formatting.count(row.get("out")), dropped]
 
 
-def _sources(report: Report) -> Cells:
+def _sources(report: RunReport) -> Cells:
     sources = report.get("sources") or {}
     return [
         [
@@ -224,7 +241,7 @@ def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _seconds(report: Report) -> list[tuple[str, str, str]]:
+def _seconds(report: RunReport) -> list[tuple[str, str, str]]:
     """Stage, duration, and share of the longest one for a bar."""
     seconds = report.get("seconds") or {}
     longest = max(seconds.values(), default=0) or 1

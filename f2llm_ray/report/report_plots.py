@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from f2llm_ray.report.plots import Plot, bar_plot, line_plot
-from f2llm_ray.report.scores import BITS, by_dim, main_metric, megabytes, sets_of
-
-Report = Mapping[str, Any]
-Model = Mapping[str, Any]
+from f2llm_ray.report.read_scores import BITS, ModelEntry, RunReport, by_dim, main_metric, megabytes, sets_of
 
 LANGUAGES_PLOTTED = 40
 
@@ -36,7 +32,7 @@ class Plots:
         return [plot for plot in (*found, self.languages) if plot is not None]
 
 
-def plots_of(report: Report) -> Plots:
+def plots_of(report: RunReport) -> Plots:
     """The plots of a report, which may lack any part."""
     models = list(report.get("models") or [])
     return Plots(
@@ -48,7 +44,7 @@ def plots_of(report: Report) -> Plots:
     )
 
 
-def _matryoshka(models: Sequence[Model], name: str) -> Plot | None:
+def _matryoshka(models: Sequence[ModelEntry], name: str) -> Plot | None:
     main = main_metric(models, name)
     lines = {}
     for model in models:
@@ -59,7 +55,7 @@ def _matryoshka(models: Sequence[Model], name: str) -> Plot | None:
     return line_plot(title, lines, x="dim", y=main, markers=True, ticks=ticks) if ticks else None
 
 
-def _types(model: Model) -> list[tuple[str, Plot]]:
+def _types(model: ModelEntry) -> list[tuple[str, Plot]]:
     plots = []
     for name, found in (model.get("types") or {}).items():
         lines = {
@@ -83,7 +79,7 @@ def _languages(languages: Mapping[str, int]) -> Plot | None:
     return bar_plot("training rows by language", largest) if largest else None
 
 
-def _losses(report: Report) -> list[tuple[str, Plot]]:
+def _losses(report: RunReport) -> list[tuple[str, Plot]]:
     plots = []
     for stage, facts in (report.get("training") or {}).items():
         by_dim = sorted((key for key in facts if key.startswith("loss_at_")), key=lambda key: -int(key[8:]))
@@ -97,7 +93,7 @@ def _losses(report: Report) -> list[tuple[str, Plot]]:
     return plots
 
 
-def _scores(report: Report) -> list[tuple[str, Plot]]:
+def _scores(report: RunReport) -> list[tuple[str, Plot]]:
     """ndcg@10 on held-out rows while a stage trained, and the scores of its checkpoints on the sets."""
     plots = []
     for stage, facts in (report.get("training") or {}).items():

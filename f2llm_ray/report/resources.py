@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Scores = Mapping[str, Mapping[str, Any]]
+LanguageScores = Mapping[str, Mapping[str, Any]]
+"""Metrics by language."""
 
 CLASSES = ("high", "mid", "low")
 
@@ -17,10 +18,10 @@ class Group:
 
     name: str
     languages: tuple[str, ...]
-    scores: Scores
+    scores: LanguageScores
     """Of the model, by language."""
 
-    def mean(self, scores: Scores, metric: str) -> float | None:
+    def mean(self, scores: LanguageScores, metric: str) -> float | None:
         """The mean over these languages, each counting once; None where one of them was not measured."""
         values = [(scores.get(language) or {}).get(metric) for language in self.languages]
         known = [float(value) for value in values if value is not None]
@@ -32,7 +33,7 @@ class Group:
         return f"{numbers[0]:,}" if numbers[0] == numbers[-1] else f"{numbers[0]:,} to {numbers[-1]:,}"
 
 
-def by_resources(scores: Scores, trained: Mapping[str, int]) -> list[Group]:
+def by_resources(scores: LanguageScores, trained: Mapping[str, int]) -> list[Group]:
     """The classes that a set's languages fall into, richest first; empty ones are left out.
 
     The languages that were trained on are put into thirds by their training rows, ties in the order of their

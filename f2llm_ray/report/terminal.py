@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
-from f2llm_ray.report.scores import Model, by_dim, metrics_of, sets_of
-
-Cells = list[list[str]]
+from f2llm_ray.report.page import Cells
+from f2llm_ray.report.read_scores import ModelEntry, RunReport, by_dim, metrics_of, sets_of
 
 TERMINAL_COLUMNS = 120
 
 
-def terminal_table(report: Mapping[str, Any]) -> str:
+def terminal_table(report: RunReport) -> str:
     """One row per model: sizes, and for each set the metrics at d and the main one at the smaller dims.
 
     Sets stand side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
@@ -39,7 +38,7 @@ def terminal_table(report: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in [*lines, *title, *block])
 
 
-def _terminal_columns(models: Sequence[Model], name: str) -> Cells:
+def _terminal_columns(models: Sequence[ModelEntry], name: str) -> Cells:
     """Columns, each with its header: the metrics at d, then the main one at d over each divisor."""
     found = [by_dim(model, name) for model in models]
     cells = [{max(scores) // dim: facts for dim, facts in scores.items()} for scores in found]

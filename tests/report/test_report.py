@@ -30,7 +30,9 @@ LANGUAGES = [f"l{i:02}" for i in range(45)]
 HOSTILE = "<script>alert('$x^2$')</script>&\"_"
 
 
-def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[str, Any]:
+def model(
+    name: str, quality: float, dim: int, sets: tuple[str, ...], kind: str = "train", made_from: str | None = None
+) -> dict[str, Any]:
     def scores(value: float) -> dict[str, Any]:
         return {
             "ndcg@10": value,
@@ -42,6 +44,8 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
 
     return {
         "name": name,
+        "kind": kind,
+        "made_from": made_from,
         "folder": f"{name}-0a1b2c3d/model",
         "sources": [] if name == "untrained" else ["web"],
         "parameters": dim * 50_000,
@@ -52,7 +56,6 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
             s: {str(dim): {"float": quality, "int8": quality - 0.001, "binary": quality - 0.05}} for s in sets
         },
         "query_ms": 2.345,
-        "search_ms": {str(dim): {"float": 123.4, "int8": 56.7, "binary": 8.9}},
         "languages": {
             s: {
                 str(dim): {
@@ -66,11 +69,11 @@ def model(name: str, quality: float, dim: int, sets: tuple[str, ...]) -> dict[st
 
 def full_report(sets: tuple[str, ...] = ("manual", "phrases")) -> dict[str, Any]:
     models = [
-        ("untrained", 0.051, 256),
-        ("stage1", 0.602, 256),
-        ("stage2", 0.741, 256),
-        ("pruned", 0.322, 192),
-        ("distilled", 0.713, 192),
+        ("untrained", 0.051, 256, sets, "untrained", None),
+        ("stage1", 0.602, 256, sets, "train", "untrained"),
+        ("stage2", 0.741, 256, sets, "train", "stage1"),
+        ("pruned", 0.322, 192, sets, "prune", "stage2"),
+        ("distilled", 0.713, 192, sets, "distill", "pruned"),
     ]
     return {
         "name": "a run",
@@ -97,7 +100,7 @@ def full_report(sets: tuple[str, ...] = ("manual", "phrases")) -> dict[str, Any]
                 "validation": [[450, 1.5], [900, None]],
             }
         },
-        "models": [model(*facts, sets) for facts in models],
+        "models": [model(*facts) for facts in models],
         "reference": "stage2",
         "sets": {s: {"kind": "retrieval", "queries": 1234, "corpus": 56789} for s in sets},
         "missing": [],
@@ -143,8 +146,8 @@ def test_a_full_report_shows_its_numbers(tmp_path: Path) -> None:
     assert ["stage2", "256", "0.741", "0.721 to 0.761", "0.593", "0.815", ""] in rows
     assert ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784", "96.2 %"] in rows
     assert ["distilled", "9,600,000", "3,840,000", "38.4 MB", "2.3", "distilled-0a1b2c3d/model"] in rows
-    by_type = [["192", "float", "0.713", "768", "123"], ["192", "int8", "0.712", "192", "57"]]
-    assert all(row in rows for row in [*by_type, ["192", "binary", "0.663", "24", "8.9"]])
+    by_type = [["192", "float", "0.713", "768"], ["192", "int8", "0.712", "192"], ["192", "binary", "0.663", "24"]]
+    assert all(row in rows for row in by_type)
     assert ["clean", "5,000", "4,321", "too short 600 · same 79"] in rows
     assert ["web", "retrieval", "4,321", "not stated"] in rows
     assert ["stage1", "900", "1,234,567", "8,123", "1.234"] in rows
@@ -278,8 +281,8 @@ def test_models_without_numbers_are_shown_as_not_measured() -> None:
     report = {
         "models": [
             {"name": "stage1", "scores": {"manual": {"64": {"ndcg@10": 0.5}}}},
-            {"name": "pruned", "scores": {"manual": {}}, "languages": None},
-            {"name": "distilled", "scores": None},
+            {"name": "pruned", "kind": "prune", "scores": {"manual": {}}, "languages": None},
+            {"name": "distilled", "kind": "distill", "made_from": "pruned", "scores": None},
         ],
         "reference": "stage1",
         "rows": [{"step": "read"}],
@@ -289,6 +292,7 @@ def test_models_without_numbers_are_shown_as_not_measured() -> None:
     none = "not measured"
     assert ["stage1", "64", "0.500", "", ""] in rows
     assert ["pruned", none, none, "", none] in rows
+    assert ["distilled", none, none, "", none] in rows
     assert ["distilled", none, none, none, none, ""] in rows
     assert ["stage1", none, none, none, none] in rows
     assert terminal_table(report).splitlines()[2].split() == ["stage1", "-", "-", "0.500"]
@@ -304,6 +308,53 @@ def test_each_set_shows_the_metrics_of_its_kind() -> None:
     assert "f1 by dim on names" in page
     assert "f1 0.250 on names" in " ".join(headline(report))
     assert re.search(r"ndcg@10 acc@1 recall@10 .* f1 accuracy", terminal_table(report))
+
+
+def test_models_are_known_by_what_they_are_made_from_and_not_by_name() -> None:
+    report = full_report(("manual",))
+    names = {"untrained": "base", "stage1": "a", "stage2": "b", "pruned": "c", "distilled": "d"}
+    for facts in report["models"]:
+        facts["name"] = names[facts["name"]]
+        facts["made_from"] = names.get(facts["made_from"])
+    report["models"] += [
+        model("e", 0.6, 128, ("manual",), "prune", "d"),
+        model("b small", 0.74, 256, ("manual",), "int8", "b"),
+        model("f", 0.65, 128, ("manual",), "distill", "e"),
+    ]
+    report["reference"] = "b"
+    rows = Cells(render(report)).rows
+    shares = {row[0]: row[-1] for row in rows if len(row) == 7}
+    assert shares == {
+        "base": "", "a": "", "b": "", "c": "43.5 %", "d": "96.2 %", "e": "81.0 %", "b small": "", "f": "87.7 %",
+    }  # fmt: skip
+    words = " ".join(headline(report))
+    assert "The b model reaches ndcg@10 0.741 on manual (0.051 untrained)" in words
+    assert "The f model, with 50.0 % of the parameters (50.0 % outside the embeddings), keeps 87.7 % of" in words
+
+
+def test_a_report_of_models_that_do_not_say_what_they_are_made_from_compares_none() -> None:
+    report = full_report()
+    for facts in report["models"]:
+        del facts["kind"], facts["made_from"]
+    rows = Cells(render(report)).rows
+    assert ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784"] in rows
+    assert "The distilled model reaches ndcg@10 0.713 on manual" in " ".join(headline(report))
+
+
+def test_a_set_that_came_after_the_data_shows_what_is_clean_of_it() -> None:
+    report = full_report()
+    report["overlap"] = {"phrases": {"rows": 12, "queries": 8, "of": 400}}
+    report["models"][-1]["clean"] = {"phrases": {"192": 0.7012, "96": 0.6}}
+    page = render(report)
+    sentence = "Came after the data were prepared: 12 training rows hold a text of it, 8 of 400 queries;"
+    assert page.count(sentence) == 1
+    assert "the clean part&#39;s ndcg@10 is in the column clean." in page
+    rows = Cells(page).rows
+    known = ["distilled", "192", "0.713", "0.693 to 0.733", "0.570", "0.784"]
+    assert [*known, "96.2 %"] in rows, "the other set"
+    assert [*known, "0.701", "96.2 %"] in rows
+    assert ["pruned", "192", "0.322", "0.302 to 0.342", "0.258", "0.354", "not measured", "43.5 %"] in rows
+    assert "not measured of not measured queries" in render({**report, "overlap": {"manual": {}}})
 
 
 def test_hostile_text_is_shown_as_text() -> None:
@@ -346,7 +397,7 @@ def test_more_sets_than_fit_follow_below() -> None:
 
 def test_a_better_model_that_is_not_the_last_is_named() -> None:
     report = full_report()
-    report["models"][1] = model("stage1", 0.8, 256, ("manual",))
+    report["models"][1] = model("stage1", 0.8, 256, ("manual",), "train", "untrained")
     words = " ".join(headline(report))
     assert "Better than both: stage1 on manual (0.800)." in words
     assert "Better than both" not in " ".join(headline(full_report()))

@@ -7,8 +7,12 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 
-Model = Mapping[str, Any]
-Facts = Mapping[str, Any]
+RunReport = Mapping[str, Any]
+"""What report.json holds."""
+ModelEntry = Mapping[str, Any]
+"""One of the report's `models`."""
+Metrics = Mapping[str, Any]
+"""Scores by metric, and what stands beside them."""
 
 BESIDE = ("queries", "ci", "macro", "macro_ci")
 """What stands among the metrics without being one."""
@@ -24,59 +28,67 @@ def megabytes(dim: int, kind: str) -> int:
     return -(-dim * BITS[kind] // 8)
 
 
-def reference_of(report: Mapping[str, Any]) -> Model | None:
-    """The model that the pruned one and those made from it are held against; None before there are both."""
+def lineage(models: Sequence[ModelEntry], model: ModelEntry) -> list[ModelEntry]:
+    """A model and those that it was made from, the nearest first."""
+    by_name = {found["name"]: found for found in models if found.get("name")}
+    found = [model]
+    while len(found) < len(models) and found[-1].get("made_from") in by_name:
+        found.append(by_name[found[-1]["made_from"]])
+    return found
+
+
+def is_shrunk(models: Sequence[ModelEntry], model: ModelEntry) -> bool:
+    """Whether a model was pruned or made from a pruned one."""
+    return any(found.get("kind") == "prune" for found in lineage(models, model))
+
+
+def reference_of(report: RunReport) -> ModelEntry | None:
+    """The model that pruned models, and those made from them, are compared with; None before there are both."""
     models = report.get("models") or []
-    wanted = report.get("reference") if shrunk_of(models) else None
+    wanted = report.get("reference") if any(is_shrunk(models, model) for model in models) else None
     return next((model for model in models if model.get("name") == wanted), None)
 
 
-def shrunk_of(models: Sequence[Model]) -> Sequence[Model]:
-    """The pruned model and those made from it."""
-    names = [model.get("name") for model in models]
-    return models[names.index("pruned") :] if "pruned" in names else []
-
-
-def enough(languages: Mapping[str, Facts]) -> dict[str, Facts]:
-    """The languages whose scores say something: those of `FEW` queries or more."""
+def enough(languages: Mapping[str, Metrics]) -> dict[str, Metrics]:
+    """The languages with `FEW` queries or more."""
     return {language: facts for language, facts in languages.items() if facts.get("queries", FEW) >= FEW}
 
 
-def sets_of(models: Iterable[Model]) -> list[str]:
+def sets_of(models: Iterable[ModelEntry]) -> list[str]:
     """The names of the sets that any of the models was measured on."""
     return list(dict.fromkeys(name for model in models for name in model.get("scores") or {}))
 
 
-def by_dim(model: Model, name: str) -> dict[int, Facts]:
+def by_dim(model: ModelEntry, name: str) -> dict[int, Metrics]:
     """A model's scores on a set, largest dim first."""
     scores = (model.get("scores") or {}).get(name) or {}
     return {int(dim): scores[dim] for dim in sorted(scores, key=int, reverse=True)}
 
 
-def by_language(model: Model, name: str) -> Mapping[str, Facts]:
+def by_language(model: ModelEntry, name: str) -> Mapping[str, Metrics]:
     """A model's scores at its full dim by language."""
     found = (model.get("languages") or {}).get(name) or {}
     return found[max(found, key=int)] or {} if found else {}
 
 
-def metrics_of(models: Iterable[Model], name: str) -> list[str]:
+def metrics_of(models: Iterable[ModelEntry], name: str) -> list[str]:
     """The metrics of a set, the main one first."""
     full = (scores for model in models for scores in by_dim(model, name).values())
     return [metric for metric in next(full, {}) if metric not in BESIDE]
 
 
-def main_metric(models: Iterable[Model], name: str) -> str:
+def main_metric(models: Iterable[ModelEntry], name: str) -> str:
     """The main metric of a set, "score" where nothing was measured."""
     return next(iter(metrics_of(models, name)), "score")
 
 
-def at_full(model: Model, name: str, metric: str | None = None) -> float | None:
+def at_full(model: ModelEntry, name: str, metric: str | None = None) -> float | None:
     """A metric of a set at the largest dim; the main one by default."""
     scores = next(iter(by_dim(model, name).values()), {})
     return scores.get(metric or main_metric([model], name))
 
 
-def interval(facts: Facts) -> str:
+def interval(facts: Metrics) -> str:
     """The 95 % interval of the main metric; nothing where it was not measured, or is too narrow to be one."""
     ends = facts.get("ci")
     if ends is None or ends[0] == ends[1] or facts.get("queries", FEW) < FEW:
