@@ -1,30 +1,33 @@
 """The search for one shard of queries: block matrix products with all candidates, then the choice per row.
 
 Memory: the queries' vectors, one shard of passage vectors and one tile of scores, whatever the source's size.
-Shapes: q queries of a block, p candidates of a tile, d dims, k nearest, n rows.
+Shapes: q queries of a block, p candidates of a tile, t texts of a shard, d dims, k nearest, n rows, m positives of
+the block among the tile's candidates.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.ragged import Ints, list_array
+from f2llm_ray.engine.nearest import Nearest, unpack
 from f2llm_ray.engine.vector_files import Halves, gather, shards_of
 from f2llm_ray.mine.candidates import Candidates
-from f2llm_ray.mine.nearest import DROPPED, LOWEST, Floats, Nearest, choose, group_size
+from f2llm_ray.mine.choice import DROPPED, choose
 from f2llm_ray.mine.settings import Mine
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     import torch
 
 FOUND = pa.schema([("row", pa.int64()), ("candidates", pa.list_(pa.uint32()))])
-BLOCK = 512
+BLOCK = 1024
 """Queries per product."""
 ROWS = 8192
 """Rows scored or chosen for at once."""
@@ -78,18 +81,16 @@ def search(
             tile_pd.copy_(torch.from_numpy(vectors_td[found.candidates[first:last] - first_text]))
             for block in blocks:
                 block.offer(tile_pd, found, first, room.scores)
-    scores_qk, numbers_qk = (
-        np.concatenate(part) for part in zip(*(b.nearest.result() for b in blocks), strict=True)
-    )
+    score_qk, number_qk = (part.cpu().numpy() for part in unpack(torch.cat([b.nearest.key_qk for b in blocks])))
     positives_q = np.concatenate([block.near_positives() for block in blocks])
     dropped: Counter[str] = Counter(dict.fromkeys(DROPPED, 0))
     dropped["positive"] = int(positives_q[query_n].sum())
     chosen, lengths = [], []
     for at in range(0, len(query_n), ROWS):
         rows = query_n[at : at + ROWS]
-        mask, reasons = choose(scores_qk[rows], own.scores[at : at + ROWS], settings)
+        mask, reasons = choose(score_qk[rows], own.scores[at : at + ROWS], settings)
         dropped.update(reasons)
-        chosen.append(numbers_qk[rows][mask].astype(np.uint32))
+        chosen.append(number_qk[rows][mask].astype(np.uint32))
         lengths.append(mask.sum(axis=1))
     lists = list_array(pa.array(np.concatenate(chosen)), np.concatenate(lengths))
     return pa.table([pa.array(found.row[first_row:last_row]), lists], schema=FOUND), dict(dropped)
@@ -112,12 +113,12 @@ class _OwnScores:
     """The score of each row's own passage, taken up when the shard with its vector comes by."""
 
     def __init__(self, query_n: Ints, passage_n: Ints) -> None:
-        self.scores: Floats = np.empty(len(query_n), np.float32)
+        self.scores: Vectors = np.empty(len(query_n), np.float32)
         self._query, self._passage = query_n, np.asarray(passage_n)
         self._order = np.argsort(self._passage, kind="stable")
         self._sorted = self._passage[self._order]
 
-    def add(self, query_qd: Floats, vectors_td: Halves, first_text: int) -> None:
+    def add(self, query_qd: Vectors, vectors_td: Halves, first_text: int) -> None:
         first, last = np.searchsorted(self._sorted, [first_text, first_text + len(vectors_td)])
         for at in range(first, last, ROWS):
             rows = self._order[at : min(at + ROWS, last)]
@@ -130,8 +131,8 @@ class _Block:
 
     def __init__(self, query_qd: torch.Tensor, first_query: int, k: int) -> None:
         self.query_qd, self.first_query = query_qd, first_query
-        self.nearest = Nearest(len(query_qd), k)
-        self._positives: list[tuple[Ints, Floats]] = []
+        self.nearest = Nearest(len(query_qd), k, query_qd.device)
+        self._positives: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def offer(self, tile_pd: torch.Tensor, found: Candidates, first: int, room: torch.Tensor) -> None:
         """Scores one tile; positives are out before the nearest are looked for.
@@ -141,51 +142,26 @@ class _Block:
         """
         import torch
 
-        rows, columns = found.positive_cells(self.first_query, len(self.query_qd), first, first + len(tile_pd))
+        cells = found.positive_cells(self.first_query, len(self.query_qd), first, first + len(tile_pd))
+        row_m, column_m = (torch.from_numpy(part).to(room.device) for part in cells)
         shape = len(self.query_qd), len(tile_pd)
-        scores_qp = torch.mm(self.query_qd, tile_pd.T, out=room[: shape[0] * shape[1]].view(shape))
-        if scores_qp.is_cuda:
-            positive = _take_out_cuda(scores_qp, rows, columns)
-            near_rows, near_columns, scores = _near_enough(scores_qp, self.nearest.floor_q, self.nearest.k)
-            self.nearest.take(near_rows, near_columns + first, scores)
-        else:
-            array_qp = scores_qp.numpy()
-            positive = array_qp[rows, columns]
-            array_qp[rows, columns] = -np.inf
-            self.nearest.offer(array_qp, first)
-        near = positive >= self.nearest.floor_q[rows]  # the floor only rises
-        self._positives.append((rows[near], positive[near]))
+        score_qp = torch.mm(self.query_qd, tile_pd.T, out=room[: shape[0] * shape[1]].view(shape))
+        score_m = take_out(score_qp, row_m, column_m)
+        self.nearest.offer(score_qp, first)
+        near = score_m >= self.nearest.floor_q[row_m]  # the floor only rises
+        self._positives.append((row_m[near], score_m[near]))
 
     def near_positives(self) -> Ints:
         """Positives of each query [q] that reach the last of the nearest."""
-        rows, scores = (np.concatenate(part) for part in zip(*self._positives, strict=True))
-        return np.bincount(rows[scores >= self.nearest.floor_q[rows]], minlength=len(self.query_qd))
+        import torch
+
+        row_m, score_m = (torch.cat(part) for part in zip(*self._positives, strict=True))
+        near_m = row_m[score_m >= self.nearest.floor_q[row_m]]
+        return torch.bincount(near_m, minlength=len(self.query_qd)).cpu().numpy()
 
 
-def _take_out_cuda(scores_qp: torch.Tensor, rows: Ints, columns: Ints) -> Floats:
-    import torch
-
-    cells = tuple(torch.from_numpy(part).to(scores_qp.device) for part in (rows, columns))
-    taken: Any = scores_qp[cells].cpu().numpy()
-    scores_qp[cells] = -np.inf
-    return taken
-
-
-def _near_enough(scores_qp: torch.Tensor, floor_q: Floats, k: int) -> tuple[Ints, Ints, Floats]:
-    """What `Nearest.offer` takes of a tile, found where the scores are, so that only this much is moved.
-
-    Returns:
-        Row, column and score of each.
-    """
-    import torch
-
-    queries, passages = scores_qp.shape
-    floors = torch.from_numpy(floor_q).to(scores_qp.device)
-    if passages >= k and (floor_q == LOWEST).any():
-        groups = passages // group_size(passages, k)
-        maxima = scores_qp[:, : passages // groups * groups].reshape(queries, -1, groups).amax(dim=1)
-        floors = torch.maximum(floors, maxima.topk(k, dim=1, sorted=False).values.amin(dim=1))
-    rows, columns = (scores_qp >= floors[:, None]).nonzero(as_tuple=True)
-    parts: Any = (rows, columns, scores_qp[rows, columns])
-    row, column, score = (part.cpu().numpy() for part in parts)
-    return row, column, score
+def take_out(score_qp: torch.Tensor, row_m: torch.Tensor, column_m: torch.Tensor) -> torch.Tensor:
+    """The scores [m] of some cells, which become -inf, the score of no result."""
+    taken_m = score_qp[row_m, column_m]
+    score_qp[row_m, column_m] = -np.inf
+    return taken_m

@@ -20,7 +20,6 @@ from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
-from f2llm_ray.mine.settings import Mine
 from f2llm_ray.data.tokens import store as tokens
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
@@ -28,7 +27,8 @@ from f2llm_ray.engine.vector_files import Encoder, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join import join_negatives
 from f2llm_ray.mine.mine import _join, _plan, _search, check_tokenizer, mine
-from f2llm_ray.mine.search import Layout, search
+from f2llm_ray.mine.search import Layout, search, take_out
+from f2llm_ray.mine.settings import Mine
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
@@ -196,6 +196,14 @@ def test_a_source_of_one_row_has_nothing_to_mine(tmp_path: Path) -> None:
     lists, dropped = mined_here(table, vectors, Mine(model="m", **EVERYTHING), Layout(), tmp_path)
     assert lists == [[text_key("brought")]]
     assert dropped == {"positive": 1, "skip": 0, "max_score": 0, "margin": 0}
+
+
+def test_what_is_taken_out_leaves_the_score_of_no_result() -> None:
+    scores = torch.arange(12.0).reshape(3, 4)
+    rows, columns = torch.tensor([0, 0, 2]), torch.tensor([1, 3, 0])
+    assert take_out(scores, rows, columns).tolist() == [1, 3, 8]
+    assert scores[rows, columns].tolist() == [-math.inf] * 3
+    assert scores.isinf().sum() == 3
 
 
 # On Ray, with a model.
