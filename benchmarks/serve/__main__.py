@@ -1,8 +1,8 @@
 """Our endpoint over HTTP beside the bare engine, FastAPI with sentence-transformers, and infinity: same weights.
 
 All run on this machine, take turns, and hold the same number of torch threads each; client and proxy use the same
-cores, so `ratio_bare` has their share in it. `cpu_ms_per_text` says who used how much, and is the figure for a
-busy machine: `ratio_bare_cpu` is the bare engine's CPU time of a text over that of all processes of ours for it.
+cores, so `ratio_bare` has their share in it. `cpu_ms_per_text` has the CPU time by process, the figure to use on a
+busy machine: `ratio_bare_cpu` is the bare engine's CPU time of a text over that of all processes of ours.
 
 infinity needs other versions of its libraries: install `infinity-emb[torch,server]` in a virtual environment of
 its own and name its interpreter with `--infinity`.
@@ -87,12 +87,12 @@ class Bare:
         return dict(json.loads(self._process.stdout.readline()))
 
     def stop(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._process.kill()
 
 
 def measure(server: Running, texts: list[str], width: int, clients: int, seconds: float) -> dict[str, Any]:
-    """One server under so many clients."""
+    """Measures one server under load from `clients` clients."""
     requests = server.requests(texts, width)
     closed(server.port, requests, clients, min(1.0, seconds / 4))
     before = server.cpu_seconds()
@@ -113,7 +113,7 @@ def vectors(server: Running, texts: list[str]) -> np.ndarray[Any, Any]:
 
 
 def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round of median rate; the errors of all."""
+    """The round with the median rate, and the errors of all rounds."""
     chosen = sorted(rounds, key=lambda one: one["texts_per_s"])[len(rounds) // 2]
     return {**chosen, "errors": [one["errors"] for one in rounds if one["errors"]]}
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="torch threads of each server and of the bare engine"
     )
-    parser.add_argument("--replicas", type=int, default=1, help="of ours")
+    parser.add_argument("--replicas", type=int, default=1, help="replicas of our endpoint")
     parser.add_argument("--infinity", help="interpreter of a virtual environment with infinity-emb")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.clients.split(",")]
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def summed(rounds: dict[str, list[Any]]) -> dict[str, Any]:
-    """The medians of one scenario, and the ratios by round, so that what slows one round slows both sides."""
+    """The medians of one scenario, and of its ratios by round: what slows a round slows both sides of a ratio."""
     bare = rounds["bare"]
     line: dict[str, Any] = {
         "bare": {key: round(statistics.median(one[key] for one in bare), 3) for key in bare[0]},

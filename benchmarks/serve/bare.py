@@ -1,4 +1,4 @@
-"""The engine by itself, in batches of 32: the rate that no server over it can pass.
+"""The engine by itself, in batches of 32: no server around it can have a higher rate.
 
 `python -m benchmarks.serve.bare FOLDER THREADS` reads lines of JSON `[texts, seconds]` and writes a line for each.
 """
@@ -14,7 +14,7 @@ BATCH = 32
 
 
 def main() -> None:
-    """Answers until its input closes."""
+    """Measures once for each line of its input."""
     import torch
 
     from f2llm_ray.engine.engine import Engine

@@ -1,7 +1,7 @@
 """Load over HTTP/1.1 on kept-alive connections, light enough that a server on the same two cores is not disturbed.
 
 Raw asyncio, no HTTP library: requests are bytes made beforehand, and of an answer only the status and the length
-are read. What the client itself can do is its rate against `serve_fixed`.
+are read. The client's own limit is its rate against `serve_fixed`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import uvloop
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 CLOSE = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 FAILED = 0
-"""In the place of a status: the connection broke before the whole answer came."""
+"""Stands for the status of a request whose connection broke before the whole answer came."""
 
 
 def http_request(path: str, body: bytes, port: int) -> bytes:
@@ -31,14 +31,14 @@ def http_request(path: str, body: bytes, port: int) -> bytes:
 
 @dataclass
 class Load:
-    """What came back in a time of load."""
+    """The answers to a time of load."""
 
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: dict[int, list[float]] = field(default_factory=dict)
     """Seconds of each answer, by status."""
     cpu_seconds: float = 0.0
-    """What the client itself used."""
+    """CPU time of the client itself."""
     last: bytes = b""
     """Body of the last answer."""
 
@@ -48,7 +48,7 @@ class Load:
         self.latencies.setdefault(status, []).append(seconds)
 
     def summary(self, texts_per_request: int) -> dict[str, Any]:
-        """Texts per second and latencies of the answers with status 200; how many others came."""
+        """Texts per second and latencies of the answers with status 200, and the number of others by status."""
         good = self.latencies.get(200) or [0.0]
         p50, p99 = np.percentile(np.array(good) * 1000, (50, 99))
         errors = {str(status): count for status, count in self.statuses.items() if status != 200}
@@ -129,14 +129,14 @@ async def _connect(port: int) -> Connection:
 
 
 class Client:
-    """One client: asks, and connects again where the server closed the connection."""
+    """One client: it sends requests, and connects again where the server closed the connection."""
 
     def __init__(self, port: int, load: Load) -> None:
         self._port, self._load = port, load
         self._connection: Connection | None = None
 
     async def ask(self, request: bytes) -> None:
-        """One request, counted."""
+        """Sends one request and counts its answer."""
         if self._connection is None or self._connection.transport is None:
             self._connection = await _connect(self._port)
         started = time.perf_counter()
@@ -145,13 +145,13 @@ class Client:
         self._load.last = body
 
     def close(self) -> None:
-        """Hangs up."""
+        """Closes the connection."""
         if self._connection is not None and self._connection.transport is not None:
             self._connection.transport.close()
 
 
 def closed(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> Load:
-    """So many clients, each with one request at a time and no pause between them."""
+    """Load from `clients` clients, each with one request at a time and no pause between them."""
 
     async def work(load: Load) -> None:
         end = time.perf_counter() + seconds
@@ -169,7 +169,7 @@ def closed(port: int, requests: Sequence[bytes], clients: int, seconds: float) -
 
 
 def paced(port: int, requests: Sequence[bytes], per_second: float, seconds: float, clients: int) -> Load:
-    """So many requests per second, whether or not the server keeps up, on at most so many connections.
+    """Load of `per_second` requests, whether or not the server keeps up, on at most `clients` connections.
 
     A request that finds no connection free is put off: with `clients` well above what the server lets in, that
     happens only where the server neither answers nor refuses.
@@ -214,7 +214,7 @@ class _Fixed(asyncio.Protocol):
 
 
 def serve_fixed(port: int) -> None:
-    """Serves a fixed answer until it is stopped: what the client can do is measured against it."""
+    """Serves a fixed answer until it is stopped, to measure the client's own limit."""
 
     async def work() -> None:
         server = await asyncio.get_running_loop().create_server(_Fixed, "127.0.0.1", port)

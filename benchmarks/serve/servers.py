@@ -49,7 +49,7 @@ def haproxy_env() -> dict[str, str]:
 
 
 def body(texts: Sequence[str]) -> bytes:
-    """A request of OpenAI's shape, vectors in base64 as its client asks for them."""
+    """A request of OpenAI's shape, with vectors in base64 as OpenAI's client requests them."""
     asked: Any = texts[0] if len(texts) == 1 else list(texts)
     return json.dumps({"model": MODEL, "input": asked, "encoding_format": "base64"}).encode()
 
@@ -63,7 +63,7 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def requests(self, texts: Sequence[str], width: int) -> list[bytes]:
-        """The texts as requests of so many each."""
+        """The texts as requests of `width` texts each."""
         pieces = [texts[i : i + width] for i in range(0, len(texts), width)]
         return [http_request(ROUTES[self.name], body(piece), self.port) for piece in pieces]
 
@@ -88,7 +88,7 @@ class Running:
         return [one for one in self.tree() if " ".join(one.cmdline()).startswith("ray::ServeReplica")]
 
     def stop(self) -> None:
-        """Ends it: it goes when its input closes."""
+        """Closes the input of the process, which ends it, and waits."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         try:
@@ -119,7 +119,7 @@ def start(
     """Starts a server and returns when it has answered a request.
 
     Raises:
-        RuntimeError: it did not start; says what it printed last.
+        RuntimeError: it did not start; the message has the end of its output.
     """
     port = free_port()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

@@ -1,7 +1,7 @@
-"""Our endpoint at four times what it can do, and with a replica killed under load; one JSON object last.
+"""Our endpoint at four times its capacity, and with a replica killed under load; one JSON object last.
 
 Overload: requests come at 4x the measured rate whether or not they are answered. Kill: two replicas, clients that
-ask without pause and never ask again, SIGKILL to one replica; every answer other than 200 counts as lost.
+send requests without pause and never retry, SIGKILL to one replica; every answer other than 200 counts as lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.serve.servers import MODEL, Running, start
 
 QUEUED = 64
 CLIENTS = 512
-"""Connections of the overload: those let in, and as many again that are being refused."""
+"""Connections of the overload: more than may wait, so that some requests are refused."""
 
 
 def megabytes(server: Running) -> float:
@@ -90,7 +90,7 @@ def kill(folder: Path, texts: list[str], seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs both."""
+    """Runs both and prints the results."""
     from benchmarks.serve.__main__ import make_model, texts_of_kind
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
