@@ -1,1 +1,1 @@
-"""The engine behind serving, bulk embedding and evaluation, and its HTTP face."""
+"""Serving: the HTTP endpoint of one or several models, and bulk embedding of files."""
