@@ -51,7 +51,7 @@ def stage(tmp_path: Path) -> Path:
 
 def merge(stage: Path, settings: Merge) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     out = stage.parent / f"merged-{settings.last}"
-    facts = merge_stage(settings, Folder.at(str(stage)), "tiny-merged", Folder.at(str(out)))
+    facts = merge_stage(settings, Folder.at(str(stage)), "tiny-merged", Folder.at(str(out)), checkpoint_every=10)
     return load_file(out / "model" / "model.safetensors"), facts
 
 
@@ -87,6 +87,20 @@ def test_equal_checkpoints_merge_to_the_model_bit_for_bit(stage: Path) -> None:
         for folder in folders
     ]
     assert torch.equal(*vectors)
+
+
+def test_only_the_checkpoints_at_the_last_multiples_are_merged(stage: Path) -> None:
+    """Not one that is left of another checkpoint_every, nor an earlier one in place of one that is missing."""
+    last = load_file(stage / "model" / "model.safetensors")
+    for step in (25, 15):
+        write_checkpoint(stage, step, {name: 7 * value for name, value in last.items()}, 1)
+    merged, facts = merge(stage, Merge(last=3))
+    assert facts["merging"] == {"method": "average", "steps": [10, 20, 30]}
+    for name, value in merged.items():
+        torch.testing.assert_close(value, 0.9 * last[name], rtol=1e-6, atol=0)
+    shutil.rmtree(stage / "ray_train" / "checkpoint_000020")
+    with pytest.raises(RunError, match=r"checkpoints of steps \[10, 15, 25\]; 1 are needed, .* steps \[20\]"):
+        merge(stage, Merge(last=2))
 
 
 def test_too_few_or_damaged_checkpoints_are_told(stage: Path) -> None:

@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe.files import parse
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import TrainStage
@@ -39,22 +38,14 @@ COMPILED: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe_of(engine: dict[str, Any]) -> Recipe:
-    paths = {"format": "parquet", "paths": ["none.parquet"]}
-    stage = {
-        "global_batch": ROWS,
-        "accumulate": 3,
-        "clip": 1e9,
-        "engine": {"precision": "fp32", "tokens_per_pass": 256, **engine},
-    }
-    settings = {
-        "name": "step",
-        "sources": {"pairs": paths, "labels": {**paths, "task": "classification"}},
-        "tokenizer": {"train_vocab": 300},
-        "backbone": {"shape": SHAPE.model_dump()},
-        "stages": {"only": stage},
-    }
-    return parse(Recipe, settings, "test")
+SOURCES = {"pairs": SourceFacts("retrieval", ""), "labels": SourceFacts("classification", "")}
+
+
+def settings_of(engine: dict[str, Any]) -> TrainStage:
+    settings = {"global_batch": ROWS, "accumulate": 3, "clip": 1e9}
+    return TrainStage.model_validate(
+        {**settings, "engine": {"precision": "fp32", "tokens_per_pass": 256, **engine}}
+    )
 
 
 def batch_of(number: int, source: str, rows: slice) -> TrainBatch:
@@ -96,10 +87,9 @@ def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
     share = ROWS // WORLD
     found: dict[str, Any] = {}
     for kind, settings in kinds.items():
-        recipe = recipe_of(settings)
-        stage = recipe.stages["only"]
+        stage = settings_of(settings)
         backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
-        loss, flops = StageLoss(recipe, stage, SHAPE.hidden), Flops(backbone)
+        loss, flops = StageLoss(stage, SOURCES, SHAPE.hidden), Flops(backbone)
         if stage.engine.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
         engine = start_engine(Student(backbone, stage.engine.tokens_per_pass, None, None), stage, WORLD)
@@ -131,9 +121,8 @@ def trained(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def by_hand() -> dict[str, Any]:
     """The same steps in one process, every batch whole and by itself."""
-    recipe = recipe_of({})
-    stage: TrainStage = recipe.stages["only"]
-    loss = StageLoss(recipe, stage, SHAPE.hidden)
+    stage = settings_of({})
+    loss = StageLoss(stage, SOURCES, SHAPE.hidden)
     backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
     decayed = [p for p in backbone.parameters() if p.ndim > 1]
     plain = [p for p in backbone.parameters() if p.ndim == 1]

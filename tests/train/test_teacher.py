@@ -20,21 +20,21 @@ from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.schema import KEY, key_numbers, text_key
+from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.vector_files import Encoder
 from f2llm_ray.pipeline.walk import Pipeline
-from f2llm_ray.pipeline.stages import NOT_BATCHES, plan
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.stage import Stage
 from f2llm_ray.train import teacher_store
-from f2llm_ray.train.loader import TrainBatch, build_batches, read
+from f2llm_ray.train.loader import TrainBatch, read
 from f2llm_ray.train.objective import StageLoss, Student
-from f2llm_ray.train.settings import Distill
-from f2llm_ray.train.teacher import TeacherVectors, _Work, check_online, learned_dims, teach, teacher_of
+from f2llm_ray.train.teacher import PieceEncoder, TeacherVectors, check_online, learned_dims, teach, teacher_of
 from f2llm_ray.train.teacher_store import TeacherStore
+from f2llm_ray.train.training import Training, write_batches
 from tests.corpus import write_corpus
 from tests.tiny import tiny_model
 
@@ -50,7 +50,7 @@ def test_every_key_finds_its_vector_and_no_other_does(
     tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teacher_store, "PIECE", 7)
-    monkeypatch.setattr(teacher_store, "OPEN_FILES", 2)
+    monkeypatch.setattr("f2llm_ray.data.keyed.OPEN_FILES", 2)
     keys = key_numbers(pa.array([text_key(str(n)) for n in range(100)], KEY))
     keys[:3, 0] = keys[0, 0]  # the same first half
     keys[5] = 0
@@ -93,13 +93,17 @@ def recipe_of(given: dict[str, Any], **distill: Any) -> Recipe:
     return parse(Recipe, {**given, "distill": {**given["distill"], **distill}}, "r")
 
 
+def taught_of(recipe: Recipe, folder: Path) -> Stage | None:
+    """The teaching stage of a recipe, None where it has none."""
+    return Pipeline(recipe, str(folder / "root")).graph.model("distilled").stage.parents.get("taught")
+
+
 def test_vectors_are_shared_by_all_that_trains_on_the_same_batches(tmp_path: Path) -> None:
     given = settings(tmp_path)
 
     def taught(recipe: Recipe) -> str:
-        stage = plan(recipe).taught
+        stage = taught_of(recipe, tmp_path)
         assert stage is not None
-        assert stage in plan(recipe).models["distilled"].parents
         return stage.hash
 
     first = taught(recipe_of(given))
@@ -110,21 +114,25 @@ def test_vectors_are_shared_by_all_that_trains_on_the_same_batches(tmp_path: Pat
     for name, value in changed.items():
         assert taught(recipe_of(given, **{name: value})) != first, name
     assert taught(parse(Recipe, {**given, "prune": {**given["prune"], "hidden": 16}}, "r")) != first
-    assert Distill.model_fields.keys() > NOT_BATCHES
 
 
 def test_a_student_without_a_teacher_needs_no_vectors(tmp_path: Path) -> None:
     given = settings(tmp_path)
-    assert plan(recipe_of(given, mse_weight=0.0)).taught is None
-    online = plan(recipe_of(given, teacher_vectors="online"))
-    assert online.taught is None
-    assert online.models["untrained"] in online.models["distilled"].parents
-    assert online.models["untrained"] not in plan(recipe_of(given, mse_weight=0.0)).models["distilled"].parents
+    graphs = [
+        Pipeline(recipe_of(given, **distill), str(tmp_path / "root")).graph
+        for distill in ({"mse_weight": 0.0}, {"teacher_vectors": "online"})
+    ]
+    (alone, online), untrained = (
+        [graph.model(name).stage for graph in graphs] for name in ("distilled", "untrained")
+    )
+    assert "taught" not in {**alone.parents, **online.parents}
+    assert untrained[1] in online.parents.values()
+    assert untrained[0] not in alone.parents.values()
 
 
 def test_a_teacher_that_is_no_model_is_refused(tmp_path: Path) -> None:
     given = settings(tmp_path)
-    with pytest.raises(RecipeError, match=r"distill\.teacher: 'stagr1' is not one of \['untrained'\]"):
+    with pytest.raises(RecipeError, match=r"distill\.teacher: 'stagr1' is not one of \['untrained', 'pruned'\]"):
         recipe_of(given, teacher="stagr1")
     with pytest.raises(RecipeError, match="projection: nothing is projected"):
         recipe_of(given, projection=True, mse_weight=0.0, similarity_weight=1.0)
@@ -142,6 +150,7 @@ class Made:
     pipeline: Pipeline
     prepared: Path
     model: Path
+    student: Path
     out: Path
     facts: dict[str, Any]
 
@@ -150,9 +159,40 @@ class Made:
         return BatchTable(self.out / "batches" / "train", ("pairs", "labels", "clusters"))
 
     def teach(self, recipe: Recipe, out: Path, teacher: Path | None = None, prepared: Path | None = None) -> Any:
-        folders = {"prepared": prepared or self.prepared, "teacher": teacher or self.model, "parent": self.model}
+        folders = {
+            "prepared": prepared or self.prepared,
+            "teacher": teacher or self.model,
+            "student": self.student,
+        }
         folders["out"] = out
-        return teach(recipe, "distilled", mined=None, **{name: Folder.at(str(f)) for name, f in folders.items()})
+        return teach(
+            training_of(recipe),
+            mined=None,
+            instructions={name: source.query_instruction for name, source in recipe.sources.items()},
+            max_tokens=recipe.data.max_tokens,
+            shards=recipe.data.shards,
+            **{name: Folder.at(str(f)) for name, f in folders.items()},
+        )
+
+
+def training_of(recipe: Recipe) -> Training:
+    assert recipe.distill is not None
+    return Training(
+        stage="distilled",
+        model_name="small-distilled",
+        run_name=recipe.name,
+        settings=recipe.distill,
+        sources=facts_of(recipe),
+        seed=recipe.seed,
+        compute=recipe.compute,
+    )
+
+
+def facts_of(recipe: Recipe) -> dict[str, SourceFacts]:
+    return {
+        name: SourceFacts(source.task, source.query_instruction, source.weight)
+        for name, source in recipe.sources.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -164,15 +204,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     given = settings(folder)
     recipe = recipe_of(given)
     pipeline = Pipeline(recipe, str(folder / "root"))
-    pipeline.prepare()
-    pipeline.model("untrained")
-    pipeline.teach()
-    (prepared,), (model,), (out,) = (
-        (folder / "root").glob(f"{name}-*") for name in ("prepare", "untrained", "taught")
+    pipeline.stage(pipeline.graph.prepare)
+    for model in ("untrained", "pruned"):
+        pipeline.model(model)
+    out, facts = run_teaching(pipeline)
+    prepared, untrained, pruned = (
+        next((folder / "root").glob(f"{name}-*")) for name in ("prepare", "untrained", "pruned")
     )
-    facts = json.loads((out / "manifest.json").read_text())["teaching"]
-    yield Made(given, recipe, pipeline, prepared, model / "model", out, facts)
+    yield Made(given, recipe, pipeline, prepared, untrained / "model", pruned / "model", out, facts)
     ray.shutdown()
+
+
+def run_teaching(pipeline: Pipeline) -> tuple[Path, dict[str, Any]]:
+    """Runs the teaching stage, and gives its folder and facts."""
+    stage = pipeline.graph.model("distilled").stage.parents["taught"]
+    pipeline.stage(stage)
+    out = pipeline.run.folder(stage).local
+    assert out is not None
+    return out, json.loads((out / "manifest.json").read_text())["teaching"]
 
 
 def keys_of(table: BatchTable) -> np.ndarray:
@@ -202,8 +251,8 @@ def test_the_store_has_the_teachers_vectors_of_all_texts_in_the_batches(made: Ma
 def test_what_was_encoded_is_not_encoded_again(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made.pipeline.teach()
-    assert "taught: finished before, skipped" in capsys.readouterr().out
+    run_teaching(made.pipeline)
+    assert "taught-distilled: finished before, skipped" in capsys.readouterr().out
     out = shutil.copytree(made.out, tmp_path / "cut off")
     pieces = sorted((out / "vectors").glob("*-*.npy"))
     lost = pieces[0]
@@ -223,8 +272,8 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     """A store of all the teacher's dims, written in this process."""
     shutil.copytree(made.out / "vectors", folder, ignore=shutil.ignore_patterns("*-*", "store.json"))
     out, store = Folder.at(str(folder)), TeacherStore(made.out / "vectors")
-    work = _Work(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN)
-    counts = {shard: np.load(folder / teacher_store.keys_file(shard)).shape[1] for shard in range(store.shards)}
+    work = PieceEncoder(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN)
+    counts = {shard: np.load(folder / teacher_store.NAMES[0].format(shard)).shape[1] for shard in range(store.shards)}
     for shard, piece, texts in teacher_store.pieces(counts):
         work({"shard": shard, "piece": piece, "texts": texts})
     teacher_store.write_meta(out, shards=store.shards, texts=store.texts, dims=HIDDEN)
@@ -236,7 +285,7 @@ def losses(
 ) -> Iterator[tuple[TrainBatch, Any, Any]]:
     """Each batch with its loss and gradient, from the same student."""
     assert recipe.distill is not None
-    loss = StageLoss(recipe, recipe.distill, STUDENT, teacher)
+    loss = StageLoss(recipe.distill, facts_of(recipe), STUDENT, teacher)
     batches = read(made.batches, made.prepared / "tokens", rank=0, world=1, taught=vectors)
     for number, batch in enumerate(batches):
         width = STUDENT + (loss.projected_dims or 0)
@@ -257,7 +306,8 @@ def test_cached_and_online_teachers_give_the_same_loss(
     vectors, dims = made.out / "vectors", STUDENT
     if projection or similarity:  # all of the teacher's dims
         vectors, dims = whole_vectors(made, tmp_path / "whole"), HIDDEN
-    assert learned_dims(recipe, HIDDEN, HIDDEN) == dims
+    assert recipe.distill is not None
+    assert learned_dims(recipe.distill, HIDDEN, STUDENT) == dims
     of = partial(teacher_of, tokens_per_pass=4096)
     cached, online = of(model=None, vectors=vectors), of(model=Folder.at(str(made.model)), vectors=None)
     assert cached is not None
@@ -270,31 +320,37 @@ def test_cached_and_online_teachers_give_the_same_loss(
         assert (of_one - of_other).norm() < 1e-3 * of_other.norm()
 
 
-def test_a_wider_teacher_is_cut_to_the_students_width(made: Made) -> None:
-    """Named in the recipe or not; but whole where all of its dims are used."""
-    unnamed = {**made.given, "prune": {**made.given["prune"], "hidden": None}}
-    assert learned_dims(recipe_of(made.given), 1024, 64) == STUDENT
-    assert learned_dims(recipe_of(unnamed), 1024, 64) == 64
-    assert learned_dims(recipe_of(unnamed), 32, 64) == 32
-    assert learned_dims(recipe_of(unnamed, projection=True), 1024, 64) == 1024
-    assert learned_dims(recipe_of(unnamed, similarity_weight=1), 1024, 64) == 1024
-    assert learned_dims(recipe_of(unnamed, mse_weight=0, similarity_weight=1), 1024, 64) == 1024
-    wide = {**unnamed, "backbone": {"shape": {**made.given["backbone"]["shape"], "hidden": 64}}}
-    stages = [plan(recipe_of(given, teacher="./a/model")).taught for given in (unnamed, wide)]
+def test_a_wider_teacher_is_cut_to_the_students_width(tmp_path: Path) -> None:
+    """But whole where all of its dims are used; the width counts whether the recipe names it or not."""
+    given = settings(tmp_path)
+
+    def dims(teacher: int, **distill: Any) -> int:
+        changed = recipe_of(given, **distill).distill
+        assert changed is not None
+        return learned_dims(changed, teacher, STUDENT)
+
+    assert dims(1024) == STUDENT
+    assert dims(16) == 16
+    assert dims(1024, projection=True) == 1024
+    assert dims(1024, similarity_weight=1) == 1024
+    assert dims(1024, mse_weight=0, similarity_weight=1) == 1024
+    unnamed = {**given, "prune": {**given["prune"], "hidden": None}}
+    wide = {**unnamed, "backbone": {"shape": {**given["backbone"]["shape"], "hidden": 64}}}
+    teacher = str(tiny_model(tmp_path / "other"))
+    stages = [taught_of(recipe_of(one, teacher=teacher), tmp_path) for one in (unnamed, wide)]
     assert stages[0] != stages[1], "the backbone's width decides what is stored"
 
 
 def test_sources_without_held_out_rows_are_trained_on(made: Made, tmp_path: Path) -> None:
     """A small source may have none by chance; with data.validation 0 no source has."""
     recipe, prepared = made.recipe, Folder.at(str(shutil.copytree(made.prepared, tmp_path / "prepared")))
-    assert recipe.distill is not None
     for name in recipe.sources:
         table = (prepared / "table").read_table(f"{name}.parquet")
         none = pa.array([False] * len(table))
         table = table.set_column(table.column_names.index("validation"), "validation", none)
         (prepared / "table").write_table(f"{name}.parquet", [table], table.schema)
     out = Folder.at(str(tmp_path / "batches"))
-    build_batches(recipe, "distilled", recipe.distill, prepared, None, out)
+    write_batches(training_of(recipe), prepared=prepared, mined=None, out=out)
     trained, held_out = (
         BatchTable(tmp_path / "batches" / part, made.batches.sources) for part in ("train", "validation")
     )
@@ -306,11 +362,7 @@ def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path
     """Its own tokenizer reads the texts, so its vectors are its engine's; it cannot run beside the student."""
     teacher = tiny_model(tmp_path / "other", hidden=16)
     recipe = recipe_of(made.given, teacher=str(teacher), epochs=1)
-    pipeline = Pipeline(recipe, made.pipeline.run.root.uri)
-    pipeline.teach()
-    out = pipeline.run.folder(pipeline.plan.taught).local  # type: ignore[arg-type]
-    assert out is not None
-    facts = json.loads((out / "manifest.json").read_text())["teaching"]
+    out, facts = run_teaching(Pipeline(recipe, made.pipeline.run.root.uri))
     assert facts["own_tokenizer"]
     assert facts["dims"] == 16
     texts = [line["p"] for line in map(json.loads, (made.prepared.parent.parent / "pairs.jsonl").open())][:20]
@@ -330,8 +382,8 @@ def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path
     # The student has 24 dims, the teacher 16: a map from one to the other is trained with it.
     assert recipe.distill is not None
     known = teacher_of(model=None, vectors=out / "vectors", tokens_per_pass=4096)
-    assert StageLoss(recipe, recipe.distill, STUDENT, known).projected_dims == 16
-    assert StageLoss(recipe, recipe.distill, 16, known).projected_dims is None
+    assert StageLoss(recipe.distill, facts_of(recipe), STUDENT, known).projected_dims == 16
+    assert StageLoss(recipe.distill, facts_of(recipe), 16, known).projected_dims is None
 
 
 def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) -> None:

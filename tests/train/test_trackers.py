@@ -11,7 +11,9 @@ import pytest
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.engine.settings import Compute
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.settings import EngineSettings, Tracking, TrainStage
 from f2llm_ray.train.trackers import Tracker, open_trackers
@@ -39,12 +41,9 @@ def opened(tracking: dict[str, Any], out: Path, first: int = 0) -> tuple[list[Tr
 
 
 def test_tracking_is_no_part_of_any_stage(tmp_path: Path) -> None:
-    from f2llm_ray.pipeline.stages import plan
-    from f2llm_ray.recipe.recipe import Recipe
-
-    given = write_corpus(tmp_path, rows=20)
+    given, root = write_corpus(tmp_path, rows=20), str(tmp_path / "root")
     one, other = (
-        plan(parse(Recipe, {**given, "tracking": tracking}, "test"))
+        Pipeline(parse(Recipe, {**given, "tracking": tracking}, "test"), root).graph
         for tracking in ({}, {"wandb": {"project": "p"}})
     )
     assert [stage.hash for stage in one.stages()] == [stage.hash for stage in other.stages()]
