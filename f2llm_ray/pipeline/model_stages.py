@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Facts, Stage
 from f2llm_ray.train.settings import Distill, TrainStage
 from f2llm_ray.train.training import Training
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -372,6 +375,6 @@ def _model_files(key: str, path: str) -> list[InputFile]:
         DataError: there are none.
     """
     files = model_inputs(path)
-    if not files:
+    if not files or (files[0].version and not HUB_NAME.fullmatch(path)):
         raise DataError(f"{key}: {path}: found no model there, expected config.json and safetensors weights")
     return files

@@ -116,7 +116,7 @@ def _apply(settings: Settings, override: str) -> None:
 
 def _describe(section: type[Section], details: Any) -> str:
     # The classes of a union are steps of pydantic's path, but no keys of the recipe.
-    tags = {kind.__name__ for kind in _sections(section)}
+    tags = {kind.__name__ for kind in sections_of(section)}
     where = ".".join(str(part) for part in details["loc"] if part not in tags)
     if details["type"] == "extra_forbidden":
         allowed = _allowed(section, details["loc"][:-1])
@@ -141,10 +141,11 @@ def _allowed(section: type[Section], path: Sequence[str | int]) -> list[str]:
     return sorted({name for kind in kinds for name in kind.model_fields})
 
 
-def _sections(section: type[Section]) -> set[type[Section]]:
-    """The section and all sections inside it."""
-    inner = {leaf for field in section.model_fields.values() for leaf in _leaves(field)}
-    return {section}.union(*map(_sections, inner))
+def sections_of(field: Any) -> set[type[Section]]:
+    """A section, or those inside a field or annotation such as dict[str, A | B], and all sections inside them."""
+    own = set(_leaves(field))
+    inner = {leaf for section in own for entry in section.model_fields.values() for leaf in _leaves(entry)}
+    return own.union(*map(sections_of, inner))
 
 
 def _leaves(annotation: Any) -> list[type[Section]]:

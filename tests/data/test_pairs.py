@@ -147,7 +147,7 @@ def screen_of(queries: list[str], corpus: list[str], **settings: Any) -> Any:
         corpus_texts=corpus,
         relevant=np.array([[0, 0]]),
     )
-    return make_screen([found], Decontamination(**settings))
+    return make_screen({found.name: found.screened()}, Decontamination(**settings))
 
 
 def test_rows_that_hold_a_text_of_a_set_are_tagged() -> None:
@@ -171,7 +171,7 @@ def test_rows_that_hold_a_text_of_a_set_are_tagged() -> None:
     assert found == [tag, tag, None, tag, tag, None, None, tag, None]
     only_queries = decontaminate(rows, screen_of(["test query"], [long], passages=False))
     assert only_queries["drop"].to_pylist() == [tag, tag, *[None] * 7]
-    assert decontaminate(rows, make_screen([], Decontamination())).equals(rows)
+    assert decontaminate(rows, make_screen({}, Decontamination())).equals(rows)
 
 
 def test_overlap_is_counted_as_python_sets_count_it() -> None:

@@ -23,8 +23,8 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.near.find import _connect_spread
-from f2llm_ray.data.prepare import prepare
 from f2llm_ray.data.schema import key_numbers, text_key
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
@@ -142,6 +142,15 @@ def write_sources(folder: Path, seed: int = 0) -> Recipe:
     return parse(Recipe, recipe, "planted")
 
 
+def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Runs the data steps in the root `folder`/root, links their folder as `folder`/out, and gives the manifest."""
+    pipeline = Pipeline(recipe, str(folder / "root"))
+    pipeline.job("jobs/prepare.py")
+    prepared = pipeline.run.folder(pipeline.graph.prepare)
+    (folder / "out").symlink_to(prepared.path)
+    return dict(prepared.read_json("manifest.json"))
+
+
 def digest(prepared: Path) -> dict[str, str]:
     files = [path for name in OUTPUT for path in sorted((prepared / name).rglob("*")) if path.is_file()]
     return {str(path.relative_to(prepared)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -161,7 +170,7 @@ def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     del ray_here
     folder = tmp_path_factory.mktemp("prepared")
     os.chdir(folder)
-    facts = prepare(write_sources(folder), Folder.at(str(folder / "out")))
+    facts = prepare(write_sources(folder), folder)
     (folder / "facts.json").write_text(json.dumps(facts))
     return folder
 
@@ -281,12 +290,12 @@ def test_a_clustering_source_without_negatives_is_refused(ray_here: None, tmp_pa
     recipe = write_sources(tmp_path).model_dump(mode="json", exclude={"evaluation"})
     recipe["sources"] = {"c": {"format": "jsonl", "paths": [str(tmp_path / "rows.jsonl")], "task": "clustering"}}
     with pytest.raises(DataError, match="source 'c': none of its 5 rows has a negative, and clustering learns"):
-        prepare(parse(Recipe, recipe, "r"), Folder.at(str(tmp_path / "out")))
+        prepare(parse(Recipe, recipe, "r"), tmp_path)
 
 
 def test_shuffled_rows_give_the_same_ids(prepared: Path, tmp_path: Path) -> None:
     os.chdir(tmp_path)
-    prepare(write_sources(tmp_path, seed=7), Folder.at(str(tmp_path / "out")))
+    prepare(write_sources(tmp_path, seed=7), tmp_path)
     for source in planted():
         places = ["piece", "position"]
         assert (
@@ -297,27 +306,26 @@ def test_shuffled_rows_give_the_same_ids(prepared: Path, tmp_path: Path) -> None
 def test_a_killed_prepare_goes_on_with_one_worker_to_the_same_bytes(prepared: Path, tmp_path: Path) -> None:
     write_sources(tmp_path)
     script = (
-        "import json, sys, ray; from f2llm_ray.data.prepare import prepare\n"
-        "from f2llm_ray.recipe import Recipe; from f2llm_ray.recipe_file import parse\n"
-        "from f2llm_ray.run import Folder\n"
-        "from f2llm_ray.session import connect\n"
-        "ray.init('local', num_cpus=int(sys.argv[1]), include_dashboard=False)\n"
-        "connect(); prepare(parse(Recipe, json.load(open('recipe.json')), 'r'), Folder.at('out'))\n"
+        "import json, sys, ray; from f2llm_ray.pipeline.walk import Pipeline\n"
+        "from f2llm_ray.recipe.recipe import Recipe; from f2llm_ray.recipe.files import parse\n"
+        "from f2llm_ray.base.session import connect\n"
+        "ray.init('local', num_cpus=int(sys.argv[1]), include_dashboard=False); connect()\n"
+        "Pipeline(parse(Recipe, json.load(open('recipe.json')), 'r'), 'root').job('jobs/prepare.py')\n"
     )
     run = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     first = subprocess.Popen([*run, "2"], cwd=tmp_path, env=environment, start_new_session=True)
     until = time.monotonic() + 120
-    while len(list((tmp_path / "out" / "rows").glob("[0-9]*.parquet"))) < 4:
+    while len(list(tmp_path.glob("root/prepare-*/rows/[0-9]*.parquet"))) < 4:
         assert first.poll() is None
         assert time.monotonic() < until
         time.sleep(0.01)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     time.sleep(1)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rows").glob("[0-9]*.parquet")}
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("root/prepare-*/rows/[0-9]*.parquet")}
     subprocess.run([*run, "1"], cwd=tmp_path, env=environment, check=True, timeout=200)
-    assert digest(tmp_path / "out") == digest(prepared / "out")
+    assert digest(next(tmp_path.glob("root/prepare-*"))) == digest(prepared / "out")
     assert {path: path.stat().st_mtime_ns for path in written} == written, "finished parts were read again"
 
 

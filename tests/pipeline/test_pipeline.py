@@ -26,14 +26,14 @@ from f2llm_ray.base.session import connect
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.vocabulary import load_map, remap
-from f2llm_ray.pipeline.pipeline import Pipeline
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.served_model import Arguments, find_model
 from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

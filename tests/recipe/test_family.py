@@ -31,7 +31,7 @@ from tests.corpus import write_corpus, write_recipe
 PRUNED = ("80m", "160m", "330m")
 WHOLE = ("0.6b", "1.7b", "4b", "8b", "14b")
 TWIN_VOCABULARY = 60
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 
 
 def last_work(name: str) -> StageWork:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from f2llm_ray.pipeline.stages import plan
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.pipeline.ablate import ablate, load_ablation
-from f2llm_ray.pipeline.stages import plan
 from f2llm_ray.report.ablation import cells, markdown, page, rows_of
 from tests.corpus import write_corpus, write_recipe
 
