@@ -99,7 +99,7 @@ def search(
 class _Room:
     """Memory for one tile and its scores, allocated once: tiles differ in size, and freed ones leave holes.
 
-    80,000 rows of 384 dims on one core: 361 MB at most, 270 of them the libraries; without it 532, and rising.
+    80,000 rows of 384 dims on one core: 406 MB at most, 270 of them the libraries.
     """
 
     def __init__(self, texts: int, dim: int, device: str) -> None:

@@ -20,10 +20,10 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import ORDER, BatchTable
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
+from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import distinct_keys
 from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.build import write_store
-from f2llm_ray.data.tokens.store import META as TOKENS_META
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
 from f2llm_ray.engine.vector_files import Encoder
@@ -140,7 +140,7 @@ def _tokenize(
     teacher: Folder,
     tokens: Folder,
 ) -> None:
-    if tokens.exists(TOKENS_META):
+    if tokens.exists(META):
         return
     if not prepared.exists("rows"):
         raise RunError(

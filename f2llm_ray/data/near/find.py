@@ -20,7 +20,7 @@ from f2llm_ray.base.progress import say
 from f2llm_ray.data.flow import Item, Part, each, map_groups
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.near.components import EDGE, spread, stars
-from f2llm_ray.data.near.groups import key_array, members_file, write_members
+from f2llm_ray.data.near.groups import NAMES, key_array, write_members
 from f2llm_ray.data.near.minhash import PRESETS, band_keys, signatures
 from f2llm_ray.data.near.shingle_store import ShingleStore, jaccards, write_shingles
 from f2llm_ray.data.near.shingles import Shingles, shingle
@@ -242,7 +242,7 @@ def _connect_spread(near: Folder, shards: int) -> dict[str, int]:
     sizes = map_groups(_keyed(members, "a", shards), "shard", _sizes).take_all()
     with (near / "groups").writing() as folder:
         for shard in range(shards):  # a key range may be empty
-            if not members_file(folder, shard).exists():
+            if not (folder / NAMES[0].format(shard)).exists():
                 write_members(folder, shard, EDGE.empty_table())
     return _summed(sizes)
 

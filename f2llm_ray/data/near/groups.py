@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.data.keys import Keys, find_keys, shard_of
+from f2llm_ray.data.keyed import KeyedStore, write_shard
+from f2llm_ray.data.keys import Keys
 from f2llm_ray.data.schema import KEY, key_numbers
+
+NAMES = ("members-{:04d}.keys.npy", "members-{:04d}.groups.npy")
 
 
 def write_members(folder: Path, shard: int, groups: pa.Table) -> None:
     """Writes the groups of the texts of one key range: `b`, a text, belongs to `a`, another one."""
-    groups = groups.sort_by("b")
-    np.save(members_file(folder, shard), np.concatenate([key_numbers(groups["b"]).T, key_numbers(groups["a"]).T]))
+    write_shard(folder, shard, NAMES, *(key_numbers(groups[name]) for name in ("b", "a")))
 
 
 class Groups:
@@ -27,23 +28,13 @@ class Groups:
     """
 
     def __init__(self, folder: Path | None, shards: int) -> None:
-        self.folder, self.shards = folder, shards
-        self._members: dict[int, np.ndarray[Any, np.dtype[np.uint64]]] = {}
+        self._store = None if folder is None else KeyedStore(folder, shards, NAMES)
 
     def of(self, keys: Keys) -> Keys:
         """The group [n, 2] of each key [n, 2]."""
-        if self.folder is None or not len(keys):
-            return keys
         found = keys.copy()
-        shards = shard_of(keys, self.shards)
-        for shard in np.unique(shards):
-            if shard not in self._members:
-                self._members[shard] = np.load(members_file(self.folder, int(shard)), mmap_mode="r")
-            members = self._members[shard]
-            rows = np.flatnonzero(shards == shard)
-            places = find_keys(members[:2], keys[rows])
-            rows, places = rows[places >= 0], places[places >= 0]
-            found[rows] = members[2:, places].T
+        if self._store is not None:
+            self._store.fill(found, keys)
         return found
 
     def of_array(self, keys: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -54,8 +45,3 @@ class Groups:
 def key_array(keys: Keys) -> pa.Array:
     """Halves of keys [n, 2] as an arrow array; the inverse of `key_numbers`."""
     return pa.Array.from_buffers(KEY, len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys, ">u8").tobytes())])
-
-
-def members_file(folder: Path, shard: int) -> Path:
-    """The file of one key range."""
-    return folder / f"members-{shard:04d}.npy"

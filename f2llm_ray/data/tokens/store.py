@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.base.errors import RunError
-from f2llm_ray.data.keys import Keys, find_keys, shard_of
+from f2llm_ray.data.keyed import META, KeyedStore, Values, read_meta, write_shard
+from f2llm_ray.data.keys import Keys
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Tokens = np.ndarray[Any, np.dtype[np.uint32]]
 """The token ids of one text [t], EOS last."""
 
-META = "store.json"
+NAMES = ("index-{:04d}.keys.npy", "index-{:04d}.places.npy")
 PLACE = np.dtype([("piece", "<u4"), ("length", "<u4"), ("offset", "<u8")])
 """Where a text's tokens lie: which .bin, how many, and how many tokens come before them."""
 
@@ -64,12 +65,10 @@ def write_piece(path: Path, batches: Iterable[list[Tokens]]) -> pa.Table:
 
 def write_index(folder: Path, shard: int, entries: pa.Table) -> None:
     """Writes the index of one key range from (key, piece, offset, length), in any order."""
-    entries = entries.sort_by("key")
     places = np.empty(len(entries), dtype=PLACE)
     for name in ("piece", "length", "offset"):
         places[name] = entries[name].to_numpy()
-    np.save(folder / f"index-{shard:04d}.keys.npy", np.ascontiguousarray(key_numbers(entries["key"]).T))
-    np.save(folder / f"index-{shard:04d}.places.npy", places)
+    write_shard(folder, shard, NAMES, key_numbers(entries["key"]), places)
 
 
 def write_meta(folder: Path, *, shards: int, texts: int, tokens: int) -> None:
@@ -85,14 +84,10 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / META).is_file():
-            raise RunError(f"{folder}: not a finished token store: it has no {META}")
-        meta = json.loads((folder / META).read_text())
+        facts = read_meta(folder, "token store")
         self.folder = folder
-        self.shards: int = meta["shards"]
-        self.texts: int = meta["texts"]
-        self.tokens: int = meta["tokens"]
-        self._index: dict[int, tuple[Keys, np.ndarray[Any, Any]]] = {}
+        self.texts, self.tokens = facts["texts"], facts["tokens"]
+        self._index = KeyedStore(folder, facts["shards"], NAMES)
         self._pieces: dict[int, Tokens] = {}
 
     def lookup(self, keys: Keys) -> list[Tokens]:
@@ -101,41 +96,23 @@ class TokenStore:
         Raises:
             RunError: a key that is not in the store.
         """
-        shards = shard_of(keys, self.shards)
-        found: list[Tokens] = [np.empty(0, np.uint32)] * len(keys)
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            for row, place in zip(rows, self._places(int(shard), keys[rows]), strict=True):
-                offset, length = int(place["offset"]), int(place["length"])
-                found[row] = self._piece(int(place["piece"]))[offset : offset + length]
+        found = []
+        for piece, length, offset in self._places(keys).tolist():
+            found.append(self._piece(piece)[offset : offset + length])
         return found
 
-    def lengths(self, keys: Keys) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self, keys: Keys) -> Ints:
         """Number of tokens of each key [n, 2].
 
         Raises:
             RunError: a key that is not in the store.
         """
-        shards = shard_of(keys, self.shards)
-        found = np.zeros(len(keys), np.int64)
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            found[rows] = self._places(int(shard), keys[rows])["length"]
-        return found
+        return self._places(keys)["length"].astype(np.int64)
 
-    def _places(self, shard: int, keys: Keys) -> np.ndarray[Any, Any]:
-        if shard not in self._index:
-            stem = f"index-{shard:04d}"
-            self._index[shard] = (
-                np.load(self.folder / f"{stem}.keys.npy", mmap_mode="r"),
-                np.load(self.folder / f"{stem}.places.npy", mmap_mode="r"),
-            )
-        ordered, places = self._index[shard]
-        rows = find_keys(ordered, keys)
-        if (rows < 0).any():
-            key = keys[np.flatnonzero(rows < 0)[0]]
-            raise RunError(f"{self.folder}: no text with key {int(key[0]):016x}{int(key[1]):016x}")
-        return places[rows]
+    def _places(self, keys: Keys) -> Values:
+        places = np.empty(len(keys), PLACE)
+        self._index.fill(places, keys, required="text")
+        return places
 
     def _piece(self, piece: int) -> Tokens:
         if piece not in self._pieces:
