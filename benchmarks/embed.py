@@ -38,7 +38,7 @@ def main() -> None:
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
     from f2llm_ray.serve.bulk import run
-    from f2llm_ray.serve.shards import Job
+    from f2llm_ray.serve.shards import EmbedJob
 
     texts = [f"{number} {text}" for number, text in enumerate(texts_of(arguments.rows, seed=0))]
     tokenizer = train_tokenizer(texts[:2000], 4000)
@@ -61,7 +61,7 @@ def main() -> None:
         connect()
         done = [
             run(
-                Job(model=model, input=source, column="text", output=f"{folder}/{n}", shard_rows=rows),
+                EmbedJob(model=model, input=source, column="text", output=f"{folder}/{n}", shard_rows=rows),
                 workers=arguments.cores,
             )
             for n in range(arguments.repeats)

@@ -49,14 +49,14 @@ def parser() -> argparse.ArgumentParser:
 def embed(arguments: argparse.Namespace) -> None:
     """Embeds what is not embedded yet."""
     from f2llm_ray.serve.bulk import run
-    from f2llm_ray.serve.shards import Job
+    from f2llm_ray.serve.shards import EmbedJob
 
     names = (
         *("input", "column", "output", "id_column", "dimensions"),
         *("dtype", "prompt_name", "shard_rows", "batch_rows"),
     )
     keep = tuple(name for name in arguments.keep_columns.split(",") if name)
-    job = Job(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
+    job = EmbedJob(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
     done = run(job, workers=arguments.workers)
     now = done["embedded_now"]
     say(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,18 +18,21 @@ from f2llm_ray import __version__
 from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.reading.paths import find_files
+from f2llm_ray.data.reading.tables import SUFFIXES
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, read_info
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve.inputs import Unit, find_files, plan
+from f2llm_ray.run.inputs import InputFile
+from f2llm_ray.serve.inputs import Unit, units_of
 from f2llm_ray.serve.search import MANIFEST
-from f2llm_ray.serve.shards import DTYPES, Count, Job, ShardWriter
+from f2llm_ray.serve.shards import DTYPES, EmbedCount, EmbedJob, ShardWriter
 
 SETTINGS = "_settings.json"
 """Like the manifest with an underscore, so that whoever reads the folder as a parquet data set passes over it."""
 
 
-def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
+def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     """Embeds all that is not yet embedded and returns the manifest, with this call's rates.
 
     The rates are of the time after the first actor was ready: `startup_seconds` is what came before.
@@ -39,8 +42,8 @@ def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
         workers: number of actors; one per GPU, or per CPU core where there is no GPU, when unset.
 
     Raises:
-        RunError: no such model or input, a wrong setting, or an output made with other settings.
-        DataError: a file without the column, or a row without text.
+        RunError: no such model, a wrong setting, or an output made with other settings.
+        DataError: no input, a file without the column, or a row without text.
     """
     started = time.time()
     model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
@@ -48,9 +51,9 @@ def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
         raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
     info = read_info(model)
     check_settings(job, info, model)
-    files = find_files(source)
+    files = find_files(source.uri, SUFFIXES, source.uri)
     claim(output, settings_of(job, model, info, source, files))
-    units = plan(source, files, job.shard_rows)
+    units = units_of(files, job.shard_rows)
     done = set(output.files(".parquet"))
     waiting = [unit for unit in units if unit.shard not in done]
     # Absolute from here on: an actor may run in another folder than the one who asked.
@@ -79,7 +82,7 @@ def run(job: Job, *, workers: int | None = None) -> dict[str, Any]:
     }
 
 
-def check_settings(job: Job, info: ModelInfo, model: Folder) -> None:
+def check_settings(job: EmbedJob, info: ModelInfo, model: Folder) -> None:
     """Refuses what the model was not made for, before any work.
 
     Raises:
@@ -103,13 +106,15 @@ def check_settings(job: Job, info: ModelInfo, model: Folder) -> None:
             raise RunError(f"keep columns: {name!r} is a column of the shards already")
 
 
-def settings_of(job: Job, model: Folder, info: ModelInfo, source: Folder, files: dict[str, int]) -> dict[str, Any]:
+def settings_of(
+    job: EmbedJob, model: Folder, info: ModelInfo, source: Folder, files: Mapping[str, InputFile]
+) -> dict[str, Any]:
     """All that decides what the shards hold."""
     return {
         "model": info.name,
         "model_fingerprint": fingerprint(model),
         "input": source.uri,
-        "files": files,
+        "files": {name: file.size for name, file in files.items()},
         "column": job.column,
         "id_column": job.id_column,
         "keep": list(job.keep),
@@ -143,7 +148,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _embed_units(job: Job, units: list[Unit], total: int, workers: int | None) -> tuple[Count, float]:
+def _embed_units(job: EmbedJob, units: list[Unit], total: int, workers: int | None) -> tuple[EmbedCount, float]:
     """Hands the units to actors; what is wrong with some is said after the rest.
 
     Returns:
@@ -152,14 +157,14 @@ def _embed_units(job: Job, units: list[Unit], total: int, workers: int | None) -
     Raises:
         DataError: some units could not be embedded.
     """
-    count, ready, errors = Count(), time.time(), []
+    count, ready, errors = EmbedCount(), time.time(), []
     progress = Progress("embed", total, "shards")
     for number, outcome in enumerate(_outcomes(job, units, workers), start=total - len(units) + 1):
         if "error" in outcome:
             errors.append(outcome["error"])
             continue
         ready = min(outcome["ready"], ready) if count.rows else outcome["ready"]
-        count += Count(**outcome["count"])
+        count += EmbedCount(**outcome["count"])
         seconds = max(time.time() - ready, 1e-9)
         rates = (f"{n / seconds:,.0f} {name}/s" for n, name in ((count.rows, "rows"), (count.tokens, "tokens")))
         progress.update(number, f"{count.rows:,} rows", *rates)
@@ -168,7 +173,7 @@ def _embed_units(job: Job, units: list[Unit], total: int, workers: int | None) -
     return count, ready
 
 
-def _outcomes(job: Job, units: list[Unit], workers: int | None) -> Iterator[dict[str, Any]]:
+def _outcomes(job: EmbedJob, units: list[Unit], workers: int | None) -> Iterator[dict[str, Any]]:
     """What came of each unit, as the actors finish them."""
     if not units:
         return
@@ -193,10 +198,10 @@ def _outcomes(job: Job, units: list[Unit], workers: int | None) -> Iterator[dict
         yield json.loads(row["outcome"])
 
 
-def _totals(output: Folder, units: list[Unit]) -> Count:
+def _totals(output: Folder, units: list[Unit]) -> EmbedCount:
     """Counts over all the shards, also those of earlier runs."""
-    total = Count()
+    total = EmbedCount()
     for unit in units:
         metadata = pq.read_metadata(f"{output.path}/{unit.shard}", filesystem=output.filesystem).metadata
-        total += Count(**json.loads(metadata[b"f2llm"]))
+        total += EmbedCount(**json.loads(metadata[b"f2llm"]))
     return total

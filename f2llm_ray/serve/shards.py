@@ -23,7 +23,7 @@ from f2llm_ray.engine.vector_types import quantise
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve.inputs import Reader, Unit
+from f2llm_ray.serve.inputs import Unit, UnitReader
 
 Dtype = Literal["float32", "float16", "int8", "binary", "ubinary"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class EmbedJob:
     """What is embedded, and how."""
 
     model: str
@@ -51,7 +51,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Count:
+class EmbedCount:
     """What was done, over one unit or all."""
 
     rows: int = 0
@@ -61,12 +61,12 @@ class Count:
     cut: int = 0
     """Texts that were longer than the model's max_tokens."""
 
-    def __add__(self, other: Count) -> Count:
-        return Count(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+    def __add__(self, other: EmbedCount) -> EmbedCount:
+        return EmbedCount(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenizedRows:
     """Rows in their order, and the tokens of the texts among them that did not come before."""
 
     start: int
@@ -83,9 +83,9 @@ class ShardWriter:
         RunError: not a model folder, or one without the ranges that int8 needs.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EmbedJob) -> None:
         self.job = job
-        self.reader = Reader(Folder.at(job.input), job.column, job.id_column, job.keep)
+        self.reader = UnitReader(job.column, job.id_column, job.keep)
         self.output = Folder.at(job.output)
         with Folder.at(job.model).as_local() as folder:
             self.engine = Engine(folder)
@@ -109,7 +109,7 @@ class ShardWriter:
             # As a value: Ray Data passes on the text of an actor's exception but not the exception.
             return {"error": str(error)}
 
-    def write(self, unit: Unit) -> Count:
+    def write(self, unit: Unit) -> EmbedCount:
         """Embeds one unit into its shard, which is there whole or not at all.
 
         Raises:
@@ -127,7 +127,7 @@ class ShardWriter:
             "use_dictionary": [*columns, *([vectors_path] if counted else [])],
             "write_statistics": [*columns],
         }
-        count = Count(rows=len(texts))
+        count = EmbedCount(rows=len(texts))
         # The counts travel in the shard, so that a manifest can be made of shards from many runs.
         with (
             self.output.replacing(unit.shard) as temporary,
@@ -150,7 +150,7 @@ class ShardWriter:
             values = quantise(vectors_nd, dtype, self.ranges)
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
-    def _vectors(self, texts: pa.LargeStringArray) -> Iterator[tuple[int, Vectors, Count]]:
+    def _vectors(self, texts: pa.LargeStringArray) -> Iterator[tuple[int, Vectors, EmbedCount]]:
         """The vectors of the rows, batch by batch, each distinct text embedded once."""
         coded = texts.dictionary_encode()
         codes, distinct = coded.indices.to_numpy(), coded.dictionary
@@ -158,7 +158,7 @@ class ShardWriter:
         longest = self.engine.info.max_tokens
         kept: dict[int, Vectors] = {}
         for batch in _ahead(self._batches(codes, distinct)):
-            spent = Count(
+            spent = EmbedCount(
                 embedded=len(batch.fresh),
                 tokens=sum(min(len(ids), longest) for ids in batch.tokens),
                 cut=sum(len(ids) > longest for ids in batch.tokens),
@@ -171,14 +171,14 @@ class ShardWriter:
 
     def _batches(
         self, codes: np.ndarray[Any, np.dtype[np.int32]], distinct: pa.LargeStringArray
-    ) -> Iterator[Batch]:
+    ) -> Iterator[TokenizedRows]:
         seen = np.zeros(len(distinct), dtype=bool)
         for start in range(0, len(codes), self.job.batch_rows):
             here = codes[start : start + self.job.batch_rows]
             fresh = [int(code) for code in dict.fromkeys(here.tolist()) if not seen[code]]
             seen[fresh] = True
             texts = distinct.take(pa.array(fresh, pa.int32())).to_pylist()
-            yield Batch(start, here, fresh, self.engine.tokenize(texts, prompt=self.prompt))
+            yield TokenizedRows(start, here, fresh, self.engine.tokenize(texts, prompt=self.prompt))
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

@@ -211,6 +211,41 @@ def test_f2llm_rows_may_have_fewer_negatives_than_their_file(tmp_path: Path) -> 
     assert bare["negatives"] == []
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", "tsv", "f2llm"])
+def test_inputs_are_the_files_of_the_pieces_in_their_order(tmp_path: Path, suffix: str) -> None:
+    for name in "ba":
+        path = tmp_path / name
+        write_parquet(path.with_suffix(".parquet"), PAIRS, group=2)
+        write_lines(path.with_suffix(".jsonl"), *PAIRS)
+        write_lines(path.with_suffix(".csv"), "query,passage", "q,p")
+        write_lines(path.with_suffix(".tsv"), "query\tpassage", "q\tp")
+    form = {"paths": (str(tmp_path),), "format": suffix}
+    source = (F2llmSource if suffix == "f2llm" else TableSource).model_validate(form)
+    inputs = source.inputs("s")
+    assert [Path(file.uri).stem for file in inputs] == ["a", "b"]
+    assert [file.size for file in inputs] == [Path(file.uri).stat().st_size for file in inputs]
+    assert {file.version for file in inputs} == {""}
+    read = [uri for piece in source.pieces("s") for uri in source.piece_inputs(piece)]
+    assert list(dict.fromkeys(read)) == [file.uri for file in inputs]
+
+
+def test_inputs_of_a_saved_dataset_are_its_files(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(PAIRS).save_to_disk(tmp_path / "d")
+    source = DatasetsSource(path=str(tmp_path / "d"))
+    inputs = [file.uri for file in source.inputs("s")]
+    assert inputs == sorted(str(path) for path in (tmp_path / "d").iterdir())
+    assert [source.piece_inputs(piece) for piece in source.pieces("s")] == [inputs]
+
+
+def test_tsv_has_no_quotes(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.tsv", b"\xef\xbb\xbfquery\tpassage\r", '"a\tb"\r', "", "c\td")
+    assert pairs(rows(tsv(path))) == [('"a', 'b"'), ("c", "d")]
+    with pytest.raises(DataError, match=r"a\.tsv:2: found 1 fields, expected 2"):
+        rows(tsv(write_lines(tmp_path / "a.tsv", "query\tpassage", "a")))
+    with pytest.raises(DataError, match=r"a\.tsv:1: found a blank line, expected names of columns"):
+        rows(tsv(write_lines(tmp_path / "a.tsv", "", "a\tb")))
+
+
 # --- templates --------------------------------------------------------------------------------------------
 
 ARTICLES = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import sys
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from f2llm_ray.data.reading.cldr import LABEL, CldrKindSource, CldrNamesSource
 from f2llm_ray.data.reading.docstrings import DocstringsSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 from f2llm_ray.data.schema import ROW
+from f2llm_ray.run.inputs import InputFile
 
 CATALOG = r"""
 msgid ""
@@ -119,6 +122,33 @@ def test_pieces_and_rows_are_the_same_twice(source: SourceBase) -> None:
     assert not re.search(r'"/', json.dumps(pieces)), "a piece must not name a path of this machine"
     some = pieces[:: len(pieces) // 3]
     assert read(source, some) == read(source, some)
+
+
+@pytest.mark.parametrize(
+    ("source", "uri", "version"),
+    [
+        (
+            GettextSource(package="plone.app.locales"),
+            "package:plone.app.locales",
+            metadata.version("plone.app.locales"),
+        ),
+        (GettextDomainSource(package="django"), "package:django", metadata.version("django")),
+        (CldrNamesSource(), "package:Babel", metadata.version("babel")),
+        (CldrKindSource(), "package:Babel", metadata.version("babel")),
+        (DocstringsSource(modules=("json",)), "python", platform.python_version()),
+    ],
+    ids=lambda value: getattr(value, "format", None),
+)
+def test_packages_are_known_by_their_version(source: SourceBase, uri: str, version: str) -> None:
+    assert source.inputs("s") == [InputFile(uri, None, version)]
+    assert source.piece_inputs(source.pieces("s")[0]) == [uri]
+
+
+def test_a_package_without_a_version_is_known_by_its_catalogs(package: str, tmp_path: Path) -> None:
+    source = GettextSource(package=package)
+    files = [str(tmp_path / package / piece["catalog"]) for piece in source.pieces("s")]
+    assert [(file.uri, file.version) for file in source.inputs("s")] == [(file, "") for file in files]
+    assert source.piece_inputs(source.pieces("s")[0]) == files
 
 
 # --- gettext --------------------------------------------------------------------------------------------

@@ -19,14 +19,15 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.data.reading import tables
+from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.engine.calibration import calibrate, load_calibration, save_calibration
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.vector_types import quantise
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve import inputs
 from f2llm_ray.serve.bulk import run
-from f2llm_ray.serve.inputs import Reader, find_files, plan
-from f2llm_ray.serve.shards import DTYPES, Dtype, Job, ShardWriter
+from f2llm_ray.serve.inputs import UnitReader, units_of
+from f2llm_ray.serve.shards import DTYPES, Dtype, EmbedJob, ShardWriter
 from tests.tiny import MAX_TOKENS, tiny_model
 
 JOB = Path(__file__).parents[2] / "jobs" / "embed.py"
@@ -54,11 +55,11 @@ def vectors_of(table: pa.Table) -> np.ndarray[Any, Any]:
     return column.flatten().to_numpy().reshape(len(table), column.type.list_size)
 
 
-def here(job: Job, *, unit: int = 0) -> pa.Table:
+def here(job: EmbedJob, *, unit: int = 0) -> pa.Table:
     """One unit's shard, written in this process by the code that the actors run."""
-    source, output = Folder.at(job.input), Folder.at(job.output)
+    output = Folder.at(job.output)
     output.create()
-    chosen = plan(source, find_files(source), job.shard_rows)[unit]
+    chosen = units_of(find_files(job.input, tables.SUFFIXES, job.input), job.shard_rows)[unit]
     ShardWriter(job).write(chosen)
     return pq.read_table(f"{output.path}/{chosen.shard}")
 
@@ -75,7 +76,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     broken = [*lines[:3], json.dumps({"text": "", "id": "doc"}).ljust(len(lines[3])), *lines[4:]]
     jsonl = source / "sub" / "b.jsonl"
     jsonl.write_text("\n".join(broken), encoding="utf-8")
-    job = Job(
+    job = EmbedJob(
         model=str(folder),
         input=str(source),
         column="text",
@@ -90,7 +91,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     # A bad row stops its own shard only; there is no manifest then, and no half of a shard.
     with pytest.raises(DataError) as caught:
         run(job, workers=1)
-    assert str(caught.value) == f"{jsonl}: row 3 (counted from 0) has no text in column 'text'"
+    assert str(caught.value) == f"{jsonl}:4: text: found str '', expected text"
     made = sorted(output.glob("*.parquet"))
     assert sorted(path.name for path in output.iterdir()) == ["_settings.json", *(path.name for path in made)]
     assert [len(pq.read_table(shard)) for shard in made] == [80, 80, 40]
@@ -137,7 +138,8 @@ def test_row_numbers_stand_in_for_ids(tmp_path: Path, folder: Path) -> None:
     texts = texts_of(10)
     pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet", row_group_size=6)
     table = here(
-        Job(model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o")), unit=1
+        EmbedJob(model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o")),
+        unit=1,
     )
     assert table["id"].to_pylist() == [6, 7, 8, 9]
     assert set(table["file"].to_pylist()) == {"a.parquet"}
@@ -157,7 +159,7 @@ def test_equal_texts_go_through_the_model_once(
         return embed_tokens(self, tokens, **kwargs)
 
     monkeypatch.setattr(Engine, "embed_tokens", watched)
-    job = Job(
+    job = EmbedJob(
         model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"), batch_rows=2
     )
     table = here(job)
@@ -171,10 +173,10 @@ def test_text_stays_text(tmp_path: Path, folder: Path) -> None:
     csv.write_csv(pa.table({"t": ["1", "line\nbreak, and comma"], "id": [7, 8]}), tmp_path / "numbers.csv")
     engine = Engine(folder)
     lines = here(
-        Job(model=str(folder), input=str(tmp_path / "dates.jsonl"), column="t", output=str(tmp_path / "o"))
+        EmbedJob(model=str(folder), input=str(tmp_path / "dates.jsonl"), column="t", output=str(tmp_path / "o"))
     )
     np.testing.assert_allclose(vectors_of(lines), engine.embed(dates), atol=1e-5)
-    job = Job(
+    job = EmbedJob(
         model=str(folder),
         input=str(tmp_path / "numbers.csv"),
         column="t",
@@ -184,12 +186,15 @@ def test_text_stays_text(tmp_path: Path, folder: Path) -> None:
     table = here(job)
     assert table["id"].to_pylist() == [7, 8]
     np.testing.assert_allclose(vectors_of(table), engine.embed(["1", "line\nbreak, and comma"]), atol=1e-5)
+    (tmp_path / "tabs.tsv").write_text('t\tid\n"1, 2\tx\n3\t7\n', encoding="utf-8-sig")
+    table = here(replace(job, input=str(tmp_path / "tabs.tsv"), output=str(tmp_path / "q"), keep=("t",)))
+    assert table.select(["id", "t"]).to_pylist() == [{"id": "x", "t": '"1, 2'}, {"id": "7", "t": "3"}]
 
 
 def test_long_texts_are_cut_and_counted(tmp_path: Path, folder: Path) -> None:
     long = "the cat " * 500
     pq.write_table(pa.table({"t": [long, "short"]}), tmp_path / "a.parquet")
-    job = Job(model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"))
+    job = EmbedJob(model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"))
     table = here(job)
     np.testing.assert_allclose(vectors_of(table), Engine(folder).embed([long, "short"]), atol=1e-5)
     counts = json.loads(pq.read_metadata(tmp_path / "o" / "shard-000000.parquet").metadata[b"f2llm"])
@@ -200,18 +205,18 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"t": "a"}\n{"t": null}\n', r"a\.jsonl: row 1 .* has no text in column 't'"),
-        ("a.jsonl", b'{"t": "a"}\n{"t": 1}\n', r"a\.jsonl: cannot be read: "),
-        ("a.jsonl", b'{"t": "a"}\n{"t": \n', r"a\.jsonl: cannot be read: "),
-        ("a.csv", b"t,id\n\xff\xfe,1\n", r"a\.csv: cannot be read: "),
-        ("a.csv", b"u,id\na,1\n", r"a\.csv: it has no column 't'"),
-        ("a.parquet", b"PAR1 not", r"a\.parquet: cannot be read: "),
+        ("a.jsonl", b'{"t": "a"}\n{"t": null}\n', r"a\.jsonl:2: t: found null, expected text"),
+        ("a.jsonl", b'{"t": "a"}\n{"t": 1}\n', r"a\.jsonl:2: t: found int 1, expected text"),
+        ("a.jsonl", b'{"t": "a"}\n{"t": \n', r"a\.jsonl:2: found a line that is not JSON"),
+        ("a.csv", b"t,id\n\xff\xfe,1\n", r"a\.csv:2: found byte 0xff at byte 1 of the line, expected UTF-8"),
+        ("a.csv", b"u,id\na,1\n", r"a\.csv: no column 't'; the columns are \['u', 'id'\]"),
+        ("a.parquet", b"PAR1 not", r"a\.parquet: found a damaged file or another format, expected Parquet"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, folder: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        here(Job(model=str(folder), input=str(tmp_path / name), column="t", output=str(tmp_path / "o")))
+        here(EmbedJob(model=str(folder), input=str(tmp_path / name), column="t", output=str(tmp_path / "o")))
 
 
 def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
@@ -229,8 +234,6 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
         ({"dimensions": 9}, "not trained for 9; allowed: 8, 16, 32"),
         ({"prompt_name": "no"}, "it has: query"),
         ({"model": str(tmp_path)}, "not a model folder"),
-        ({"input": str(tmp_path / "no")}, "no .parquet, .jsonl, .csv file there"),
-        ({"input": str(tmp_path / "empty")}, "no .parquet, .jsonl, .csv file there"),
         ({"input": str(tmp_path), "output": str(tmp_path / "o")}, "lies within the input"),
         ({"output": str(tmp_path / "taken")}, "parquet files of something else"),
         ({"batch_rows": 0}, "at least 1 is needed"),
@@ -241,13 +244,18 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
         ({"keep": ("n", "n")}, "'n' is a column of the shards already"),
     ):
         with pytest.raises(RunError, match=message):
-            run(Job(**{**fine, **change}))
-    with pytest.raises(DataError, match="column 'n' holds int64, expected strings"):
-        here(Job(**{**fine, "column": "n"}))
-    with pytest.raises(DataError, match="it has no column 'id'"):
-        here(Job(**fine, id_column="id"))
-    with pytest.raises(DataError, match="it has no column 'more'"):
-        here(Job(**fine, keep=("more",)))
+            run(EmbedJob(**{**fine, **change}))
+    for name in ("no", "empty"):
+        with pytest.raises(
+            DataError, match=rf"{name}: found no file, expected .* \.parquet, \.jsonl, \.csv or \.tsv"
+        ):
+            run(EmbedJob(**{**fine, "input": str(tmp_path / name)}))
+    with pytest.raises(DataError, match="column 'n': found int64, expected text"):
+        here(EmbedJob(**{**fine, "column": "n"}))
+    with pytest.raises(DataError, match="no column 'id'; the columns are"):
+        here(EmbedJob(**fine, id_column="id"))
+    with pytest.raises(DataError, match="no column 'more'; the columns are"):
+        here(EmbedJob(**fine, keep=("more",)))
 
 
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
@@ -273,15 +281,14 @@ def test_large_files_are_shared_out_by_rows(
     tmp_path: Path, block: int, end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each row is in one unit, and has one number, whatever the blocks in which its file is read."""
-    monkeypatch.setattr(inputs, "BLOCK", block)
+    monkeypatch.setattr(tables, "READ_BYTES", block)
     rows = [{"t": f"text {i} 猫", "n": i} for i in range(23)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + end
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=15)
     (tmp_path / "c.jsonl").write_text("")
-    source = Folder.at(str(tmp_path))
-    reader = Reader(source, "t", None, ["n"])
-    units = plan(source, find_files(source), 6)
+    reader = UnitReader("t", None, ["n"])
+    units = units_of(find_files(str(tmp_path), tables.SUFFIXES, "input"), 6)
     assert [unit.shard for unit in units] == [f"shard-{n:06d}.parquet" for n in range(4 + 5)]
     read = [reader.read(unit) for unit in units]
     assert [len(texts) for texts, _ in read] == [6, 6, 6, 5, 6, 6, 3, 6, 2]
@@ -295,7 +302,7 @@ def test_columns_go_along_and_keep_their_type(tmp_path: Path, folder: Path) -> N
     rows: list[dict[str, Any]] = [{"t": f"text {i}", "more": None, "tags": ["a"] * i} for i in range(4)]
     rows[3]["more"] = "here"
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    job = Job(
+    job = EmbedJob(
         model=str(folder),
         input=str(tmp_path / "a.jsonl"),
         column="t",
@@ -315,7 +322,7 @@ def test_every_dtype_holds_the_engines_vectors(tmp_path: Path, folder: Path, dty
     model = tiny_model(tmp_path / "model")
     save_calibration(Folder.at(str(model)), calibrate(engine, engine.tokenize(texts, max_tokens=MAX_TOKENS)))
     pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
-    job = Job(
+    job = EmbedJob(
         model=str(model), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"), dtype=dtype
     )
     found = vectors_of(here(replace(job, dimensions=16)))
@@ -341,7 +348,7 @@ def test_stores_read_the_shards(tmp_path: Path, folder: Path) -> None:
     texts = [f"text {i} " + "the cat " * (i % 7) for i in range(60)]
     pq.write_table(pa.table({"t": texts}), tmp_path / "a.parquet")
     jobs = {
-        dtype: Job(
+        dtype: EmbedJob(
             model=str(folder),
             input=str(tmp_path / "a.parquet"),
             column="t",

@@ -19,18 +19,20 @@ import uvicorn
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.reading.paths import find_files
+from f2llm_ray.data.reading.tables import SUFFIXES
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import read_info
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Info
 from f2llm_ray.serve.bulk import claim, settings_of
-from f2llm_ray.serve.inputs import find_files, plan
+from f2llm_ray.serve.inputs import units_of
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web
 from f2llm_ray.serve.search import MANIFEST, MOST_ROWS, cosines_by_dim
 from f2llm_ray.serve.served_model import Arguments, find_model
-from f2llm_ray.serve.shards import Job, ShardWriter
+from f2llm_ray.serve.shards import EmbedJob, ShardWriter
 from tests.serve.conftest import free_port
 from tests.tiny import tiny_model
 
@@ -48,11 +50,12 @@ def embedded(model: Path, folder: Path) -> Path:
     """A corpus as jobs/embed.py leaves it, written in this process."""
     source = folder / "texts.parquet"
     pq.write_table(pa.table({"text": TEXTS}), source)
-    job = Job(model=str(model), input=str(source), column="text", output=str(folder / "out"), keep=("text",))
+    job = EmbedJob(model=str(model), input=str(source), column="text", output=str(folder / "out"), keep=("text",))
     at, output = Folder.at(job.input), Folder.at(job.output)
-    settings = settings_of(job, Folder.at(job.model), read_info(Folder.at(job.model)), at, find_files(at))
+    files = find_files(at.uri, SUFFIXES, at.uri)
+    settings = settings_of(job, Folder.at(job.model), read_info(Folder.at(job.model)), at, files)
     claim(output, settings)
-    for unit in plan(at, find_files(at), 30):
+    for unit in units_of(files, 30):
         ShardWriter(job).write(unit)
     output.write_json(MANIFEST, {**settings, "rows": len(TEXTS)})
     return folder / "out"

@@ -36,7 +36,7 @@ class LocalesSource(SourceBase):
     """What both sources of names share: a language is a piece.
 
     Its base locale is read first and then its variants (another script or territory), which mostly repeat
-    it: Output[each name counts once per language.]
+    it: each name counts once per language.
     """
 
     pieces_per_part: ClassVar[int] = 12

@@ -39,7 +39,7 @@ class DatasetsSource(SourceBase):
         folder = _saved_folder(self.path)
         if folder is None:
             return [InputFile(f"datasets:{self.path}", None, self.path)]
-        return find_files(folder, ("",), f"source {name!r}: {self.path}")
+        return list(find_files(folder, ("",), f"source {name!r}: {self.path}").values())
 
     def piece_inputs(self, piece: Piece) -> list[str]:
         """All of them, since rows of the files are known by their number in the whole."""

@@ -49,11 +49,14 @@ class FilesSource(SourceBase):
             DataError: a path that matches nothing, or an empty file.
         """
         suffixes = (f".{self.kind_of_file}",)
-        found = [file for path in self.paths for file in find_files(path, suffixes, f"source {name!r}: {path}")]
-        for file in found:
+        found: dict[str, InputFile] = {}
+        for path in self.paths:
+            files = find_files(path, suffixes, f"source {name!r}: {path}").values()
+            found |= {file.uri: found.get(file.uri, file) for file in files}
+        for file in found.values():
             if file.size == 0:
                 raise DataError(f"source {name!r}: {file.uri}: found an empty file, expected rows")
-        return list({file.uri: file for file in found}.values())
+        return list(found.values())
 
     def piece_inputs(self, piece: Piece) -> list[str]:
         """The piece's file."""

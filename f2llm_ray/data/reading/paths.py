@@ -22,11 +22,14 @@ def store_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     return OSError, *more, *(getattr(module, name) for module, name in loaded if module is not None)
 
 
-def find_files(path: str, suffixes: tuple[str, ...], place: str) -> list[InputFile]:
-    """Lists the files that a path stands for, sorted, with paths or URIs that `Folder.at` opens.
+def find_files(path: str, suffixes: tuple[str, ...], place: str) -> dict[str, InputFile]:
+    """Finds the files that a path stands for, as paths or URIs that `Folder.at` opens.
 
     A path is a file, whatever its suffix; a folder, which stands for all files below it with one of the suffixes;
     or a glob (*, [abc], ** over folders). Files and folders whose names begin with a dot are left out.
+
+    Returns:
+        By name relative to the folder, or to the part of a glob before its first wildcard, sorted by it.
 
     Raises:
         DataError: nothing matches, or the file system cannot be reached.
@@ -46,23 +49,23 @@ def listed(names: tuple[str, ...]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _matching(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
+def _matching(path: str, suffixes: tuple[str, ...]) -> dict[str, InputFile]:
     folder = Folder.at(path)
     info = folder.filesystem.get_file_info(folder.path)
     if info.type == fs.FileType.File:
-        return [InputFile(folder.uri, info.size)]
+        return {info.base_name: InputFile(folder.uri, info.size)}
     if info.type == fs.FileType.Directory:
-        return [file for name, file in _below(path) if name.endswith(suffixes)]
+        return {name: file for name, file in _below(path) if name.endswith(suffixes)}
     start, question, options = (
         path.partition("?") if "://" in path else (path, "", "")
     )  # "?" begins a URI's options
     parts = start.split("/")
     wild = next((i for i, part in enumerate(parts) if "*" in part or "[" in part), None)
     if wild is None:
-        return []
+        return {}
     base = "/".join(parts[:wild]) or ("/" if wild else ".")
     pattern = re.compile(glob_translate("/".join(parts[wild:])))
-    return [file for name, file in _below(f"{base}{question}{options}") if pattern.match(name)]
+    return {name: file for name, file in _below(f"{base}{question}{options}") if pattern.match(name)}
 
 
 def _below(path: str) -> list[tuple[str, InputFile]]:
