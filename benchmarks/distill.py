@@ -37,7 +37,7 @@ import torch
 
 from f2llm_ray.data.batches.table import BatchTable, mix, write_source
 from f2llm_ray.data.ragged import list_array
-from f2llm_ray.data.schema import KEY, key_numbers, text_key
+from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens import store as token_files
 from f2llm_ray.data.tokens.tokenizer import train_tokenizer
 from f2llm_ray.engine.encoder import encode
@@ -45,15 +45,14 @@ from f2llm_ray.engine.vector_files import Encoder
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import forward_flops_per_token
-from f2llm_ray.recipe.files import parse
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.deepspeed import start_engine
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
-from f2llm_ray.train.loader import Batch, read
+from f2llm_ray.train.loader import TrainBatch, read
 from f2llm_ray.train.objective import StageLoss, Student, chunks_of, encoder_of
-from f2llm_ray.train.teacher import Teacher, teacher_of
+from f2llm_ray.train.settings import Distill, EngineSettings
+from f2llm_ray.train.teacher import TeacherVectors, teacher_of
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 EPOCHS = 2
@@ -85,7 +84,7 @@ class Place:
         """A model folder."""
         return Folder.at(str(self.root / name))
 
-    def batches(self, taught: Path | None) -> Iterable[Batch]:
+    def batches(self, taught: Path | None) -> Iterable[TrainBatch]:
         """The batches in step order, looked up as they are asked for."""
         return read(self.table, self.tokens, rank=0, world=1, taught=taught)
 
@@ -101,27 +100,18 @@ def teacher_shape(hidden: int, teacher: str) -> Shape:
     return shape(hidden, 4 * LAYERS) if teacher == "deeper" else shape(2 * hidden)
 
 
-def recipe_of(large: Shape, hidden: int, negatives: int) -> Recipe:
-    """A recipe of one retrieval source, whose files are never read."""
-    training = {
-        "global_batch": BATCH,
-        "epochs": EPOCHS,
-        "negatives": {"retrieval": negatives},
-        "engine": {"precision": "fp32", "tokens_per_pass": 4096, "zero_stage": 0},
-    }
-    settings = {
-        "name": "bench",
-        "sources": {SOURCE: {"format": "parquet", "paths": ["none.parquet"]}},
-        "tokenizer": {"train_vocab": VOCABULARY},
-        "backbone": {"shape": large.model_dump()},
-        "stages": {},
-        "prune": {"model": "untrained", "hidden": hidden, "layers": LAYERS},
-        "distill": {"teacher": "untrained", **training},
-    }
-    return parse(Recipe, settings, "benchmark")
+def settings_of(negatives: int) -> Distill:
+    """The settings of the student's training."""
+    return Distill(
+        teacher="untrained",
+        global_batch=BATCH,
+        epochs=EPOCHS,
+        negatives={"retrieval": negatives},
+        engine=EngineSettings(precision="fp32", tokens_per_pass=4096, zero_stage=0),
+    )
 
 
-def prepare(place: Place, recipe: Recipe, rows: int, small: Shape, large: Shape) -> None:
+def prepare(place: Place, settings: Distill, rows: int, small: Shape, large: Shape) -> None:
     """Writes the token store, the batches of both epochs, and both models."""
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(np.log(MEDIAN_TOKENS), SIGMA, 2 * rows), SHORTEST, LONGEST).astype(int)
@@ -143,8 +133,6 @@ def prepare(place: Place, recipe: Recipe, rows: int, small: Shape, large: Shape)
             "passage_group": passage,
         }
     )
-    stage = recipe.distill
-    assert stage is not None  # noqa: S101 - recipe_of() has it
     counts = []
     for epoch in range(EPOCHS):
         folder = place.root / "batches" / f"epoch-{epoch:03d}"
@@ -155,7 +143,7 @@ def prepare(place: Place, recipe: Recipe, rows: int, small: Shape, large: Shape)
             generator.permutation(rows),
             source=SOURCE,
             task="retrieval",
-            negatives=stage.negatives["retrieval"],
+            negatives=settings.negatives["retrieval"],
             size=BATCH,
             seed=str(epoch),
         )
@@ -189,20 +177,19 @@ def teach(place: Place, hidden: int, out: Path) -> int:
 class Run:
     """A student at its beginning, and what it learns from."""
 
-    def __init__(self, place: Place, recipe: Recipe, hidden: int, teacher: Teacher | None) -> None:
-        stage = recipe.distill
-        assert stage is not None  # noqa: S101 - recipe_of() has it
-        self.stage, self.loss = stage, StageLoss(recipe, stage, hidden, teacher)
-        student = Student(load_backbone(place.root / "student"), stage.engine.tokens_per_pass, None, None)
-        self.engine = start_engine(student, stage, 1)
+    def __init__(self, place: Place, settings: Distill, hidden: int, teacher: TeacherVectors | None) -> None:
+        self.settings = settings
+        self.loss = StageLoss(settings, {SOURCE: SourceFacts("retrieval", "")}, hidden, teacher)
+        student = Student(load_backbone(place.root / "student"), settings.engine.tokens_per_pass, None, None)
+        self.engine = start_engine(student, settings, 1)
         self.engine.train()
 
-    def train(self, batches: Iterable[Batch]) -> float:
+    def train(self, batches: Iterable[TrainBatch]) -> float:
         """Trains on them and gives the last loss."""
         for batch in batches:
             last, _ = cached_backward(
                 encoder_of(self.engine, batch),
-                chunks_of(self.engine, self.stage, batch),
+                chunks_of(self.engine, self.settings, batch),
                 partial(self.loss, batch=batch),
                 engine_backward(self.engine),
             )
@@ -210,36 +197,38 @@ class Run:
         return float(last)
 
 
-def online(place: Place, recipe: Recipe, hidden: int, now: Callable[[], float]) -> dict[str, float]:
+def online(place: Place, settings: Distill, hidden: int, now: Callable[[], float]) -> dict[str, float]:
     """Seconds and last loss with the teacher beside the student; loading models does not count."""
     teacher = teacher_of(model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
-    run = Run(place, recipe, hidden, teacher)
+    run = Run(place, settings, hidden, teacher)
     started = now()
     last = run.train(place.batches(None))
     return {"seconds": now() - started, "loss": last}
 
 
-def cached(place: Place, recipe: Recipe, hidden: int, now: Callable[[], float]) -> dict[str, float]:
+def cached(place: Place, settings: Distill, hidden: int, now: Callable[[], float]) -> dict[str, float]:
     """The same with vectors computed before, which counts, loading the teacher for it included."""
     out = Path(tempfile.mkdtemp(dir=place.root))
     started = now()
     texts = teach(place, hidden, out)
     taught = now() - started
     teacher = teacher_of(model=None, vectors=out, tokens_per_pass=4096)
-    run = Run(place, recipe, hidden, teacher)
+    run = Run(place, settings, hidden, teacher)
     started = now()
     last = run.train(place.batches(out))
     return {"seconds": taught + now() - started, "teach": taught, "loss": last, "texts": texts}
 
 
-def student_vectors(run: Run, batch: Batch) -> torch.Tensor:
+def student_vectors(run: Run, batch: TrainBatch) -> torch.Tensor:
     """The student's vectors of a batch, without a graph."""
     with torch.no_grad():
-        return encode(run.engine.module.backbone, batch.tokens, tokens_per_pass=run.stage.engine.tokens_per_pass)
+        return encode(
+            run.engine.module.backbone, batch.tokens, tokens_per_pass=run.settings.engine.tokens_per_pass
+        )
 
 
 def forward_seconds(
-    vectors: Callable[[Batch], torch.Tensor], batches: list[Batch], now: Callable[[], float]
+    vectors: Callable[[TrainBatch], torch.Tensor], batches: list[TrainBatch], now: Callable[[], float]
 ) -> float:
     """Seconds of a model's forward passes on some batches."""
     started = now()
@@ -251,24 +240,24 @@ def forward_seconds(
 def measure(rows: int, hidden: int, teacher: str, negatives: int, rounds: int, clock: str) -> dict[str, Any]:
     """Medians over the rounds."""
     now, small, large = CLOCKS[clock], shape(hidden), teacher_shape(hidden, teacher)
-    recipe = recipe_of(large, hidden, negatives)
+    settings = settings_of(negatives)
     with tempfile.TemporaryDirectory() as folder:
         place = Place(Path(folder))
-        prepare(place, recipe, rows, small, large)
+        prepare(place, settings, rows, small, large)
         os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
         some = list(place.batches(None))
         warm = teacher_of(model=place.model("teacher"), vectors=None, tokens_per_pass=4096)
         assert warm is not None  # noqa: S101 - a model was given
-        run = Run(place, recipe, hidden, warm)
+        run = Run(place, settings, hidden, warm)
         run.train(some[:1])
         time_ratio = forward_seconds(warm, some[:8], now) / forward_seconds(
             partial(student_vectors, run), some[:8], now
         )
         one, other = [], []
         for _ in range(rounds):
-            one.append(online(place, recipe, hidden, now))
-            other.append(cached(place, recipe, hidden, now))
+            one.append(online(place, settings, hidden, now))
+            other.append(cached(place, settings, hidden, now))
         torch.distributed.destroy_process_group()
     seen = [len(text) for batch in some for text in batch.tokens]
     mean = sum(seen) / len(seen)

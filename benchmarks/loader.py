@@ -20,15 +20,16 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.batches.build import build_batches
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
-from f2llm_ray.data.schema import KEY, KEY_BYTES, key_numbers
+from f2llm_ray.data.schema import KEY, KEY_BYTES, SourceFacts, Task, key_numbers
 from f2llm_ray.data.tokens import store as tokens
-from f2llm_ray.recipe.files import parse
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.loader import build_batches, stream
+from f2llm_ray.train.loader import stream
+from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.training import batch_plan
 
 SCALE = (100_000, 1_000_000)
 WORLD = 2
@@ -38,28 +39,12 @@ PREFETCH = 4
 PIECES, SHARDS = 8, 16
 TEXTS_PER_WRITE = 16_384
 # Share of the rows, and negatives per row: as many as a stage draws.
-SOURCES = {
+SOURCES: dict[str, tuple[float, Task, int]] = {
     "questions": (0.6, "retrieval", 7),
     "clusters": (0.2, "clustering", 9),
     "topics": (0.2, "classification", 1),
 }
 LABELS = 50
-
-
-def recipe_of(global_batch: int) -> Recipe:
-    """A recipe with one source per task, whose files are never read."""
-    source = {"format": "parquet", "paths": ["none.parquet"]}
-    settings = {
-        "name": "bench",
-        "sources": {name: {**source, "task": task} for name, (_, task, _) in SOURCES.items()},
-        "tokenizer": {"train_vocab": 300},
-        "backbone": {"shape": {"hidden": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "ffn": 8}},
-        "stages": {
-            "bench": {"global_batch": global_batch, "instructions": False, "engine": {"precision": "fp32"}}
-        },
-        "compute": {"workers": WORLD},
-    }
-    return parse(Recipe, settings, "benchmark")
 
 
 def write_corpus(prepared: Folder, rows: int, seed: int) -> int:
@@ -98,10 +83,10 @@ def write_store(folder: Path, keys: pa.Array, generator: np.random.Generator) ->
     """A token store of random tokens with lognormal lengths (median 20), and its number of tokens."""
     lengths = np.clip(generator.lognormal(3.0, 0.8, len(keys)), 2, 1024).astype(np.int64)
     entries = []
-    for piece, mine in enumerate(np.array_split(np.arange(len(keys)), PIECES)):
-        written = tokens.write_piece(folder / f"{piece:06d}.bin", random_texts(lengths[mine], generator))
-        written = written.append_column("key", keys.slice(mine[0], len(mine)))
-        entries.append(written.append_column("piece", pa.array(np.full(len(mine), piece))))
+    for piece, some in enumerate(np.array_split(np.arange(len(keys)), PIECES)):
+        written = tokens.write_piece(folder / f"{piece:06d}.bin", random_texts(lengths[some], generator))
+        written = written.append_column("key", keys.slice(some[0], len(some)))
+        entries.append(written.append_column("piece", pa.array(np.full(len(some), piece))))
     table = pa.concat_tables(entries)
     shard = shard_of(key_numbers(table["key"]), SHARDS)
     for number in range(SHARDS):
@@ -170,7 +155,8 @@ def measure(rows: int, steps: int, global_batch: int) -> dict[str, Any]:
     """Builds a corpus and streams its batches to two consumers."""
     import ray
 
-    recipe = recipe_of(global_batch)
+    plan = batch_plan(TrainStage(global_batch=global_batch, instructions=False))
+    sources = {name: SourceFacts(task, "") for name, (_, task, _) in SOURCES.items()}
     with tempfile.TemporaryDirectory() as root:
         prepared, out = Folder.at(root) / "prepared", Folder.at(root) / "batches"
         started = time.perf_counter()
@@ -178,7 +164,7 @@ def measure(rows: int, steps: int, global_batch: int) -> dict[str, Any]:
         corpus_s = time.perf_counter() - started
         connect()
         started = time.perf_counter()
-        build_batches(recipe, "bench", recipe.stages["bench"], prepared, None, out)
+        build_batches(plan, sources, "0/bench", prepared=prepared, mined=None, out=out)
         batches_s = time.perf_counter() - started
         # Consumers must not be processes that have held the tables of the build.
         ray.shutdown()

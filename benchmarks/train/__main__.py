@@ -34,11 +34,12 @@ import torch
 
 from benchmarks.train.peers import CLOCKS
 from benchmarks.train.scaling import scaling
-from benchmarks.train.setup import STAGE, Place, prepare, recipe_of, tokens_of
+from benchmarks.train.setup import Place, prepare, tokens_of, training_of
 from benchmarks.train.turns import KINDS, streamed, turns
 from f2llm_ray.base.session import connect
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.loader import build_batches, read
+from f2llm_ray.train.loader import read
+from f2llm_ray.train.training import write_batches
 
 
 def worker_counts(text: str) -> list[int]:
@@ -55,15 +56,14 @@ def beside_peers(rows: int, negatives: int, steps: int, rounds: int, clock: str)
     import ray
 
     torch.set_num_threads(1)
-    recipe = recipe_of(rows, negatives)
-    stage = recipe.stages[STAGE]
+    training = training_of(rows, negatives)
     with tempfile.TemporaryDirectory() as folder:
         root = Folder.at(folder)
         # The turns and the run in Ray, with a step each to warm up.
         text_of = prepare(Path(folder), 2 * rounds * steps + 2, rows, negatives)
-        place = Place(Path(folder), stage, clock, text_of, Path(folder) / "batches")
+        place = Place(Path(folder), training.settings, clock, text_of, Path(folder) / "batches")
         connect()
-        build_batches(recipe, STAGE, stage, root / "prepared", None, root / "batches")
+        write_batches(training, prepared=root / "prepared", mined=None, out=root / "batches")
         ray.shutdown()
         known = list(read(place.table, place.store, rank=0, world=1))
         found = turns(place, known, steps, rounds)
@@ -73,7 +73,7 @@ def beside_peers(rows: int, negatives: int, steps: int, rounds: int, clock: str)
     rates = {name: statistics.median(each) for name, each in found.items()}
     rates["ours_in_ray"] = rate
     ratios = {
-        name: statistics.median(mine / theirs for mine, theirs in zip(found["ours"], found[kind], strict=True))
+        name: statistics.median(own / other for own, other in zip(found["ours"], found[kind], strict=True))
         for name, kind in zip(("official", "st", "bare"), KINDS[1:], strict=True)
     }
     padded = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in known)

@@ -14,15 +14,17 @@ from benchmarks.train.setup import SHAPE, Place
 from f2llm_ray.engine.encoder import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
 from f2llm_ray.train.deepspeed import start_engine
-from f2llm_ray.train.loader import Batch
-from f2llm_ray.train.losses import Objective, Places, contrastive
+from f2llm_ray.train.loader import TrainBatch
+from f2llm_ray.train.losses import Objective, TextPlaces, contrastive
 from f2llm_ray.train.settings import TrainStage
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-Step = Callable[[Batch], None]
+Step = Callable[[TrainBatch], None]
 
 
-def loss_of(v_nd: torch.Tensor, batch: Batch, stage: TrainStage, *, gather_gradient: bool = True) -> torch.Tensor:
+def loss_of(
+    v_nd: torch.Tensor, batch: TrainBatch, stage: TrainStage, *, gather_gradient: bool = True
+) -> torch.Tensor:
     """The paper's objective on the vectors of a batch."""
     arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
     objective = Objective(
@@ -31,7 +33,7 @@ def loss_of(v_nd: torch.Tensor, batch: Batch, stage: TrainStage, *, gather_gradi
         in_batch=True,
         gather_gradient=gather_gradient,
     )
-    return contrastive(v_nd, Places(*(torch.from_numpy(array.copy()) for array in arrays)), objective)[0]
+    return contrastive(v_nd, TextPlaces(*(torch.from_numpy(array.copy()) for array in arrays)), objective)[0]
 
 
 class Encoder(torch.nn.Module):
@@ -56,7 +58,7 @@ def our_step(place: Place) -> Step:
     engine = start_engine(Encoder(load_backbone(place.model), stage.engine.tokens_per_pass), stage, 1)
     engine.train()
 
-    def step(batch: Batch) -> None:
+    def step(batch: TrainBatch) -> None:
         engine.backward(loss_of(engine(batch.tokens).float(), batch, stage))
         engine.step()
 
@@ -68,7 +70,7 @@ def bare_step(place: Place) -> Step:
     stage = place.stage
     backbone = load_backbone(place.model).train()
 
-    def step(batch: Batch) -> None:
+    def step(batch: TrainBatch) -> None:
         backbone.zero_grad()
         loss_of(
             encode(backbone, batch.tokens, tokens_per_pass=stage.engine.tokens_per_pass), batch, stage
@@ -83,7 +85,7 @@ def official_step(place: Place) -> Step:
     backbone = load_backbone(place.model).train()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=stage.lr, betas=stage.betas)
 
-    def step(batch: Batch) -> None:
+    def step(batch: TrainBatch) -> None:
         lengths = torch.tensor([len(text) for text in batch.tokens])
         ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long)
         for row, text in zip(ids, batch.tokens, strict=True):
@@ -111,7 +113,7 @@ class Peer:
         self.loss = MatryoshkaLoss(self.model, ranking, [*reversed(matryoshka_dims(SHAPE.hidden))])
         self.place = place
 
-    def seconds(self, batches: list[Batch]) -> float:
+    def seconds(self, batches: list[TrainBatch]) -> float:
         """Seconds that training on these batches takes, from its begin to its end."""
         from datasets import Dataset
         from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -144,7 +146,7 @@ class Peer:
         trainer.train()
         return clock.seconds
 
-    def _rows(self, batch: Batch) -> Iterator[dict[str, str]]:
+    def _rows(self, batch: TrainBatch) -> Iterator[dict[str, str]]:
         texts = [self.place.text_of[text.tobytes()] for text in batch.tokens]
         for query, passage, negatives in zip(batch.query, batch.passage, batch.negative, strict=True):
             columns = {f"negative_{number}": texts[place] for number, place in enumerate(negatives)}

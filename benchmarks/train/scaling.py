@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train.setup import STAGE, Place, prepare, recipe_of, tokens_of
+from benchmarks.train.setup import Place, prepare, tokens_of, training_of
 from f2llm_ray.base.session import connect
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import read
@@ -56,11 +56,9 @@ def run(root: Path, out: Path, workers: int, rows: int, negatives: int) -> dict[
     """One stage from its first to its last step, as the pipeline trains it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    recipe = recipe_of(rows, negatives, workers)
+    training = training_of(rows, negatives, workers)
     train(
-        recipe,
-        STAGE,
-        recipe.stages[STAGE],
+        training,
         prepared=Folder.at(str(root)) / "prepared",
         mined=None,
         student=Folder.at(str(root)) / "model",
@@ -71,13 +69,13 @@ def run(root: Path, out: Path, workers: int, rows: int, negatives: int) -> dict[
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
     ended = [event.wall_time for event in events.Scalars("loss")]
-    place = Place(root, recipe.stages[STAGE], "wall", {}, out / "batches")
+    place = Place(root, training.settings, "wall", {}, out / "batches")
     tokens = [tokens_of([batch]) for batch in read(place.table, place.store, rank=0, world=1)]
     seconds = [after - before for before, after in pairwise(ended)]
     rates = [count / took for count, took in zip(tokens[1:], seconds, strict=True)]
-    training = json.loads((out / "training.json").read_text())
+    facts = json.loads((out / "training.json").read_text())
     return {
         "tokens_per_second": statistics.median(rates[WARM_UP - 1 :]),
-        "loader_stall": training["loader_stall"],
-        "final_loss": training["final_loss"],
+        "loader_stall": facts["loader_stall"],
+        "final_loss": facts["final_loss"],
     }

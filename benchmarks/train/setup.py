@@ -12,16 +12,16 @@ from benchmarks.loader import random_keys
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
-from f2llm_ray.data.schema import key_numbers
+from f2llm_ray.data.schema import SourceFacts, key_numbers
 from f2llm_ray.data.tokens import store as store_files
 from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
 from f2llm_ray.model.sizes import Shape, random_backbone
-from f2llm_ray.recipe.files import parse
-from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.loader import Batch
-from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.loader import TrainBatch
+from f2llm_ray.train.settings import EngineSettings, TrainStage
+from f2llm_ray.train.training import Training
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=768, max_positions=512)
 VOCABULARY = 4000
@@ -56,25 +56,23 @@ class Place:
         return BatchTable(self.batches / "train", ("pairs",))
 
 
-def recipe_of(rows: int, negatives: int, workers: int = 1) -> Recipe:
-    """A recipe of one retrieval source, whose files are never read."""
-    settings = {
-        "name": "bench",
-        "sources": {"pairs": {"format": "parquet", "paths": ["none.parquet"]}},
-        "tokenizer": {"train_vocab": VOCABULARY},
-        "backbone": {"shape": SHAPE.model_dump()},
-        "stages": {
-            STAGE: {
-                "global_batch": rows,
-                "negatives": {"retrieval": negatives},
-                "instructions": False,
-                "engine": {"precision": "fp32", "tokens_per_pass": 4096},
-            }
-        },
+def training_of(rows: int, negatives: int, workers: int = 1) -> Training:
+    """A training on one retrieval source."""
+    return Training(
+        stage=STAGE,
+        model_name=STAGE,
+        run_name=STAGE,
+        settings=TrainStage(
+            global_batch=rows,
+            negatives={"retrieval": negatives},
+            instructions=False,
+            engine=EngineSettings(precision="fp32", tokens_per_pass=4096),
+        ),
+        sources={"pairs": SourceFacts("retrieval", "")},
+        seed=0,
         # Half a core each, so that Ray Data finds room beside the trainers.
-        "compute": {"workers": workers, "cpus_per_worker": 0.5},
-    }
-    return parse(Recipe, settings, "benchmark")
+        compute=Compute(workers=workers, cpus_per_worker=0.5),
+    )
 
 
 def texts_of(number: int, generator: np.random.Generator) -> list[str]:
@@ -134,6 +132,6 @@ def prepare(root: Path, batches: int, rows: int, negatives: int) -> dict[bytes, 
     return {ids.tobytes(): text for ids, text in zip(tokens, texts, strict=True)}
 
 
-def tokens_of(batches: list[Batch]) -> int:
+def tokens_of(batches: list[TrainBatch]) -> int:
     """Real tokens."""
     return sum(len(text) for batch in batches for text in batch.tokens)

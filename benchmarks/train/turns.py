@@ -13,7 +13,7 @@ import torch
 from benchmarks.train.peers import CLOCKS, Peer, Step, bare_step, official_step, our_step
 from benchmarks.train.setup import Place, tokens_of
 from f2llm_ray.base.session import connect
-from f2llm_ray.train.loader import Batch, read, stream
+from f2llm_ray.train.loader import TrainBatch, read, stream
 
 KINDS = ("ours", "official", "sentence_transformers", "bare")
 
@@ -37,7 +37,7 @@ def work(kind: str, place: Place, pipe: Connection) -> None:
         assert torch.get_num_threads() == 1  # noqa: S101 - no library may have changed it meanwhile
 
 
-def seconds(step: Step, batches: Iterator[Batch] | list[Batch], now: Callable[[], float]) -> float:
+def seconds(step: Step, batches: Iterator[TrainBatch] | list[TrainBatch], now: Callable[[], float]) -> float:
     """Seconds that the steps take, taking the batches included."""
     started = now()
     for batch in batches:
@@ -62,7 +62,7 @@ def streamed(place: Place, first: int, steps: int) -> tuple[float, float]:
     return taken / (now() - started), waited / (time.perf_counter() - begun)
 
 
-def turns(place: Place, known: list[Batch], steps: int, rounds: int) -> dict[str, list[float]]:
+def turns(place: Place, known: list[TrainBatch], steps: int, rounds: int) -> dict[str, list[float]]:
     """Real tokens per second of each peer in each round, after a step that warms up."""
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}

@@ -74,7 +74,7 @@ class TrainingMeters:
         return {name: self.curves[name][-1][1] if self.curves[name] else None for name in HELD_OUT}
 
     def rates(self) -> dict[str, float]:
-        """Real tokens per second of all ranks since the stage began, and the shares that `trackers.GAUGES` explains."""
+        """Tokens per second of all ranks since the stage began, and shares, as `trackers.GAUGES` explains them."""
         seconds = max(self.seconds, 1e-9)
         return {
             "tokens_per_second": self.tokens / seconds,
