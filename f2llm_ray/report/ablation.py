@@ -45,7 +45,7 @@ def rows_of(results: Mapping[str, Mapping[str, Any]], reference: str | None) -> 
             rows.append({"name": name, "error": result["error"]})
             continue
         last = result["models"][-1]
-        # A model that was merged or quantised has the training of the one it is made from; a pruned one has none.
+        # A model that was merged or quantized has the training of the one it is made from; a pruned one has none.
         made = (model for model in lineage(result["models"], last) if model.get("kind") not in {"merge", "int8"})
         row = _row(name, last, result["training"].get(next(made, last)["name"]))
         rows.append({**row, "against_first": result["against_first"]})

@@ -16,6 +16,7 @@ from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
+from f2llm_ray.report.page import render_page
 from f2llm_ray.report.read_scores import (
     ModelEntry,
     RunReport,
@@ -41,20 +42,13 @@ WEAKEST = 10
 HUB_METRICS = {"ndcg@10": "ndcg_at_10", "acc@1": "accuracy", "recall@10": "recall_at_10", "mrr@10": "mrr_at_10"}
 
 
-def write_cards(root: Folder, report: RunReport) -> list[str]:
-    """Writes README.md into the folder of every model of a report; returns the folders.
-
-    A folder that is not there any more, as of a run that was copied in part, is passed over: the report says
-    nothing about weights.
-    """
-    written = []
+def write_cards(root: Folder, report: RunReport) -> None:
+    """Writes README.md into the folder of every model of a report that still exists."""
     for model in report.get("models") or []:
         folder = root / str(model.get("folder"))
         if model.get("folder") and folder.exists(INFO_FILE):
-            info = read_info(folder)
-            folder.write_bytes(CARD, model_card(report, model, info).encode("utf-8"))
-            written.append(folder.uri)
-    return written
+            card = model_card(report, model, read_info(folder))
+            folder.write_bytes(CARD, card.encode("utf-8"))
 
 
 def read_card(path: Path) -> ModelCard:
@@ -82,16 +76,31 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
         model: the entry of the model there.
         info: the facts of its folder.
     """
-    parts = [
-        f"---\n{front_matter(report, model, info).to_yaml()}\n---",
-        f"# {info.name}",
-        _summary(report, model, info),
-        _usage(info),
-        _quality(model),
-        _weak(model),
-        _data(trained_on(report, model)),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return render_page(
+        "model_card.md",
+        front=front_matter(report, model, info).to_yaml(),
+        info=info,
+        report=report,
+        model=model,
+        placeholder=PLACEHOLDER,
+        query=repr(info.prompts.get("query", "") + "Passwort ändern"),
+        quality=[
+            [name, str(dim), metric, formatting.score(facts.get(metric)), interval(facts)]
+            for name in sets_of([model])
+            for metric in [main_metric([model], name)]
+            for dim, facts in by_dim(model, name).items()
+        ],
+        weakest=[_weakest(model, name) for name in sets_of([model]) if by_language(model, name)],
+        sources=[
+            [
+                name,
+                str(facts.get("task") or ""),
+                formatting.count(facts.get("rows")),
+                str(facts.get("licence") or "not stated"),
+            ]
+            for name, facts in trained_on(report, model).items()
+        ],
+    )
 
 
 def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> ModelCardData:
@@ -134,114 +143,18 @@ def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> Model
     return card
 
 
-def _summary(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
-    size = f"{formatting.count(model.get('parameters'))} parameters"
-    outside = model.get("non_embedding_parameters")
-    if outside is not None:
-        size += f", {formatting.count(outside)} of them outside the embeddings"
-    return (
-        f"A text-embedding model made with f2llm_ray by the method of F2LLM-v2 (arXiv 2603.19223): "
-        f"the model `{model.get('name')}` of the run `{report.get('name')}`, of {report.get('created')}.\n\n"
-        f"- {size}\n"
-        f"- dims: {', '.join(map(str, info.dims))}; shorter vectors are the first dims, normalised again\n"
-        f"- longest text: {info.max_tokens:,} tokens\n"
-        f"- last-token pooling, unit vectors, cosine"
-    )
-
-
-def _usage(info: ModelInfo) -> str:
-    prompt = ', prompt_name="query"' if info.prompts.get("query") else ""
-    before = info.prompts.get("query", "")
-    texts = f"[{before + 'Passwort ändern'!r}]"
-    return f"""## Use
-
-With sentence-transformers:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{PLACEHOLDER}", truncate_dim={info.dims[-1]})  # or any dim named above
-queries = model.encode(["Passwort ändern"]{prompt}, normalize_embeddings=True)
-passages = model.encode(["Change your password"], normalize_embeddings=True)
-print(queries @ passages.T)
-```
-
-With transformers:
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")  # ends each text with EOS by itself
-model = AutoModel.from_pretrained("{PLACEHOLDER}").eval()
-batch = tokenizer({texts}, return_tensors="pt", padding=True, return_token_type_ids=False)
-with torch.no_grad():
-    hidden = model(**batch).last_hidden_state
-last = batch["attention_mask"].sum(1) - 1
-vectors = torch.nn.functional.normalize(hidden[torch.arange(len(last)), last], dim=-1)
-```
-
-Behind an OpenAI-compatible endpoint:
-
-```bash
-serve run f2llm_ray.serve.app:build model={PLACEHOLDER}
-curl http://127.0.0.1:8000/v1/embeddings -H 'Content-Type: application/json' \\
-  -d '{{"input": ["Passwort ändern"], "model": "{info.name}", "prompt_name": "query"}}'
-```"""
-
-
-def _quality(model: ModelEntry) -> str:
-    names = [name for name in sets_of([model]) if by_dim(model, name)]
-    if not names:
-        return "## Quality\n\nNot measured."
-    lines = ["## Quality", "", "| set | dims | metric | | 95 % interval |", "|---|---|---|---|---|"]
-    for name in names:
-        main = main_metric([model], name)
-        for dim, facts in by_dim(model, name).items():
-            lines.append(
-                f"| {_plain(name)} | {dim} | {main} | {formatting.score(facts.get(main))} | {interval(facts)} |"
-            )
-    return "\n".join(lines)
-
-
-def _weak(model: ModelEntry) -> str:
-    parts = []
-    for name in sets_of([model]):
-        found, main = by_language(model, name), main_metric([model], name)
-        if not found:
-            continue
-        weakest = sorted(found.items(), key=lambda item: (item[1].get(main) or 0.0, item[0]))[:WEAKEST]
-        listed = ", ".join(
-            f"{_plain(language)} {formatting.score(facts.get(main))} "
-            f"({formatting.count(facts.get('queries'))} queries)"
-            for language, facts in weakest
-        )
-        parts.append(f"- {_plain(name)} ({main}, the full dim), of {len(found)} languages: {listed}")
-    if not parts:
-        return "## Weak languages\n\nNot measured by language."
-    return "## Weak languages\n\nThe lowest score first; a score over few queries is a rough one.\n\n" + "\n".join(
-        parts
-    )
-
-
 def trained_on(report: RunReport, model: ModelEntry) -> dict[str, Mapping[str, Any]]:
     """The sources that a model was trained on, and what the report says of each."""
     found = report.get("sources") or {}
     return {name: found[name] for name in model.get("sources") or () if name in found}
 
 
-def _data(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    if not sources:
-        return ""
-    lines = ["## Trained on", "", "| source | task | rows | licence |", "|---|---|---|---|"]
-    lines += [
-        f"| {_plain(name)} | {facts.get('task') or ''} | {formatting.count(facts.get('rows'))} "
-        f"| {_plain(str(facts.get('licence') or 'not stated'))} |"
-        for name, facts in sources.items()
+def _weakest(model: ModelEntry, name: str) -> tuple[str, str, int, list[str]]:
+    """A set, its main metric, how many languages it has, and those with the lowest scores."""
+    found, main = by_language(model, name), main_metric([model], name)
+    weakest = sorted(found.items(), key=lambda item: (item[1].get(main) or 0.0, item[0]))[:WEAKEST]
+    languages = [
+        f"{language} {formatting.score(facts.get(main))} ({formatting.count(facts.get('queries'))} queries)"
+        for language, facts in weakest
     ]
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Text that neither ends a table's cell nor is markup."""
-    return re.sub(r"([|`*_<>\[\]\\])", r"\\\1", text.replace("\n", " "))
+    return name, main, len(found), languages

@@ -7,14 +7,14 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
+P = ParamSpec("P")
 
 CODE = "#0f0f0"
 """With a digit after it, a colour that no text holds by chance: it becomes the page's CSS variable of that
@@ -66,8 +66,18 @@ class Plot:
         return buffer.getvalue()
 
 
+def _plot(draw: Callable[Concatenate[Palette, P], Figure]) -> Callable[Concatenate[str, P], Plot]:
+    """From a function that draws in a palette's colours to one that makes a plot, by its name on the page."""
+
+    def make(name: str, /, *args: P.args, **kwargs: P.kwargs) -> Plot:
+        return Plot(name, lambda palette: draw(palette, *args, **kwargs))
+
+    return make
+
+
+@_plot
 def line_plot(
-    name: str,
+    palette: Palette,
     lines: Mapping[str, Points],
     *,
     x: str,
@@ -75,11 +85,11 @@ def line_plot(
     markers: bool,
     ticks: Sequence[float] = (),
     mark: float | None = None,
-) -> Plot:
+) -> Figure:
     """One line per key; with ticks, x is logarithmic and marked there. Empty lines are left out.
 
     Args:
-        name: the plot's own on its page.
+        palette: the colours.
         lines: points (x, y) by the line's name.
         x: name of the axis.
         y: name of the axis.
@@ -87,19 +97,6 @@ def line_plot(
         ticks: the places of x that are marked.
         mark: where a dashed vertical line stands.
     """
-    return Plot(name, partial(_lines, lines=lines, x=x, y=y, markers=markers, ticks=ticks, mark=mark))
-
-
-def _lines(
-    palette: Palette,
-    *,
-    lines: Mapping[str, Points],
-    x: str,
-    y: str,
-    markers: bool,
-    ticks: Sequence[float],
-    mark: float | None,
-) -> Figure:
     figure, axes = _figure(4.8, 2.9, palette)
     drawn = {name: _thin(sorted(points)) for name, points in lines.items() if points}
     for index, (key, points) in enumerate(drawn.items()):
@@ -122,15 +119,12 @@ def _lines(
     return figure
 
 
-def bar_plot(name: str, bars: Sequence[tuple[str, int]], wholes: Sequence[int] = ()) -> Plot:
-    """One bar per key with its number at the end, in the given order. The name is the plot's own on its page.
+@_plot
+def bar_plot(palette: Palette, bars: Sequence[tuple[str, int]], wholes: Sequence[int] = ()) -> Figure:
+    """One bar per key with its number at the end, in the given order.
 
     With wholes, a pale bar behind each one is what it is a part of, and both numbers stand at its end.
     """
-    return Plot(name, partial(_bars, bars=bars, wholes=wholes))
-
-
-def _bars(palette: Palette, *, bars: Sequence[tuple[str, int]], wholes: Sequence[int]) -> Figure:
     figure, axes = _figure(4.8, 0.2 + 0.2 * len(bars), palette)
     keys, numbers = zip(*bars, strict=True)
     places = range(len(bars))
@@ -152,18 +146,15 @@ def _bars(palette: Palette, *, bars: Sequence[tuple[str, int]], wholes: Sequence
     return figure
 
 
-def histogram_plot(name: str, shares: Mapping[str, Sequence[float]], edges: Mapping[int, str]) -> Plot:
+@_plot
+def histogram_plot(palette: Palette, shares: Mapping[str, Sequence[float]], edges: Mapping[int, str]) -> Figure:
     """A small plot of one or more histograms over the same bins, laid over each other.
 
     Args:
-        name: the plot's own on its page.
+        palette: the colours.
         shares: share of each bin, by the histogram's name; the n-th has the n-th colour of lines.
         edges: which edges between bins are marked, and how; the first and the last bound the plot.
     """
-    return Plot(name, partial(_histograms, shares=shares, edges=edges))
-
-
-def _histograms(palette: Palette, *, shares: Mapping[str, Sequence[float]], edges: Mapping[int, str]) -> Figure:
     figure, axes = _figure(3.4, 1.5, palette)
     first, last = min(edges), max(edges)
     for index, values in enumerate(shares.values()):

@@ -1,11 +1,11 @@
-"""Shorter and smaller vectors against slow references: float, dequantised int8, and Hamming distance."""
+"""Shorter and smaller vectors against slow references: float, dequantized int8, and Hamming distance."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from f2llm_ray.engine.vector_types import dequantise_int8, quantise
+from f2llm_ray.engine.vector_types import dequantize_int8, quantize_vectors
 from f2llm_ray.evaluate.metrics.by_type import QUERIES, by_type
 from f2llm_ray.evaluate.metrics.ranking import Judgements, metrics
 from f2llm_ray.model.dims import cut_dims
@@ -42,8 +42,8 @@ def test_each_type_is_its_slow_reference(queries: int) -> None:
         signs_q, signs_c = cut[drawn] > 0, stored > 0
         slow = {"float": asked @ stored.T.astype(np.float64)}
         if dim != 12:
-            codes = quantise(stored, "int8", ranges[dim])
-            decoded = dequantise_int8(codes, ranges[dim])
+            codes = quantize_vectors(stored, "int8", ranges[dim])
+            decoded = dequantize_int8(codes, ranges[dim])
             assert np.abs(decoded - stored).max() <= (ranges[dim][1] - ranges[dim][0]).max() / 255
             slow["int8"] = asked @ decoded.T.astype(np.float64)
         slow["binary"] = -(signs_q[:, None, :] != signs_c[None]).sum(axis=2)

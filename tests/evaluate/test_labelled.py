@@ -105,7 +105,8 @@ def test_no_text_that_is_tested_may_be_trained_on(kind: str, tmp_path: Path) -> 
     if kind == "bitext":
         rows = [*BITEXT, {"text_a": "largo", "text_b": LONG}]
     train = [{"text": "five", "label": "odd"}, {"text": "six", "label": "even"}]
-    screen = make_screen([read(tmp_path, kind, rows, train)], Decontamination())
+    found = read(tmp_path, kind, rows, train)
+    screen = make_screen({found.name: found.screened()}, Decontamination())
     assert screen is not None
     asked = {
         "bitext": ["uno"],

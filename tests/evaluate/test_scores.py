@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,19 +13,19 @@ from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.clean import clean_scores
 from f2llm_ray.evaluate.metrics.differences import compare
 from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of, paired_bootstrap
-from f2llm_ray.evaluate.metrics.scores import Units, measured
+from f2llm_ray.evaluate.metrics.scores import measured, units_table
 from f2llm_ray.evaluate.tasks.registry import TASKS, main_metric
 from f2llm_ray.evaluate.tasks.task import Kind, Measured
 
 
-def measure(kind: Kind, units: Units, value_nm: np.ndarray) -> Measured:
+def measure(kind: Kind, units: pa.Table, value_nm: np.ndarray) -> Measured:
     metrics = {"main": main_metric(kind), "other": weighted_metrics.mean}
     values = {2 ** (5 - m): {"main": value_n, "other": 1 - value_n} for m, value_n in enumerate(value_nm.T)}
     return measured(kind, metrics, units, values, corpus=7, tokens=9, started=0.0)
 
 
-def named(languages: list[str]) -> Units:
-    return Units([str(n) for n in range(len(languages))], languages)
+def named(languages: list[str]) -> pa.Table:
+    return units_table([str(n) for n in range(len(languages))], languages)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["eng", "deu", "und"]), st.floats(0, 1)), min_size=1, max_size=30))
@@ -62,7 +63,7 @@ def test_correlations_are_taken_within_a_language() -> None:
     """In each language the model orders all pairs right; one language has the higher cosines throughout."""
     grades = np.tile(np.arange(20.0), 2)
     cosines = np.concatenate([np.linspace(0.8, 0.9, 20), np.linspace(0.1, 0.2, 20)])
-    units = Units([str(n) for n in range(40)], ["deu"] * 20 + ["eng"] * 20, grades)
+    units = units_table([str(n) for n in range(40)], ["deu"] * 20 + ["eng"] * 20, grades)
     found = measure("sts", units, cosines[:, None])
     assert found.scores["scores"]["32"]["main"] == 1.0
     assert stats.spearmanr(grades, cosines)[0] < 0.6
@@ -87,7 +88,7 @@ def test_a_comparison_of_clusterings_tells_the_better_one() -> None:
     rng = np.random.default_rng(0)
     label_n = rng.integers(0, 4, 400).astype(np.float64)
     spoiled_n = np.where(rng.random(400) < 0.3, rng.integers(0, 4, 400), label_n)
-    units = Units([str(n) for n in range(400)], ["deu", "eng"] * 200, label_n)
+    units = units_table([str(n) for n in range(400)], ["deu", "eng"] * 200, label_n)
     a, b = (measure("clustering", units, value_n[:, None]) for value_n in (label_n, spoiled_n))
     found = compare("clustering", a.units, b.units, (32, 32))
     worse = [
@@ -104,7 +105,7 @@ def test_a_comparison_of_clusterings_tells_the_better_one() -> None:
 def test_other_units_cannot_be_compared() -> None:
     value_nm = np.ones((3, 1))
     a = measure("retrieval", named(["eng"] * 3), value_nm)
-    b = measure("retrieval", Units(["0", "1", "x"], ["eng"] * 3), value_nm)
+    b = measure("retrieval", units_table(["0", "1", "x"], ["eng"] * 3), value_nm)
     with pytest.raises(ValueError, match="3 units against 3, and they are not the same"):
         compare("retrieval", a.units, b.units, (32, 32))
 
@@ -118,8 +119,8 @@ def test_clean_scores_are_those_of_the_units_that_were_not_trained_on(kind: Kind
     contaminated_n = rng.random(200) < 0.4
     contaminated_n[[language == "und" for language in languages]] = True
     (kept_k,) = np.nonzero(~contaminated_n)
-    whole = measure(kind, Units([str(n) for n in range(200)], languages, target_n), value_nm)
-    part = Units(
+    whole = measure(kind, units_table([str(n) for n in range(200)], languages, target_n), value_nm)
+    part = units_table(
         [str(n) for n in kept_k], [languages[n] for n in kept_k], None if target_n is None else target_n[kept_k]
     )
     expected = measure(kind, part, value_nm[kept_k]).scores["scores"]

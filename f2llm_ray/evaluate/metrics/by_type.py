@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from f2llm_ray.engine.nearest import top_positions
-from f2llm_ray.engine.vector_types import dequantise_int8, quantise
+from f2llm_ray.engine.vector_types import dequantize_int8, quantize_vectors
 from f2llm_ray.evaluate.metrics.ranking import Judgements, K, metrics
 from f2llm_ray.evaluate.vectors import evenly_drawn
 from f2llm_ray.model.dims import Vectors, cut_dims
@@ -66,8 +66,8 @@ def by_type(
         cut_uk = cut_dims(vectors_ud, dim)
         scores = {"float": score(cut_uk[query_n], cut_uk)}
         if dim in ranges:
-            codes_uk = quantise(cut_uk, "int8", ranges[dim])
-            scores["int8"] = score(cut_uk[query_n], dequantise_int8(codes_uk, ranges[dim]))
+            codes_uk = quantize_vectors(cut_uk, "int8", ranges[dim])
+            scores["int8"] = score(cut_uk[query_n], dequantize_int8(codes_uk, ranges[dim]))
         sign_uk = np.where(cut_uk > 0, np.float32(1), np.float32(-1))
         scores["binary"] = score(sign_uk[query_n], sign_uk)
         found[str(dim)] = scores

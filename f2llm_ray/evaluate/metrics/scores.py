@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,16 +24,6 @@ from f2llm_ray.evaluate.tasks.task import Kind, Measured, Scores
 DIGITS = 6
 FIXED = ["id", "language", "target"]
 """Columns of a table of units; the others are dims."""
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """What is scored: queries, texts, or pairs of texts."""
-
-    ids: Sequence[str]
-    languages: Sequence[str]
-    target_n: Values | None = None
-    """What the values are compared with: grades, labels or classes."""
 
 
 class LanguageGroups:
@@ -63,7 +52,7 @@ class LanguageGroups:
 def measured(
     kind: Kind,
     metrics: Mapping[str, Builder],
-    units: Units,
+    units: pa.Table,
     values: Mapping[int, Mapping[str, Values]],
     *,
     corpus: int,
@@ -75,16 +64,16 @@ def measured(
     Args:
         kind: of the task.
         metrics: how each metric is computed, the main one first.
-        units: what is scored.
+        units: what is scored, queries, texts or pairs of texts (`units_table`).
         values: by dim, largest first, and metric: the value of each unit [n].
         corpus: how many texts the units are compared with.
         tokens: how many were encoded.
         started: `time.perf_counter()` when the work began.
     """
     main = next(iter(metrics))
-    target_n = np.zeros(len(units.ids)) if units.target_n is None else units.target_n
+    target_n = units["target"].to_numpy().astype(np.float64)
     value_nm = {name: np.column_stack([found[name] for found in values.values()]) for name in metrics}
-    groups = LanguageGroups(units.languages)
+    groups = LanguageGroups(units["language"].to_pylist())
     points = {name: groups.scores(builder, target_n, value_nm[name]) for name, builder in metrics.items()}
     samples_lrm = groups.resampled(metrics[main], target_n, value_nm[main])
     scores: Scores = {
@@ -92,7 +81,7 @@ def measured(
         "metric": main,
         "scores": {},
         "languages": {},
-        "queries": len(units.ids),
+        "queries": len(units),
         "corpus": corpus,
         "seconds": 0.0,
         "tokens": tokens,
@@ -114,7 +103,15 @@ def measured(
             for place, (language, at_k) in enumerate(groups.places.items())
         }
     scores["seconds"] = round(time.perf_counter() - started, 2)
-    return Measured(scores, _table(units, value_nm[main], list(values)))
+    for dim, value_n in zip(values, value_nm[main].T, strict=True):
+        units = units.append_column(str(dim), pa.array(value_n))
+    return Measured(scores, units)
+
+
+def units_table(ids: Sequence[str], languages: Sequence[str], target_n: Values | None = None) -> pa.Table:
+    """What is scored, a row each; targets are what the values are compared with: grades, labels or classes."""
+    target = pa.nulls(len(ids), pa.float64()) if target_n is None else pa.array(target_n)
+    return pa.table([pa.array(ids, pa.string()), pa.array(languages, pa.string()), target], FIXED)
 
 
 def dims_of(units: pa.Table) -> list[int]:
@@ -144,18 +141,6 @@ def by_language(languages: Sequence[str]) -> dict[str, Ints]:
 def rounded(value: Any) -> float:
     """A score with the digits that a report keeps."""
     return round(float(value), DIGITS)
-
-
-def _table(units: Units, value_nm: Values, dims: Sequence[int]) -> pa.Table:
-    target = pa.nulls(len(units.ids), pa.float64()) if units.target_n is None else pa.array(units.target_n)
-    return pa.table(
-        {
-            "id": pa.array(units.ids, pa.string()),
-            "language": pa.array(units.languages, pa.string()),
-            "target": target,
-            **{str(dim): pa.array(value_n) for dim, value_n in zip(dims, value_nm.T, strict=True)},
-        }
-    )
 
 
 def _interval(sample_r: Values) -> list[float]:

@@ -9,7 +9,6 @@ Shapes: n pairs, m dims.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -26,11 +25,10 @@ from f2llm_ray.data.schema import text_key
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import DistinctVectors, as_documents, as_queries, embed_distinct
 
 if TYPE_CHECKING:
@@ -57,6 +55,7 @@ class Bitext(LabelledSet):
         "test": {"text_a": "text", "text_b": "text"},
         "others": {"text_b": "text"},
     }
+    asked: ClassVar[tuple[str, ...]] = ("text_a", "text_b")
     metrics: ClassVar[dict[str, Builder]] = {"f1": weighted_metrics.mean, "accuracy": weighted_metrics.mean}
 
     others: pa.Table | None = None
@@ -67,10 +66,6 @@ class Bitext(LabelledSet):
         others = [] if self.others is None else self.others["text_b"].to_pylist()
         return Screened(self.values("text_a"), [*self.values("text_b"), *others])
 
-    def unit_texts(self) -> list[tuple[str, ...]]:
-        """Both texts of each pair."""
-        return self.rows("text_a", "text_b")
-
     def pools(self) -> dict[str, list[str]]:
         """The distinct translations of each language, sorted."""
         pools: dict[str, set[str]] = {}
@@ -79,9 +74,8 @@ class Bitext(LabelledSet):
                 pools.setdefault(row["language"], set()).add(row["text_b"])
         return {language: sorted(pool) for language, pool in pools.items()}
 
-    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
+    def scoring(self, encoder: Embedder) -> Scoring:
         """F1 of the class of each text, and accuracy. Only the text carries the instruction."""
-        started = time.perf_counter()
         asked = as_queries(encoder, self.values("text_a"), self.instruction)
         found = as_documents(encoder, self.values("text_b"))
         pools = {language: as_documents(encoder, pool) for language, pool in self.pools().items()}
@@ -90,21 +84,15 @@ class Bitext(LabelledSet):
             _Search(encoded, [(asked[row], found[row]) for row in rows_k], pools[language], rows_k)
             for language, rows_k in self.by_language().items()
         ]
-        values = {}
-        for dim, cut_ud in encoded.at_dims(divisors):
-            values[dim] = {name: np.empty(len(asked)) for name in self.metrics}
+
+        def score(cut_ud: Vectors) -> dict[str, Values]:
+            values = {name: np.empty(len(asked)) for name in self.metrics}
             for search in searches:
                 for name, found_k in search.score(cut_ud, encoder.device).items():
-                    values[dim][name][search.rows_k] = found_k
-        return measured(
-            self.kind,
-            self.metrics,
-            self.units(),
-            values,
-            corpus=sum(len(search.pool_c) for search in searches),
-            tokens=encoded.tokens,
-            started=started,
-        )
+                    values[name][search.rows_k] = found_k
+            return values
+
+        return Scoring(encoded, score, sum(len(search.pool_c) for search in searches))
 
 
 class _Search:

@@ -8,11 +8,9 @@ Shapes: n test texts, m dims.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +22,9 @@ from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, codes
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
+from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
 
 if TYPE_CHECKING:
@@ -83,13 +80,8 @@ class Classification(LabelledSet):
         """Test and training texts: a model that has learnt either has learnt the labels."""
         return Screened([*self.values(), *self.train["text"].to_pylist()], [])
 
-    def unit_texts(self) -> list[tuple[str, ...]]:
-        """The test texts."""
-        return self.rows("text")
-
-    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
-        """Accuracy and macro F1 of the logistic probe, and those of the nearest neighbours."""
-        started = time.perf_counter()
+    def scoring(self, encoder: Embedder) -> Scoring:
+        """Texts carry the instruction."""
         texts, fitted = (
             as_queries(encoder, table["text"].to_pylist(), self.instruction) for table in (self.test, self.train)
         )
@@ -97,39 +89,25 @@ class Classification(LabelledSet):
         test_n, train_k = encoded.of(texts), encoded.of(fitted)
         known = self.train["label"].to_pylist()
         label_n, label_k = codes(self.values("label"), known), codes(known, known)
-        values = {}
-        for dim, cut_ud in encoded.at_dims(divisors):
-            logistic_n, nearest_n = (
-                probe(cut_ud[train_k], label_k, cut_ud[test_n]) for probe in (_logistic, _nearest)
-            )
-            values[dim] = {
-                "accuracy": (logistic_n == label_n).astype(np.float64),
-                "macro_f1": logistic_n,
-                "knn_accuracy": (nearest_n == label_n).astype(np.float64),
-                "knn_macro_f1": nearest_n,
-            }
-        return measured(
-            self.kind,
-            self.metrics,
-            self.units(label_n),
-            values,
-            corpus=len(train_k),
-            tokens=encoded.tokens,
-            started=started,
-        )
+
+        def score(cut_ud: Vectors) -> dict[str, Values]:
+            found = {}
+            for prefix, probe in (("", _logistic()), ("knn_", _nearest(len(train_k)))):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a probe stopped at ITERATIONS is one all the same
+                    class_n = probe.fit(cut_ud[train_k], label_k).predict(cut_ud[test_n])
+                found[f"{prefix}accuracy"] = (class_n == label_n).astype(np.float64)
+                found[f"{prefix}macro_f1"] = class_n
+            return found
+
+        return Scoring(encoded, score, len(train_k), label_n)
 
 
-def _logistic(train_kd: Vectors, label_k: Values, test_nd: Vectors) -> Values:
-    probe = require("sklearn.linear_model", extra="eval").LogisticRegression(max_iter=ITERATIONS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a probe stopped at ITERATIONS is one all the same
-        found: Values = probe.fit(train_kd, label_k).predict(test_nd)
-    return found
+def _logistic() -> Any:
+    return require("sklearn.linear_model", extra="eval").LogisticRegression(max_iter=ITERATIONS)
 
 
-def _nearest(train_kd: Vectors, label_k: Values, test_nd: Vectors) -> Values:
+def _nearest(count: int) -> Any:
     # Among unit vectors the nearest are those of the highest cosine.
-    neighbours = min(NEIGHBOURS, len(label_k))
-    probe = require("sklearn.neighbors", extra="eval").KNeighborsClassifier(neighbours, algorithm="brute")
-    found: Values = probe.fit(train_kd, label_k).predict(test_nd)
-    return found
+    probe = require("sklearn.neighbors", extra="eval").KNeighborsClassifier
+    return probe(min(NEIGHBOURS, count), algorithm="brute")

@@ -7,24 +7,20 @@ Shapes: n texts, m dims.
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, codes
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
+from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
 
 if TYPE_CHECKING:
@@ -59,36 +55,19 @@ class Clustering(LabelledSet):
             if len(np.unique(labels[rows_k])) < 2:
                 self.refuse(f"language {language!r}: found 1 label, expected at least 2")
 
-    def screened(self) -> Screened:
-        """The texts."""
-        return Screened(self.values(), [])
-
-    def unit_texts(self) -> list[tuple[str, ...]]:
-        """The texts."""
-        return self.rows("text")
-
-    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
-        """V-measure. Texts carry the instruction."""
-        started = time.perf_counter()
+    def scoring(self, encoder: Embedder) -> Scoring:
+        """Texts carry the instruction."""
         texts = as_queries(encoder, self.values(), self.instruction)
         encoded = embed_distinct(encoder, texts)
-        text_n = encoded.of(texts)
-        label_n = codes(self.values("label"), self.values("label"))
-        values = {}
-        for dim, cut_ud in encoded.at_dims(divisors):
+        text_n, label_n = encoded.of(texts), codes(self.values("label"), self.values("label"))
+
+        def score(cut_ud: Vectors) -> dict[str, Values]:
             cluster_n = np.empty(len(text_n))
             for rows_k in self.by_language().values():
                 cluster_n[rows_k] = _clusters(cut_ud[text_n[rows_k]], len(np.unique(label_n[rows_k])))
-            values[dim] = {"v_measure": cluster_n}
-        return measured(
-            self.kind,
-            self.metrics,
-            self.units(label_n),
-            values,
-            corpus=0,
-            tokens=encoded.tokens,
-            started=started,
-        )
+            return {"v_measure": cluster_n}
+
+        return Scoring(encoded, score, target_n=label_n)
 
 
 def _clusters(vectors_nd: Vectors, count: int) -> Values:

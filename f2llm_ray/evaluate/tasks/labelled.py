@@ -6,10 +6,11 @@ the table does not say it; languages are scored apart.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +22,15 @@ from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import Units, by_language
+from f2llm_ray.evaluate.metrics.scores import by_language, measured, units_table
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, read_file
 from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
+    from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder
+    from f2llm_ray.model.dims import Vectors
 
 
 class LabelledFile(SetSection):
@@ -41,6 +43,18 @@ class LabelledFile(SetSection):
     """One of `registry.LABELLED`."""
     test: Content[str]
     instruction: Output[str]
+
+
+class Scoring(NamedTuple):
+    """What a set's units are scored by, at any dim."""
+
+    encoded: DistinctVectors
+    score: Callable[[Vectors], Mapping[str, Values]]
+    """From the vectors cut to a dim to the value of each unit [n], by metric."""
+    corpus: int = 0
+    """How many texts the units are compared with."""
+    target_n: Values | None = None
+    """What the values are compared with: grades, labels or classes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +72,8 @@ class LabelledSet(ABC):
     """By table, which is also a field of the class: its columns but for the language, and what they hold."""
     metrics: ClassVar[dict[str, Builder]]
     """As `Task.metrics`."""
+    asked: ClassVar[tuple[str, ...]] = ("text",)
+    """Columns of the test table whose texts must not be trained on, however short they are."""
 
     name: str
     instruction: str
@@ -75,17 +91,32 @@ class LabelledSet(ABC):
     def check(self) -> None:  # noqa: B027 - most kinds have something to check
         """Raises DataError where rows cannot be scored; by default all can."""
 
-    @abstractmethod
     def screened(self) -> Screened:
         """As `Task.screened`."""
+        return Screened([text for column in self.asked for text in self.values(column)], [])
 
-    @abstractmethod
     def unit_texts(self) -> list[tuple[str, ...]]:
         """As `Task.unit_texts`."""
+        return self.rows(*self.asked)
 
     @abstractmethod
+    def scoring(self, encoder: Embedder) -> Scoring:
+        """Encodes all texts."""
+
     def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`."""
+        started = time.perf_counter()
+        scoring = self.scoring(encoder)
+        ids = [text_key("\t".join(map(str, row))).hex() for row in self.rows(*self.columns["test"], "language")]
+        return measured(
+            self.kind,
+            self.metrics,
+            units_table(ids, self.languages(), scoring.target_n),
+            {dim: scoring.score(cut_ud) for dim, cut_ud in scoring.encoded.at_dims(divisors)},
+            corpus=scoring.corpus,
+            tokens=scoring.encoded.tokens,
+            started=started,
+        )
 
     def write(self, folder: Folder) -> None:
         """As `Task.write`."""
@@ -126,11 +157,6 @@ class LabelledSet(ABC):
     def languages(self) -> list[str]:
         """The language of each row."""
         return self.values("language")
-
-    def units(self, target_n: Values | None = None) -> Units:
-        """The rows as what is scored; ids are hashes of their content."""
-        ids = [text_key("\t".join(map(str, row))).hex() for row in self.rows(*self.columns["test"], "language")]
-        return Units(ids, self.languages(), target_n)
 
     def by_language(self) -> dict[str, Ints]:
         """Rows of each language, sorted by it."""

@@ -8,8 +8,6 @@ Shapes: q queries, n candidates of all queries, m dims.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -23,10 +21,9 @@ from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import K
-from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import as_documents, as_queries, cosines, embed_distinct
 
 if TYPE_CHECKING:
@@ -50,6 +47,7 @@ class Reranking(LabelledSet):
     columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
         "test": {"query": "text", "positive": "texts", "negative": "texts"}
     }
+    asked: ClassVar[tuple[str, ...]] = ("query",)
     metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(("map", "mrr@10", "ndcg@10"), weighted_metrics.mean)
 
     def check(self) -> None:
@@ -63,13 +61,8 @@ class Reranking(LabelledSet):
         """The queries, and the texts that answer them; the others answer nothing."""
         return Screened(self.values("query"), [text for texts in self.values("positive") for text in texts])
 
-    def unit_texts(self) -> list[tuple[str, ...]]:
-        """The queries."""
-        return self.rows("query")
-
-    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
-        """MAP over all candidates, MRR@10 and nDCG@10. Queries carry the instruction."""
-        started = time.perf_counter()
+    def scoring(self, encoder: Embedder) -> Scoring:
+        """Queries carry the instruction."""
         queries = as_queries(encoder, self.values("query"), self.instruction)
         candidates = [
             sorted({**dict.fromkeys(negative, False), **dict.fromkeys(positive, True)}.items(), key=_content)
@@ -80,17 +73,10 @@ class Reranking(LabelledSet):
         query_n = np.repeat(np.arange(len(queries)), [len(found) for found in candidates])
         encoded = embed_distinct(encoder, [*queries, *texts])
         query_vector_n, vector_n = encoded.of(queries)[query_n], encoded.of(texts)
-        return measured(
-            self.kind,
-            self.metrics,
-            self.units(),
-            {
-                dim: ranked(query_n, cosines(cut_ud, query_vector_n, vector_n), relevant_n)
-                for dim, cut_ud in encoded.at_dims(divisors)
-            },
-            corpus=len(texts),
-            tokens=encoded.tokens,
-            started=started,
+        return Scoring(
+            encoded,
+            lambda cut_ud: ranked(query_n, cosines(cut_ud, query_vector_n, vector_n), relevant_n),
+            len(texts),
         )
 
 

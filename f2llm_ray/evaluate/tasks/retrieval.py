@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics.by_type import by_type
 from f2llm_ray.evaluate.metrics.ranking import K, metrics
-from f2llm_ray.evaluate.metrics.scores import Units, measured
+from f2llm_ray.evaluate.metrics.scores import measured, units_table
 from f2llm_ray.evaluate.tasks.task import Measured
 from f2llm_ray.evaluate.vectors import as_documents, as_queries, embed_distinct
 
@@ -43,7 +43,7 @@ def evaluate(encoder: Embedder, retrieval_set: RetrievalSet, divisors: Sequence[
     found = measured(
         retrieval_set.kind,
         retrieval_set.metrics,
-        Units(retrieval_set.query_ids, retrieval_set.query_languages),
+        units_table(retrieval_set.query_ids, retrieval_set.query_languages),
         {
             dim: metrics(
                 top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),

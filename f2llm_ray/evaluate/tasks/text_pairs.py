@@ -5,20 +5,16 @@ Shapes: n pairs, m dims.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
-from f2llm_ray.evaluate.metrics.scores import measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
+from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import as_queries, cosines, embed_distinct
 
 if TYPE_CHECKING:
@@ -49,34 +45,19 @@ class PairClassificationSet(TextPairsSet):
 class TextPairs(LabelledSet):
     """Pairs of texts that are scored by their cosine against a number."""
 
+    asked: ClassVar[tuple[str, ...]] = ("text_a", "text_b")
     target: ClassVar[str]
-    """ColumnKind of the number."""
+    """Column of the number."""
 
-    def screened(self) -> Screened:
-        """Both texts of each pair."""
-        return Screened([*self.values("text_a"), *self.values("text_b")], [])
-
-    def unit_texts(self) -> list[tuple[str, ...]]:
-        """Both texts of each pair."""
-        return self.rows("text_a", "text_b")
-
-    def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
-        """The metrics of the cosines. Both texts carry the instruction."""
-        started = time.perf_counter()
-        sides = [as_queries(encoder, self.values(side), self.instruction) for side in ("text_a", "text_b")]
+    def scoring(self, encoder: Embedder) -> Scoring:
+        """Both texts carry the instruction."""
+        sides = [as_queries(encoder, self.values(side), self.instruction) for side in self.asked]
         encoded = embed_distinct(encoder, [*sides[0], *sides[1]])
         a_n, b_n = map(encoded.of, sides)
-        return measured(
-            self.kind,
-            self.metrics,
-            self.units(np.array(self.values(self.target))),
-            {
-                dim: dict.fromkeys(self.metrics, cosines(cut_ud, a_n, b_n))
-                for dim, cut_ud in encoded.at_dims(divisors)
-            },
-            corpus=0,
-            tokens=encoded.tokens,
-            started=started,
+        return Scoring(
+            encoded,
+            lambda cut_ud: dict.fromkeys(self.metrics, cosines(cut_ud, a_n, b_n)),
+            target_n=np.array(self.values(self.target)),
         )
 
 
