@@ -38,13 +38,13 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
     async def documented() -> None:
         raise AssertionError("TextRoutes answers these routes")
 
-    def document(route: str, answer: Any, ask: type[BaseModel], summary: str) -> None:
-        app.post(route, summary=summary, **_docs(answer, ask))(documented)
-
-    vectors = list[list[float]] | dict[str, Any]
-    document(EMBEDDINGS, api.EmbeddingsAnswer, api.EmbeddingsRequest, "Vectors in OpenAI's shape")
-    document(EMBED, vectors, api.EmbedRequest, "A list of vectors, or such lists by type where types are named")
-    document(SEARCH, SearchAnswer, SearchRequest, "The nearest passages of the model's corpus at each of its dims")
+    vectors: Any = list[list[float]] | dict[str, Any]
+    for route, answer, request, summary in (
+        (EMBEDDINGS, api.EmbeddingsAnswer, api.EmbeddingsRequest, "Vectors in OpenAI's shape"),
+        (EMBED, vectors, api.EmbedRequest, "A list of vectors, or such lists by type where types are named"),
+        (SEARCH, SearchAnswer, SearchRequest, "The nearest passages of the model's corpus at each of its dims"),
+    ):
+        app.post(route, summary=summary, **_docs(answer, request))(documented)
 
     app.get("/", response_class=HTMLResponse)(page)
 
