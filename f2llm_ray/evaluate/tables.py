@@ -29,13 +29,13 @@ class EvaluationTable:
 
     rows: Rows
 
-    def has(self, *spellings: str) -> bool:
-        """Whether the file has one of these columns."""
-        return any(name in self.rows.names for name in spellings)
+    def name_of(self, *spellings: str) -> str | None:
+        """The first of these columns that the file has."""
+        return next((name for name in spellings if name in self.rows.names), None)
 
     def values(self, kind: ColumnKind, *spellings: str) -> list[Any]:
         """The values of a column that must be there: none is null, no label empty, no list without a text."""
-        name = next((spelling for spelling in spellings if spelling in self.rows.names), None)
+        name = self.name_of(*spellings)
         if name is None:
             names = sorted(self.rows.names) or "none"
             raise DataError(f"{self.rows.place}: no column {' or '.join(spellings)}; found {names}")
@@ -60,10 +60,10 @@ class EvaluationTable:
 
     def _optional(self, *spellings: str) -> list[str | None]:
         """Texts that may be missing."""
-        name = next((spelling for spelling in spellings if spelling in self.rows.names), None)
-        found: list[str | None] = (
-            [None] * len(self.rows) if name is None else self.rows.column(name, "text").to_pylist()
-        )
+        name = self.name_of(*spellings)
+        if name is None:
+            return [None] * len(self.rows)
+        found: list[str | None] = self.rows.column(name, "text").to_pylist()
         self.rows.refuse_faults()
         return found
 

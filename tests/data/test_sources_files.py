@@ -325,7 +325,7 @@ def test_bytes_of_a_template_that_are_not_utf8_are_a_fault_of_their_row(tmp_path
 def test_a_template_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match=r"such as \{title\}"):
         Columns(query=text)
-    assert Columns(negatives=text).named()["negatives"] == text, "lists are never made of templates"
+    assert Columns(negatives=text).kinds()[text] == "texts", "lists are never made of templates"
 
 
 # --- faults of files: always an error -------------------------------------------------------------------

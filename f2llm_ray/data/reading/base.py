@@ -57,9 +57,9 @@ class SourceBase(Section, ABC):
             DataError: the source is not there.
         """
 
-    @abstractmethod
     def piece_inputs(self, piece: Piece) -> list[str]:
-        """URIs of those of `inputs` that a piece is read from."""
+        """URIs of those of `inputs` that a piece is read from: all, where a piece does not say which."""
+        return [piece["file"]] if "file" in piece else [entry.uri for entry in self.inputs("")]
 
     @abstractmethod
     def pieces(self, name: str) -> list[Piece]:

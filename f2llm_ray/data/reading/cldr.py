@@ -51,11 +51,6 @@ class LocalesSource(SourceBase):
         del name
         return [InputFile("package:Babel", None, require("babel", extra="quickstart").__version__)]
 
-    def piece_inputs(self, piece: Piece) -> list[str]:
-        """Babel."""
-        del piece
-        return ["package:Babel"]
-
     def pieces(self, name: str) -> list[Piece]:
         """One per language, English left out."""
         del name

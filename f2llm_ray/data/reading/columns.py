@@ -12,7 +12,7 @@ from pydantic import field_validator
 from f2llm_ray.base.section import Output, Section
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
-from f2llm_ray.data.reading.templates import Template, join_columns, template
+from f2llm_ray.data.reading.templates import join_columns, template
 from f2llm_ray.data.reading.values import ColumnKind, Fault
 from f2llm_ray.data.schema import ROW
 
@@ -55,41 +55,32 @@ class Columns(Section):
             template(value)
         return value
 
-    def named(self) -> dict[str, str]:
-        """Field of the row to column, for the fields that are one column."""
-        templates = self.templates()
-        return {field: column for field, column in self if column is not None and field not in templates}
-
-    def templates(self) -> dict[str, Template]:
-        """Field of the row to its parts, for the fields that are templates."""
-        found = {field: template(text) for field, text in self if text is not None and field != "negatives"}
-        return {field: parts for field, parts in found.items() if parts}
-
     def joined(self) -> list[str]:
-        """The columns that templates name, each once."""
-        return list(dict.fromkeys(c for parts in self.templates().values() for _, c in parts if c))
+        """The columns that templates name."""
+        texts = [text for field, text in self if text is not None and field != "negatives"]
+        return [column for text in texts for _, column in template(text) if column]
 
     def kinds(self) -> dict[str, ColumnKind]:
         """All columns that are read, with what they hold."""
-        kinds: dict[str, ColumnKind] = dict.fromkeys([*self.named().values(), *self.joined()], "text")
+        plain = [text for field, text in self if text is not None and (field == "negatives" or not template(text))]
+        kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
         return kinds if self.negatives is None else kinds | {self.negatives: "texts"}
 
 
 def texts_of(rows: Rows, columns: Columns) -> pa.Table:
     """The columns of rows as a table of `TEXTS`; what is wrong with them goes to the rows' faults."""
-    named, templates = columns.named(), columns.templates()
     found = []
     for field in TEXTS:
-        if field.name in templates:
-            parts = templates[field.name]
-            texts = {c: rows.column(c, "text", field=field.name).cast(pa.string()) for _, c in parts if c}
-            found.append(join_columns(texts, parts))
-        elif field.name in named:
-            kind: ColumnKind = "texts" if field.name == "negatives" else "text"
-            column = rows.column(named[field.name], kind, field=field.name, required=True)
-            found.append(column.cast(field.type))
-        else:
+        text: str | None = getattr(columns, field.name)
+        if text is None:
             found.append(pa.nulls(len(rows), field.type))
+        elif field.name == "negatives":
+            found.append(rows.column(text, "texts", field=field.name, required=True).cast(field.type))
+        elif parts := template(text):
+            texts = {c: rows.column(c, "text", field=field.name).cast(field.type) for _, c in parts if c}
+            found.append(join_columns(texts, parts))
+        else:
+            found.append(rows.column(text, "text", field=field.name, required=True).cast(field.type))
     return pa.table(found, schema=TEXTS)
 
 

@@ -41,11 +41,6 @@ class DatasetsSource(SourceBase):
             return [InputFile(f"datasets:{self.path}", None, self.path)]
         return list(find_files(folder, ("",), f"source {name!r}: {self.path}").values())
 
-    def piece_inputs(self, piece: Piece) -> list[str]:
-        """All of them, since rows of the files are known by their number in the whole."""
-        del piece
-        return [file.uri for file in self.inputs("")]
-
     def pieces(self, name: str) -> list[Piece]:
         """One per 50,000 rows."""
         path = _saved_folder(self.path)

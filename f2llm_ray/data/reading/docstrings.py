@@ -42,11 +42,6 @@ class DocstringsSource(SourceBase):
         del name
         return [InputFile("python", None, platform.python_version())]
 
-    def piece_inputs(self, piece: Piece) -> list[str]:
-        """Python."""
-        del piece
-        return ["python"]
-
     def pieces(self, name: str) -> list[Piece]:
         """One per 50 files.
 

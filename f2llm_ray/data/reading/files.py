@@ -21,7 +21,7 @@ from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 
-NEGATIVE = re.compile(r"negative_(\d+)")
+NEGATIVE = re.compile(r"negative_\d+")
 
 
 class FilesSource(SourceBase):
@@ -58,10 +58,6 @@ class FilesSource(SourceBase):
                 raise DataError(f"source {name!r}: {file.uri}: found an empty file, expected rows")
         return list(found.values())
 
-    def piece_inputs(self, piece: Piece) -> list[str]:
-        """The piece's file."""
-        return [piece["file"]]
-
     def pieces(self, name: str) -> list[Piece]:
         """One per row group or text file; the columns of every file are checked here."""
         pieces: list[Piece] = []
@@ -84,7 +80,7 @@ class FilesSource(SourceBase):
         unseen: set[str] | None = None
         for rows in table.read(part, piece["columns"]):
             unseen = (set(self.layout.joined()) if unseen is None else unseen) - set(rows.names)
-            yield finish(self, name, self.texts(rows, piece["columns"]), rows, bad_row)
+            yield finish(self, name, self.texts(rows), rows, bad_row)
         if unseen is None:
             raise DataError(f"{table.place}: found no rows, expected at least one")
         if unseen:  # a row may lack a key of a template, but a key that all rows lack is a slip in the recipe
@@ -96,9 +92,8 @@ class FilesSource(SourceBase):
         del schema
         return {}
 
-    def texts(self, rows: Rows, columns: list[str]) -> pa.Table:
+    def texts(self, rows: Rows) -> pa.Table:
         """The rows as a table of `columns.TEXTS`."""
-        del columns
         return texts_of(rows, self.layout)
 
     def _table(self, name: str, uri: str) -> TableFile:
@@ -136,15 +131,13 @@ class F2llmSource(FilesSource):
     format: Output[Literal["f2llm"]] = "f2llm"
 
     def more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
-        """The negatives of a file, in the order of their numbers."""
-        numbers = sorted(
-            int(match[1]) for match in map(NEGATIVE.fullmatch, schema.names if schema else ()) if match
-        )
-        return {f"negative_{number}": "text" for number in numbers}
+        """The negatives of a file."""
+        return dict.fromkeys(filter(NEGATIVE.fullmatch, () if schema is None else schema.names), "text")
 
-    def texts(self, rows: Rows, columns: list[str]) -> pa.Table:
-        """The rows as a table of `columns.TEXTS`, the negatives of each as a list."""
-        texts, negatives = texts_of(rows, self.layout), list(filter(NEGATIVE.fullmatch, columns))
+    def texts(self, rows: Rows) -> pa.Table:
+        """The rows as a table of `columns.TEXTS`, the negatives of each in the order of their numbers."""
+        texts, names = texts_of(rows, self.layout), filter(NEGATIVE.fullmatch, rows.names)
+        negatives = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
         if not negatives:
             return texts
         stacked = pa.concat_arrays([rows.column(name, "text", field="negatives") for name in negatives])

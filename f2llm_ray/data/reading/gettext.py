@@ -61,11 +61,6 @@ class CatalogsSource(SourceBase):
             files = [_located(self.package, path.as_posix(), place) for path in self.catalogs(name)]
             return [InputFile(str(file), file.stat().st_size) for file in files]
 
-    def piece_inputs(self, piece: Piece) -> list[str]:
-        """The package or, where that has no version, all its catalogs."""
-        del piece
-        return [file.uri for file in self.inputs("")]
-
     def catalogs(self, name: str) -> list[Path]:
         """Paths of the catalogs below the package's root, sorted.
 

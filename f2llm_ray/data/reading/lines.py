@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.reading.values import Fault, not_utf8
 
-LineFormat = Literal["jsonl", "csv", "tsv"]
 Record = dict[str, Any]
 Numbered = Iterator[tuple[int, Record | Fault]]
 """Records, or what is wrong with them, each with the number of its first line, counted from 1."""
@@ -27,64 +26,21 @@ def json_records(lines: Iterable[bytes], first: int = 1) -> Numbered:
             yield number, _json_record(data)
 
 
-class CellLines:
-    """The lines of a CSV file (commas, double quotes) or TSV file (tabs, no quotes); the first has the names.
+def cell_records(lines: Iterable[bytes], place: str, *, tabs: bool) -> tuple[list[str], Numbered]:
+    """Names of the columns, and a record for each row that is not blank.
+
+    CSV has commas and double quotes, between which a field may hold line ends; TSV has tabs and no quotes.
 
     Raises:
         DataError: the first line has no names.
     """
-
-    def __init__(self, lines: Iterable[bytes], place: str, *, tabs: bool = False) -> None:
-        csv.field_size_limit(CSV_FIELD_CHARS)  # documents may exceed the module's 131,072
-        self._lines, self._number = iter(lines), 0
-        self._fault: tuple[int, Fault] | None = None
-        form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-        self._reader, self._format = csv.reader(self._decoded(), strict=True, **form), "TSV" if tabs else "CSV"
-        number, names = next(self._rows(), (1, []))
-        if isinstance(names, Fault):
-            raise DataError(f"{place}:{number}: {names.message}")
-        if not names:
-            raise DataError(f"{place}:1: found a blank line, expected names of columns")
-        self.names = names
-
-    def records(self) -> Numbered:
-        """One per row that is not blank; a quoted field may hold line ends, so a row may span lines."""
-        for number, fields in self._rows():
-            if isinstance(fields, Fault):
-                yield number, fields
-            elif len(fields) == len(self.names):
-                yield number, dict(zip(self.names, fields, strict=True))
-            elif fields:
-                many = "few" if len(fields) < len(self.names) else "many"
-                found = f"found {len(fields)} fields, expected {len(self.names)}: {self.names}"
-                yield number, Fault(f"too {many} fields", found)
-
-    def _rows(self) -> Iterator[tuple[int, list[str] | Fault]]:
-        while True:
-            number = self._number + 1
-            try:
-                fields: list[str] | Fault = next(self._reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                message = f"found a line that is not {self._format} ({error}), expected {self._format}"
-                fields = Fault(f"not {self._format}", message)
-            if self._fault is not None and not isinstance(fields, Fault):
-                number, fields = self._fault
-            self._fault = None
-            yield number, fields
-
-    def _decoded(self) -> Iterator[str]:
-        """The lines one by one, as the CSV reader asks for them; remembers the last one that is not UTF-8."""
-        for line in self._lines:
-            self._number += 1
-            data = line.removeprefix(UTF8_MARK) if self._number == 1 else line
-            try:
-                text = data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                self._fault = (self._number, not_utf8(error, suffix=" of the line"))
-                text = data.decode("utf-8", errors="replace")
-            yield text
+    rows = _cell_rows(lines, tabs=tabs)
+    number, names = next(rows, (1, []))
+    if isinstance(names, Fault):
+        raise DataError(f"{place}:{number}: {names.message}")
+    if not names:
+        raise DataError(f"{place}:1: found a blank line, expected names of columns")
+    return names, ((number, _cell_record(names, fields)) for number, fields in rows if fields)
 
 
 def _json_record(line: bytes) -> Record | Fault:
@@ -97,3 +53,44 @@ def _json_record(line: bytes) -> Record | Fault:
     if not isinstance(value, dict):
         return Fault("not a JSON object", f"found {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _cell_record(names: list[str], fields: list[str] | Fault) -> Record | Fault:
+    if isinstance(fields, Fault):
+        return fields
+    if len(fields) == len(names):
+        return dict(zip(names, fields, strict=True))
+    many = "few" if len(fields) < len(names) else "many"
+    return Fault(f"too {many} fields", f"found {len(fields)} fields, expected {len(names)}: {names}")
+
+
+def _cell_rows(lines: Iterable[bytes], *, tabs: bool) -> Iterator[tuple[int, list[str] | Fault]]:
+    number, fault = 0, None
+
+    def decoded() -> Iterator[str]:
+        nonlocal number, fault
+        for number, line in enumerate(lines, start=1):
+            data = line.removeprefix(UTF8_MARK) if number == 1 else line
+            try:
+                yield data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                fault = (number, not_utf8(error, suffix=" of the line"))
+                yield data.decode("utf-8", errors="replace")
+
+    csv.field_size_limit(CSV_FIELD_CHARS)  # documents may exceed the module's 131,072
+    name = "TSV" if tabs else "CSV"
+    if tabs:
+        reader = csv.reader(decoded(), strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(decoded(), strict=True)
+    while True:
+        first = number + 1
+        fault = None
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield first, Fault(f"not {name}", f"found a line that is not {name} ({error}), expected {name}")
+        else:
+            yield fault or (first, fields)

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Literal, get_args
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.data.reading.lines import CellLines, Numbered, Record, json_records
+from f2llm_ray.data.reading.lines import Numbered, Record, cell_records, json_records
 from f2llm_ray.data.reading.paths import listed, store_errors
 from f2llm_ray.data.reading.values import (
     ColumnKind,
@@ -36,7 +35,6 @@ SUFFIXES: tuple[str, ...] = tuple(f".{name}" for name in get_args(Format))
 TABLE_ROWS = 4_096
 """Rows per table: with 24 negatives of 4 kB each a table stays below the 2 GB that Arrow's offsets reach."""
 READ_BYTES = 1 << 20
-LINE_FEED = 10
 
 
 @dataclass
@@ -150,7 +148,8 @@ class TableFile:
         if self.format == "jsonl":
             return None
         with self._stream(FilePart()) as stream:
-            return pa.schema([(name, pa.null()) for name in self._cells(stream).names])
+            names, _ = cell_records(stream, self.place, tabs=self.format == "tsv")
+        return pa.schema([(name, pa.null()) for name in names])
 
     def parts(self, max_rows: int | None = None) -> list[FilePart]:
         """The parts of the file in their order.
@@ -221,19 +220,19 @@ class TableFile:
         except store_errors() as error:
             raise DataError(f"{self.place}: cannot be read: {error}") from None
 
-    def _cells(self, stream: Iterable[bytes]) -> CellLines:
-        return CellLines(stream, self.place, tabs=self.format == "tsv")
-
     def _records(self, part: FilePart, rows: int | None) -> Iterator[Rows]:
         with self._stream(part) as stream:
-            cells = None if self.format == "jsonl" else self._cells(stream)
-            found: Numbered = json_records(stream, part.first_row + 1) if cells is None else cells.records()
+            names: list[str] | None = None
+            if self.format == "jsonl":
+                found: Numbered = json_records(stream, part.first_row + 1)
+            else:
+                names, found = cell_records(stream, self.place, tabs=self.format == "tsv")
             while chunk := list(islice(found, rows)):
                 faults = {row: record for row, (_, record) in enumerate(chunk) if isinstance(record, Fault)}
                 records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in chunk]
-                names = list(dict.fromkeys(chain.from_iterable(records))) if cells is None else cells.names
+                keys = list(dict.fromkeys(chain.from_iterable(records))) if names is None else names
                 lines = [number for number, _ in chunk]
-                yield Rows(self.place, names, records, lines=lines, cells=cells is not None, faults=faults)
+                yield Rows(self.place, keys, records, lines=lines, cells=names is not None, faults=faults)
 
     def _row_groups(self, max_rows: int | None) -> Iterator[FilePart]:
         with self._parquet() as file:
@@ -246,19 +245,11 @@ class TableFile:
             first_row += size
 
     def _runs_of_lines(self, count: int) -> Iterator[FilePart]:
-        first_row = first_byte = lines = read = 0
-        with self.file.filesystem.open_input_stream(self.file.path) as stream:
-            while block := stream.read(READ_BYTES):
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == LINE_FEED)
-                # The line feeds of this block that end a part.
-                for at in range(count - 1 - lines % count, len(ends), count):
-                    stop = read + int(ends[at]) + 1
-                    yield FilePart(first_row, None, first_byte, stop)
-                    first_row, first_byte = first_row + count, stop
-                lines += len(ends)
-                read += len(block)
-        if read > first_byte:
-            yield FilePart(first_row, None, first_byte, read)
+        first_row = start = 0
+        with self._stream(FilePart()) as lines:
+            while size := sum(map(len, islice(lines, count))):
+                yield FilePart(first_row, None, start, start + size)
+                first_row, start = first_row + count, start + size
 
 
 def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], place: str) -> None:

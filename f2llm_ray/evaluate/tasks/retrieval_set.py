@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
@@ -95,9 +94,8 @@ class RetrievalSet:
                 SCORE: pa.array(self.judgements.grade_r),
             },
         }
-        folder.create()
-        for name, columns in tables.items():
-            pq.write_table(pa.table(columns), f"{folder.path}/{name}", filesystem=folder.filesystem)
+        for name, table in ((name, pa.table(columns)) for name, columns in tables.items()):
+            folder.write_table(name, [table], table.schema)
         folder.write_json("set.json", {"kind": self.kind, "name": self.name, "instruction": self.instruction})
 
     @property
@@ -205,7 +203,7 @@ def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | Non
 
     table = read_table(folder, "qrels", SPLIT, known=KNOWN)
     judged, passages = table.values("label", *JUDGED_QUERY), table.values("label", *JUDGED_PASSAGE)
-    scores = table.values("number", SCORE) if table.has(SCORE) else [1.0] * len(judged)
+    scores = table.values("number", SCORE) if table.name_of(SCORE) else [1.0] * len(judged)
     if table.rows.place.endswith(SPLIT):
         split = set(judged)
         queries = {query_id: query for query_id, query in queries.items() if query_id in split}
