@@ -94,9 +94,12 @@ def ours(folder: Path, out: Path) -> tuple[float, dict[int, Any]]:
     )
     prepared = Folder.at(str(out))
     parts = parts_of(recipe.sources)
-    write_rows(recipe, parts, None, prepared / "rows")
+    rows, known = prepared / "rows", prepared / "parts"
+    write_rows(recipe.sources, recipe.data, parts=parts, screen=None, rows=rows, known=known)
+    near = recipe.data.near_dedup
+    assert near is not None  # noqa: S101 (the recipe above has it)
     started = time.perf_counter()
-    find_groups(recipe, parts, prepared)
+    find_groups(near, {"texts": "classification"}, parts, prepared, recipe.data.shards)
     seconds = time.perf_counter() - started
     groups = Groups(out / "near" / "groups", recipe.data.shards)
     found: dict[int, Any] = {}

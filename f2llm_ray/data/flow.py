@@ -125,24 +125,27 @@ def each(
 ) -> Iterator[Item]:
     """Runs a function on every item, each in a task of its own, and gives what they return as it comes.
 
-    Plain tasks, since nothing flows between them: on 2 cores Ray Data took 0.8 s for 16 tasks, these 0.3 s.
+    Ray Data runs the tasks, so that its dashboard shows them under the label.
 
     Raises:
         RunError: what the tasks found wrong, all of it.
     """
-    import ray
+    import ray.data
 
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(guarded)
-    shared = ray.put(work)
-    yield from outcomes(label, items, _as_they_come([task.remote(item, shared) for item in items]))
+    if not items:
+        return
+    blocks = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
+        partial(_on_item, work=work), batch_size=1, num_cpus=num_cpus, num_gpus=num_gpus, batch_format="pyarrow"
+    )
+    dataset.set_name(label.replace(": ", " "))
+    results = (json.loads(row["outcome"]) for row in dataset.iter_rows())
+    yield from outcomes(label, items, results)
 
 
-def _as_they_come(pending: list[Any]) -> Iterator[Item]:
-    import ray
-
-    while pending:
-        (done,), pending = ray.wait(pending)
-        yield ray.get(done)
+def _on_item(batch: pa.Table, *, work: Callable[[Item], Item]) -> pa.Table:
+    (item,) = batch["item"].to_pylist()
+    return pa.table({"outcome": [json.dumps(guarded(json.loads(item), work))]})
 
 
 def start_actors(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
 from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.graph import Graph, Model
@@ -66,10 +67,10 @@ class Pipeline:
         """
         if self._finished(stage):
             return
-        for before in stage.before():
+        for before in (*stage.needs, *stage.parents.values()):
             if before.implied or before.job == stage.job:
-                self._make(before)
-            else:
+                self.stage(before)
+            elif not self._finished(before):
                 self.run.require(before)
         self._make(stage)
 
@@ -89,6 +90,9 @@ class Pipeline:
 
         waiting = {model.name: self._unmeasured(model) for model in self.graph.models.values()}
         waiting = {name: sets for name, sets in waiting.items() if sets}
+        there = sum(self.run.manifest(stage) is not None for stage in self.graph.evaluations.values())
+        if there:
+            say(f"evaluate: {formatting.plural(there, 'evaluation')} finished before, skipped")
         for name in dict.fromkeys(name for sets in waiting.values() for name in sets):
             self.stage(self.graph.sets[name])
         for stage in self.graph.overlaps.values():
@@ -186,7 +190,7 @@ class Pipeline:
         if self.run.manifest(model.stage) is None:
             return {}
         found = {name: self.graph.evaluations[model.name, name] for name in self.graph.sets}
-        return {name: stage for name, stage in found.items() if not self._finished(stage)}
+        return {name: stage for name, stage in found.items() if self.run.manifest(stage) is None}
 
     def _say_overlaps(self) -> None:
         for name, stage in self.graph.overlaps.items():

@@ -199,7 +199,7 @@ def test_no_held_out_query_is_trained_on(finished: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
     prepared = next(finished["root"].glob("prepare-*"))
-    held = set(pq.read_table(prepared / "sets" / "held" / "queries.parquet")["text"].to_pylist())
+    held = set(pq.read_table(next(finished["root"].glob("set-held-*/queries.parquet")))["text"].to_pylist())
     for path in sorted((prepared / "rows").glob("*.parquet")):
         rows = pq.read_table(path)
         kept = [row["query"] for row in rows.to_pylist() if row["drop"] is None]
@@ -327,7 +327,7 @@ def test_other_worker_counts_prepare_the_same_bytes(
     """The ids, tokens and sets are those of the first run, which another process tree made."""
     del ray_here
     again = Pipeline(load_recipe(str(recipe)), str(folder / "again"))
-    again.prepare()
+    again.job("jobs/prepare.py")
     first, second = (next(r.glob("prepare-*")) for r in (finished["root"], folder / "again"))
     timed = {"manifest.json", "card.html", "card.json"}
     names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file() and p.name not in timed)
