@@ -40,8 +40,8 @@ from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens import store as token_files
 from f2llm_ray.data.tokens.tokenizer import train_tokenizer
-from f2llm_ray.engine.encoder import encode
-from f2llm_ray.engine.vector_files import Encoder
+from f2llm_ray.engine.encode import encode
+from f2llm_ray.engine.vector_files import VectorWriter
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import forward_flops_per_token
@@ -166,7 +166,7 @@ def teach(place: Place, hidden: int, out: Path) -> int:
     ]
     keys = np.ascontiguousarray(np.unique(np.concatenate(columns), axis=0).T)
     counts = {0: teacher_store.write_keys(folder, 0, 1, [keys])}
-    encoder = Encoder(place.model("teacher"), Folder.at(str(place.tokens)), 1, unit=False, dim=hidden)
+    encoder = VectorWriter(place.model("teacher"), Folder.at(str(place.tokens)), 1, unit=False, dim=hidden)
     for shard, piece, _ in teacher_store.pieces(counts):
         keys_n2 = teacher_store.read_keys(folder, shard, piece)
         encoder.write(keys_n2, folder, teacher_store.piece_file(shard, piece))

@@ -24,7 +24,7 @@ from pyarrow import parquet as pq
 from f2llm_ray.data.schema import KEY, seeded_key
 from f2llm_ray.engine.vector_files import shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
-from f2llm_ray.mine.join import join_source
+from f2llm_ray.mine.join_negatives import join_source
 from f2llm_ray.mine.mine import found_name
 from f2llm_ray.mine.search import FOUND, Layout, search
 from f2llm_ray.mine.settings import Mine
@@ -221,7 +221,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     settings = Mine(model="bench", top_k=arguments.top_k)
-    # Where nothing is skipped, both mean the same by their parameters: see `topk.choose`.
+    # Where nothing is skipped, both mean the same by their parameters: see `mine.choice.choose`.
     unskipped = settings.model_copy(update={"skip": 0})
     if arguments.child is not None:
         child(Folder.at(arguments.child), settings)

@@ -27,7 +27,7 @@ from torch.nn.functional import cosine_similarity
 from f2llm_ray.base.progress import say
 from f2llm_ray.data.tokens.store import tokenize
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
 from f2llm_ray.model.prune import Importance, choose, prune
 from f2llm_ray.model.settings import Prune

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.train.setup import SHAPE, Place
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
 from f2llm_ray.train.deepspeed import start_engine
 from f2llm_ray.train.loader import TrainBatch

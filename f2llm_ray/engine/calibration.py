@@ -21,7 +21,7 @@ from f2llm_ray.model.dims import Vectors, cut_dims
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.engine.texts import Texts
+    from f2llm_ray.engine.text_engine import TextEngine
 
 WORST = 1e-3
 """Most that 1 - cosine of a check text may be: another machine gives about 1e-6 in float32, another model 0.1."""
@@ -46,7 +46,7 @@ class Calibration:
     """Unit vectors of `CHECK_TEXTS`."""
 
 
-def calibrate(engine: Texts, tokens: Sequence[Tokens]) -> Calibration:
+def calibrate(engine: TextEngine, tokens: Sequence[Tokens]) -> Calibration:
     """Measures a model on token lists of training texts (what it will be asked: queries and passages)."""
     vectors_nd = engine.embed_tokens(tokens)
     ranges = {}
@@ -87,7 +87,7 @@ def load_calibration(folder: Path) -> Calibration | None:
     return Calibration(ranges, check_nd)
 
 
-def self_check(engine: Texts, calibration: Calibration, place: str) -> None:
+def self_check(engine: TextEngine, calibration: Calibration, place: str) -> None:
     """Embeds the check texts again and compares them with the vectors stored when the model was made.
 
     Raises:

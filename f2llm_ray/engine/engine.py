@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import use_varlen
-from f2llm_ray.engine.encoder import encode
-from f2llm_ray.engine.texts import Texts
+from f2llm_ray.engine.encode import encode
+from f2llm_ray.engine.text_engine import TextEngine
 from f2llm_ray.model.checkpoint import load_backbone
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.int8 import is_quantized
@@ -21,7 +21,7 @@ CPU_PASS = 1024
 in passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wide model)."""
 
 
-class Engine(Texts):
+class Engine(TextEngine):
     """A model folder made ready to embed, on the GPU where there is one; int8 weights stay on the CPU.
 
     Raises:

@@ -30,7 +30,7 @@ def shard_name(shard: int) -> str:
     return f"{shard:06d}.npy"
 
 
-class Encoder:
+class VectorWriter:
     """One engine that turns keys of texts into files of vectors.
 
     Args:

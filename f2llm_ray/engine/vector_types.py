@@ -14,16 +14,16 @@ from f2llm_ray.model.dims import Vectors
 EmbeddingType = Literal["float", "int8", "binary", "ubinary"]
 EMBEDDING_TYPES: tuple[EmbeddingType, ...] = get_args(EmbeddingType)
 
-Quantised = np.ndarray[Any, np.dtype[Any]]
+Quantized = np.ndarray[Any, np.dtype[Any]]
 
 
-def dequantise_int8(codes_nd: Quantised, ranges_2d: Vectors) -> Vectors:
+def dequantize_int8(codes_nd: Quantized, ranges_2d: Vectors) -> Vectors:
     """The vectors [n, d] that int8 codes stand for, the middle of each step."""
     low_d, high_d = ranges_2d.astype(np.float32)
     return low_d + (codes_nd.astype(np.float32) + 128.5) * ((high_d - low_d) / 255)
 
 
-def quantise(vectors_nd: Vectors, kind: EmbeddingType, ranges_2d: Vectors | None = None) -> Quantised:
+def quantize_vectors(vectors_nd: Vectors, kind: EmbeddingType, ranges_2d: Vectors | None = None) -> Quantized:
     """The vectors in one form, little-endian.
 
     Args:

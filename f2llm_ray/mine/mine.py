@@ -24,9 +24,9 @@ from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
 from f2llm_ray.engine.settings import Compute
-from f2llm_ray.engine.vector_files import Encoder, shard_name
+from f2llm_ray.engine.vector_files import VectorWriter, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
-from f2llm_ray.mine.join import join_source
+from f2llm_ray.mine.join_negatives import join_source
 from f2llm_ray.mine.search import FOUND, Layout, search
 from f2llm_ray.mine.settings import Mine
 from f2llm_ray.model.checkpoint import read_info
@@ -175,7 +175,7 @@ class _EncodeShard:
     """Writes the vectors of shards of a source's texts; made once per actor."""
 
     def __init__(self, model: Folder, tokens: Folder, out: Folder, layout: Layout, threads: int) -> None:
-        self.encoder = Encoder(model, tokens, threads)
+        self.encoder = VectorWriter(model, tokens, threads)
         self.out, self.layout = out, layout
 
     def __call__(self, item: Item) -> Item:

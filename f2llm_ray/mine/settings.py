@@ -11,8 +11,8 @@ class Mine(Section):
     """Hard-negative mining within each retrieval source; the defaults are the paper's predecessor's."""
 
     model: Content[str]
-    """A model of the run, such as "untrained", or a model folder. The stages after it, or all of them, train on the
-    negatives that it found."""
+    """A model of the run, such as "untrained", or a model folder. The stages after it, or all of them, train on
+    the negatives that it found."""
     sources: Output[tuple[str, ...] | None] = None
     """Names of the retrieval sources that are mined; all when unset."""
     count: Output[int] = Field(default=24, ge=1)

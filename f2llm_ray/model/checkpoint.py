@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INFO_FILE = "f2llm.json"
 CALIBRATION_FILE = "calibration.safetensors"
-"""Ranges for int8 vectors and the vectors of the self-check (`serve.calibrate`)."""
+"""Ranges for int8 vectors and the vectors of the self-check (`engine.calibration`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

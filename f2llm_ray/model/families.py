@@ -31,7 +31,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Family:
+class DecoderFamily:
     """A kind of decoder, as Hugging Face names it and its weights."""
 
     layer: dict[str, Weight]
@@ -80,9 +80,9 @@ _NORMS = {
 _ENDS = {"embed_tokens.weight": Weight(("vocabulary", "hidden"), 1), "norm.weight": Weight(("hidden",), -1)}
 
 FAMILIES = {
-    "qwen3": Family({**_ATTENTION, **_HEAD_NORMS, **_FFN, **_NORMS}, _ENDS),
-    "llama": Family({**_ATTENTION, **_FFN, **_NORMS}, _ENDS),
-    "gemma3_text": Family(
+    "qwen3": DecoderFamily({**_ATTENTION, **_HEAD_NORMS, **_FFN, **_NORMS}, _ENDS),
+    "llama": DecoderFamily({**_ATTENTION, **_FFN, **_NORMS}, _ENDS),
+    "gemma3_text": DecoderFamily(
         {
             **_ATTENTION,
             **_HEAD_NORMS,
@@ -101,7 +101,7 @@ FAMILIES = {
 }
 
 
-def family_of(config: PreTrainedConfig) -> Family:
+def family_of(config: PreTrainedConfig) -> DecoderFamily:
     """The family of a model's config.
 
     Raises:

@@ -1,7 +1,7 @@
 """Int8 weights for small deployments on CPU: a quarter of the bytes, and matrix products in int8.
 
 A weight [out, in] becomes int8 with one float32 scale per output channel (an embedding: per entry), so that its
-largest value is 127. Activations are quantised as they come, one scale per token: a text's vector does not depend
+largest value is 127. Activations are quantized as they come, one scale per token: a text's vector does not depend
 on the texts beside it, as it would with torch's `quantize_dynamic`, which takes one scale for a whole pass. Norms
 stay float32. The scheme is that of LLM.int8 (arXiv 2208.07339) without its outliers.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.model.families import Axis, Family, axis_sizes, family_of
+from f2llm_ray.model.families import Axis, DecoderFamily, axis_sizes, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -147,7 +147,7 @@ def _spans(blocks: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _cut(
-    value: torch.Tensor, name: str, family: Family, places: dict[Axis, torch.Tensor], scale: float
+    value: torch.Tensor, name: str, family: DecoderFamily, places: dict[Axis, torch.Tensor], scale: float
 ) -> torch.Tensor:
     """The kept part of one weight, of the size that fits the hidden size."""
     weight = family.weight(name)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-from f2llm_ray.engine.vector_types import EMBEDDING_TYPES, EmbeddingType, Quantised
+from f2llm_ray.engine.vector_types import EMBEDDING_TYPES, EmbeddingType, Quantized
 from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -296,7 +296,7 @@ def split(given: Inputs) -> tuple[list[str], list[list[int]]]:
 
 
 def embeddings_answer(
-    forms: Mapping[EmbeddingType, Quantised], *, model: str, tokens: int, encoding: Encoding = "float"
+    forms: Mapping[EmbeddingType, Quantized], *, model: str, tokens: int, encoding: Encoding = "float"
 ) -> bytes:
     """The body of an `EmbeddingsAnswer`.
 
@@ -318,7 +318,7 @@ def embeddings_answer(
 
 
 def embed_answer(
-    forms: Mapping[EmbeddingType, Quantised], *, named: bool = False, encoding: Encoding = "float"
+    forms: Mapping[EmbeddingType, Quantized], *, named: bool = False, encoding: Encoding = "float"
 ) -> bytes:
     """The body of POST /embed's answer: a list of vectors, or with `named` such a list by type."""
     answer: Any = {kind: rows if encoding == "float" else _coded(rows, encoding) for kind, rows in forms.items()}
@@ -327,7 +327,7 @@ def embed_answer(
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _coded(rows: Quantised, encoding: Encoding) -> list[Any]:
+def _coded(rows: Quantized, encoding: Encoding) -> list[Any]:
     if encoding == "float":
         return list(rows)
     return [base64.b64encode(row).decode("ascii") for row in rows]

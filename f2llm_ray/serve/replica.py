@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from f2llm_ray import __version__
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.calibration import self_check
-from f2llm_ray.engine.process import EngineProcess
-from f2llm_ray.engine.vector_types import EmbeddingType, Quantised, quantise
+from f2llm_ray.engine.engine_process import EngineProcess
+from f2llm_ray.engine.vector_types import EmbeddingType, Quantized, quantize_vectors
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import api, limits
@@ -127,7 +127,7 @@ class Replica:
 
     async def _embed(
         self, ask: api.EmbeddingOptions, given: api.Inputs, param: str
-    ) -> tuple[dict[EmbeddingType, Quantised], int, int]:
+    ) -> tuple[dict[EmbeddingType, Quantized], int, int]:
         """Vectors [n, ...] by type, the number n of inputs, and the number of their tokens."""
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
@@ -136,7 +136,7 @@ class Replica:
         else:
             tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
         vectors_nd = cut_dims(await self.batcher.embed(tokens), dim)
-        forms = {kind: quantise(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
+        forms = {kind: quantize_vectors(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
         return forms, len(tokens), sum(map(len, tokens))
 
     def _tokenize(self, ask: api.EmbeddingOptions, given: api.Inputs, param: str) -> list[Tokens]:

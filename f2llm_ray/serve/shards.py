@@ -19,7 +19,7 @@ from pyarrow import parquet as pq
 from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.data.tokens.store import Tokens, cut
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
@@ -143,11 +143,11 @@ class ShardWriter:
     def _stored(self, vectors_nd: Vectors) -> pa.FixedSizeListArray:
         dtype = self.job.dtype
         if dtype == "float32":
-            values = quantise(vectors_nd, "float")
+            values = quantize_vectors(vectors_nd, "float")
         elif dtype == "float16":
             values = vectors_nd.astype(np.float16)
         else:
-            values = quantise(vectors_nd, dtype, self.ranges)
+            values = quantize_vectors(vectors_nd, dtype, self.ranges)
         return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
 
     def _vectors(self, texts: pa.LargeStringArray) -> Iterator[tuple[int, Vectors, EmbedCount]]:

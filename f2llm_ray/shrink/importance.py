@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
-from f2llm_ray.engine.encoder import encode_pass, plan
+from f2llm_ray.engine.encode import encode_pass, passes_of
 from f2llm_ray.model.families import axis_sizes, family_of
 from f2llm_ray.model.prune import Importance
 
@@ -68,7 +68,7 @@ def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_p
     Raises:
         RunError: the model is of a family that cannot be pruned.
     """
-    passes = plan(backbone, tokens, tokens_per_pass)
+    passes = passes_of(backbone, tokens, tokens_per_pass)
     found = [_Pass(backbone, [tokens[index] for index in indices]).sums() for indices in passes]
     total = found[0]
     for more in found[1:]:

@@ -21,7 +21,7 @@ from f2llm_ray.model.prune import Kept, choose, prune
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, save_map
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.shrink import scores
+from f2llm_ray.shrink import part_scores
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,15 +55,15 @@ def score_parts(
     """
     calibration = calibration_tokens(sources, seed, prepared, settings.calibration_rows)
     say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
-    importance = scores.score(parent, calibration, settings, compute, seed=seed)
+    importance = part_scores.score(parent, calibration, settings, compute, seed=seed)
     facts = {
         "importance": settings.importance,
         "texts": len(calibration),
         "tokens": sum(map(len, calibration)),
-        **scores.summary(importance),
+        **part_scores.summary(importance),
     }
     with out.writing() as folder:
-        scores.save(importance, folder, facts)
+        part_scores.save(importance, folder, facts)
     return facts
 
 
@@ -86,7 +86,7 @@ def shrink(
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
     with scored.as_local() as folder:
-        kept = choose(scores.load(folder), settings)
+        kept = choose(part_scores.load(folder), settings)
     table: TokenMap | None = None
     if settings.vocabulary is not None:
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None

@@ -10,7 +10,7 @@ import torch
 
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine.encoder import encode, plan
+from f2llm_ray.engine.encode import encode, passes_of
 from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.train.distillation import Lesson, distillation
@@ -128,7 +128,7 @@ def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: TrainBatch) -> 
     if budget is None:
         return [list(range(len(batch.tokens)))]
     # As the encoder reads them: with fewer tokens in the vocabulary texts take more of them.
-    return plan(backbone, remap(batch.tokens, engine.module.tokens), budget)
+    return passes_of(backbone, remap(batch.tokens, engine.module.tokens), budget)
 
 
 def encoder_of(engine: DeepSpeedEngine, batch: TrainBatch) -> Callable[[Sequence[int]], torch.Tensor]:

@@ -26,7 +26,7 @@ from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.build import write_store
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
-from f2llm_ray.engine.vector_files import Encoder
+from f2llm_ray.engine.vector_files import VectorWriter
 from f2llm_ray.model.checkpoint import read_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
@@ -209,7 +209,7 @@ class PieceEncoder:
     """Encodes pieces of the store, one after the other, inside an actor."""
 
     def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
-        self.encoder = Encoder(teacher, tokens, threads, unit=False, dim=dims)
+        self.encoder = VectorWriter(teacher, tokens, threads, unit=False, dim=dims)
         self.vectors = vectors
 
     def __call__(self, item: Item) -> Item:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
-from f2llm_ray.engine.encoder import plan
+from f2llm_ray.engine.encode import passes_of
 from f2llm_ray.model.sizes import count_parameters
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def positions(
     total = 0
     for chunk in chunks:
         texts = [tokens[place] for place in chunk]
-        for places in plan(backbone, texts, tokens_per_pass):
+        for places in passes_of(backbone, texts, tokens_per_pass):
             total += len(places) * max(len(texts[place]) for place in places)
     return total
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from f2llm_ray.engine.attention import packs, use_varlen, varlen_attention
-from f2llm_ray.engine.encoder import FULL_PASS, SHORTEST, encode, plan_packs, plan_passes
+from f2llm_ray.engine.encode import FULL_PASS, SHORTEST, encode, plan_packs, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=64)

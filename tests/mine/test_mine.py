@@ -23,9 +23,9 @@ from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
 from f2llm_ray.data.tokens import store as tokens
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
-from f2llm_ray.engine.vector_files import Encoder, shard_name
+from f2llm_ray.engine.vector_files import VectorWriter, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
-from f2llm_ray.mine.join import join_negatives
+from f2llm_ray.mine.join_negatives import join_negatives
 from f2llm_ray.mine.mine import _join, _plan, _search, check_tokenizer, mine
 from f2llm_ray.mine.search import Layout, search, take_out
 from f2llm_ray.mine.settings import Mine
@@ -280,7 +280,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def mined_in_order(prepared: Folder, model: Path, out: Folder, settings: Mine, sources: list[str]) -> None:
     """The stage in this process, one piece of work after the other, the last shard first."""
-    encoder = Encoder(Folder.at(str(model)), prepared / "tokens", 1)
+    encoder = VectorWriter(Folder.at(str(model)), prepared / "tokens", 1)
     cut = {"settings": settings, "layout": LAYOUT, "threads": 1, "device": "cpu"}
     for name in sources:
         _plan({"source": name}, prepared=prepared, out=out, query="instructed_key")
@@ -351,7 +351,7 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
 ) -> None:
     prepared = write_prepared(tmp_path / "prepared", model, tables, texts)
     keys = key_numbers(pa.array(list(texts), KEY))
-    encoder = Encoder(Folder.at(str(model)), prepared / "tokens", 1)
+    encoder = VectorWriter(Folder.at(str(model)), prepared / "tokens", 1)
     outcome = encoder.write(keys, Folder.at(str(tmp_path / "out")), shard_name(0))
     vectors = np.load(tmp_path / "out" / shard_name(0))
     assert vectors.dtype == np.float16
@@ -365,7 +365,7 @@ def test_vectors_are_the_engines_and_broken_ones_are_refused(
     with pytest.raises(
         RunError, match=rf"not finite for {len(texts)} of {len(texts)} texts.*{next(iter(texts)).hex()}"
     ):
-        Encoder(Folder.at(str(broken)), prepared / "tokens", 1).write(
+        VectorWriter(Folder.at(str(broken)), prepared / "tokens", 1).write(
             keys, Folder.at(str(tmp_path / "none")), shard_name(0)
         )
     assert not (tmp_path / "none").exists()

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from f2llm_ray.pipeline.stages import Plan, plan
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.int8 import save_quantized
-from f2llm_ray.pipeline.stages import Plan, plan
 from f2llm_ray.pipeline.work import make_untrained
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import load_backbone
 from f2llm_ray.model.int8 import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from f2llm_ray.base.errors import RecipeError, RunError
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.families import family_of
 from f2llm_ray.model.prune import Importance, Kept, choose, prune
 from f2llm_ray.model.settings import Prune

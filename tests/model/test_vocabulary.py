@@ -11,7 +11,7 @@ import torch
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.data.tokens.store import tokenize
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, load_info, save_model
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, load_map, remap, save_map

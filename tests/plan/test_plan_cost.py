@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from f2llm_ray.engine.encoder import encode, plan_passes
+from f2llm_ray.engine.encode import encode, plan_passes
 from f2llm_ray.model.sizes import FAMILY, Shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import Cost, cost, flops_per_token, forward_flops_per_token
 from f2llm_ray.plan.stage_work import Cluster, CorpusSize, TeacherWork

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from f2llm_ray.engine.encoder import encode, plan_passes
+from f2llm_ray.engine.encode import encode, plan_passes
 from f2llm_ray.model.sizes import FAMILY, Shape, parameters, random_backbone
 from f2llm_ray.plan.memory import (
     BUCKET_PARAMETERS,

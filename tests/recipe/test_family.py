@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.sizes import (
     FAMILY,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.serve import api, limits
@@ -158,7 +158,7 @@ def test_split() -> None:
 def test_base64_and_float_say_the_same() -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
     for given in (vectors, vectors[:, :5], vectors[::2]):
-        forms = {"float": quantise(given, "float")}
+        forms = {"float": quantize_vectors(given, "float")}
         floats = json.loads(api.embeddings_answer(forms, model="m", tokens=7, encoding="float"))
         coded = json.loads(api.embeddings_answer(forms, model="m", tokens=7, encoding="base64"))
         assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7}

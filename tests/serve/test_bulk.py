@@ -23,7 +23,7 @@ from f2llm_ray.data.reading import tables
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.engine.calibration import calibrate, load_calibration, save_calibration
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.bulk import run
 from f2llm_ray.serve.inputs import UnitReader, units_of
@@ -333,7 +333,7 @@ def test_every_dtype_holds_the_engines_vectors(tmp_path: Path, folder: Path, dty
         return
     calibration = load_calibration(model)
     assert calibration is not None
-    expected = quantise(vectors, dtype, calibration.ranges[16])  # type: ignore[arg-type]
+    expected = quantize_vectors(vectors, dtype, calibration.ranges[16])  # type: ignore[arg-type]
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     # A value on the edge of a step, or of a sign, may fall to either side with the batch it travelled in.

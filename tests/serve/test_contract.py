@@ -14,7 +14,7 @@ import pytest
 
 from f2llm_ray import __version__
 from f2llm_ray.engine.calibration import load_calibration
-from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.dims import cut_dims
 from tests.serve.endpoint import KEYED, ROUTER, TEXTS, Server, error_of
 
@@ -26,7 +26,7 @@ def expected(server: Server, dim: int) -> dict[str, np.ndarray[Any, Any]]:
     assert calibration is not None
     vectors = cut_dims(server.engine.embed(SHORT), dim)
     kinds = ("float", "int8", "binary", "ubinary")
-    return {kind: quantise(vectors, kind, calibration.ranges[dim]) for kind in kinds}
+    return {kind: quantize_vectors(vectors, kind, calibration.ranges[dim]) for kind in kinds}
 
 
 @pytest.mark.parametrize("dim", [8, 32])

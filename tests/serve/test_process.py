@@ -16,7 +16,7 @@ import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.process import EngineProcess
+from f2llm_ray.engine.engine_process import EngineProcess
 from tests.tiny import LINES, tiny_model
 
 
@@ -78,7 +78,7 @@ def test_an_end_that_nobody_asked_for_is_noticed(tmp_path: Path) -> None:
 
 def test_it_ends_with_the_process_that_asks(folder: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from f2llm_ray.engine.process import EngineProcess; "
+        "import sys; from pathlib import Path; from f2llm_ray.engine.engine_process import EngineProcess; "
         "engine = EngineProcess(Path(sys.argv[1]), tokens_per_pass=64, gone=print); "
         "print('ready', flush=True); input()"
     )

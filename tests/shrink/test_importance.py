@@ -11,13 +11,13 @@ from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.attention import use_varlen
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone
 from f2llm_ray.model.prune import choose
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.shrink import scores
+from f2llm_ray.shrink import part_scores
 from f2llm_ray.shrink.importance import magnitude, measure, written_by_groups
 from f2llm_ray.shrink.shrink import by_turns
 from tests.model.small import FAMILIES, decoder, texts
@@ -110,7 +110,7 @@ def test_magnitude_sees_the_weights() -> None:
 
 def test_pieces_hold_every_text_in_order() -> None:
     given = texts(50)
-    pieces = scores.pieces_of(given, 100)
+    pieces = part_scores.pieces_of(given, 100)
     assert [text.tolist() for piece in pieces for text in piece] == [text.tolist() for text in given]
     assert all(100 <= sum(map(len, piece)) < 120 for piece in pieces[:-1])
 
@@ -122,16 +122,16 @@ def test_the_scores_of_two_actors_are_those_of_one_process(
 
     parent = Folder.at(str(tiny_model(tmp_path / "model")))
     given = texts(40)
-    monkeypatch.setattr(scores.pieces_of, "__defaults__", (120,))
-    assert len(scores.pieces_of(given)) == 4
+    monkeypatch.setattr(part_scores.pieces_of, "__defaults__", (120,))
+    assert len(part_scores.pieces_of(given)) == 4
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         compute = Compute(workers=2, cpus_per_worker=0.5)
-        found = scores.score(parent, given, Prune(model="x", layers=1), compute, seed=0)
+        found = part_scores.score(parent, given, Prune(model="x", layers=1), compute, seed=0)
     finally:
         ray.shutdown()
     model = load_backbone(Path(parent.path)).eval()
-    whole = measure(model, given, tokens_per_pass=scores.TOKENS_PER_PASS).importance()
+    whole = measure(model, given, tokens_per_pass=part_scores.TOKENS_PER_PASS).importance()
     for name in NAMES:
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
     wanted = Prune(model="x", hidden=16, ffn=30, kv_heads=1)
@@ -140,12 +140,12 @@ def test_the_scores_of_two_actors_are_those_of_one_process(
 
 def test_scores_are_read_back_and_what_is_no_score_is_refused(tmp_path: Path) -> None:
     importance = measure(decoder("llama"), texts(), tokens_per_pass=500).importance()
-    scores.save(importance, tmp_path, {"texts": 30})
+    part_scores.save(importance, tmp_path, {"texts": 30})
     for name in NAMES:
-        assert torch.equal(getattr(scores.load(tmp_path), name), getattr(importance, name))
-    (tmp_path / scores.TENSORS).write_bytes(b"nothing")
+        assert torch.equal(getattr(part_scores.load(tmp_path), name), getattr(importance, name))
+    (tmp_path / part_scores.TENSORS).write_bytes(b"nothing")
     with pytest.raises(RunError, match=r"importance\.safetensors: not the scores of a model"):
-        scores.load(tmp_path)
+        part_scores.load(tmp_path)
 
 
 def test_languages_take_turns() -> None:

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.engine.encoder import encode, plan_passes
+from f2llm_ray.engine.encode import encode, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.gradcache import cached_backward, encode_chunks, engine_backward

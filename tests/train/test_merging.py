@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.tokens.store import tokenize
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.merge_checkpoints import merge_stage

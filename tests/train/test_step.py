@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 
 from f2llm_ray.data.schema import SourceFacts
-from f2llm_ray.engine.encoder import encode
+from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, Student

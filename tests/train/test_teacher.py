@@ -23,7 +23,7 @@ from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.vector_files import Encoder
+from f2llm_ray.engine.vector_files import VectorWriter
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
@@ -273,7 +273,8 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     shutil.copytree(made.out / "vectors", folder, ignore=shutil.ignore_patterns("*-*", "store.json"))
     out, store = Folder.at(str(folder)), TeacherStore(made.out / "vectors")
     work = PieceEncoder(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN)
-    counts = {shard: np.load(folder / teacher_store.NAMES[0].format(shard)).shape[1] for shard in range(store.shards)}
+    files = [folder / teacher_store.NAMES[0].format(shard) for shard in range(store.shards)]
+    counts = {shard: np.load(file).shape[1] for shard, file in enumerate(files)}
     for shard, piece, texts in teacher_store.pieces(counts):
         work({"shard": shard, "piece": piece, "texts": texts})
     teacher_store.write_meta(out, shards=store.shards, texts=store.texts, dims=HIDDEN)
@@ -391,7 +392,7 @@ def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) ->
     weights = load_file(model / "model.safetensors")
     weights["norm.weight"] *= 1e6
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    encoder = Encoder(Folder.at(str(model)), Folder.at(str(made.prepared / "tokens")), 1, unit=False)
+    encoder = VectorWriter(Folder.at(str(model)), Folder.at(str(made.prepared / "tokens")), 1, unit=False)
     with pytest.raises(RunError, match="not finite for 9 of 9 texts in float16"):
         encoder.write(keys_of(made.batches)[:9], Folder.at(str(tmp_path / "none")), "0.npy")
 

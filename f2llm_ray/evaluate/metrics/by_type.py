@@ -1,7 +1,7 @@
-"""What shorter and smaller vectors cost in retrieval: every trained dim as float, int8 and binary.
+"""Retrieval scores of shorter and smaller vectors: every trained dim as float, int8 and binary.
 
-Passages are stored in the type. An int8 passage is held against the query's float vector, as vector databases do;
-with binary both are signs, and the order is that of the Hamming distance.
+Passages are stored in the type. An int8 passage is compared with the query's float vector, as vector databases do;
+with binary both are signs, ordered by Hamming distance.
 
 Shapes: u distinct texts, d and k dims, q queries, n of them drawn, c passages, r relevant pairs, m of the drawn.
 """

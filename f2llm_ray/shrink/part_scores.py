@@ -77,7 +77,7 @@ def _of_weights(parent: Folder, settings: Prune, seed: int) -> Importance:
 
 
 def _measured(parent: Folder, pieces: list[list[Tokens]], compute: Compute) -> Sums:
-    make = partial(Meter, parent, compute.threads_per_worker)
+    make = partial(PieceScorer, parent, compute.threads_per_worker)
     items = [{"piece": number, "tokens": piece} for number, piece in enumerate(pieces)]
     actors = start_actors(make, min(compute.workers, len(pieces)), **compute.per_worker)
     found = sorted(each_on_actors("importance", items, actors), key=lambda row: row["piece"])
@@ -87,7 +87,7 @@ def _measured(parent: Folder, pieces: list[list[Tokens]], compute: Compute) -> S
     return total
 
 
-class Meter:
+class PieceScorer:
     """One parent model that measures pieces of text.
 
     Args:

@@ -63,7 +63,7 @@ def plan_packs(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
     return passes
 
 
-def plan(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pass: int) -> list[list[int]]:
+def passes_of(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pass: int) -> list[list[int]]:
     """The passes in which a model encodes texts: indices of the texts of each, every text once."""
     lengths = [len(text) for text in tokens]
     return (plan_packs if packs(backbone) else plan_passes)(lengths, tokens_per_pass)
@@ -73,7 +73,7 @@ def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pa
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
     Last-token pooling over a causal decoder (paper, use). On CUDA the texts of a pass lie end to end
-    (`model/varlen.py`). On CPU they are of similar lengths and padded on the right, where a causal model never
+    (`engine/attention.py`). On CPU they are of similar lengths and padded on the right, where a causal model never
     looks from a real token, so no mask is needed: a vector depends on its text alone.
 
     Args:
@@ -83,7 +83,7 @@ def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pa
     """
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
-    passes = plan(backbone, tokens, tokens_per_pass)
+    passes = passes_of(backbone, tokens, tokens_per_pass)
     vectors = [encode_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]

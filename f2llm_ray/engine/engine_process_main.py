@@ -1,4 +1,4 @@
-"""The engine in a process of its own: `python -m f2llm_ray.engine.worker FOLDER TOKENS_PER_PASS`.
+"""The engine in a process of its own: `python -m f2llm_ray.engine.engine_process_main FOLDER TOKENS_PER_PASS`.
 
 It says one line of JSON when it is ready, `{"device", "vocabulary"}` or `{"error"}`. A request is two uint32, n
 and the sum of lengths, then the n lengths, then the token ids. An answer is two int32, n and d, then the vectors

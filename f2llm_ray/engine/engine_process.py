@@ -17,12 +17,12 @@ import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine import worker
-from f2llm_ray.engine.texts import Texts
+from f2llm_ray.engine import engine_process_main
+from f2llm_ray.engine.text_engine import TextEngine
 from f2llm_ray.model.dims import Vectors
 
 
-class EngineProcess(Texts):
+class EngineProcess(TextEngine):
     """Tokenises here and embeds there; one thread at a time may embed.
 
     Args:
@@ -38,7 +38,7 @@ class EngineProcess(Texts):
         super().__init__(folder)
         self._gone = gone
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
-            [sys.executable, "-m", worker.__name__, str(folder), str(tokens_per_pass)],
+            [sys.executable, "-m", engine_process_main.__name__, str(folder), str(tokens_per_pass)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Ray has put the code that a job ships onto this process's path only.
@@ -63,9 +63,9 @@ class EngineProcess(Texts):
             RuntimeError: the engine failed, and says how.
         """
         try:
-            worker.write_tokens(self._requests, tokens)
+            engine_process_main.write_tokens(self._requests, tokens)
             count, width = np.frombuffer(self._read(8), "<i4").tolist()
-            if count == worker.FAILED:
+            if count == engine_process_main.FAILED:
                 raise RuntimeError(self._read(width).decode())
             vectors_nd = np.frombuffer(self._read(4 * count * width), "<f4").reshape(count, width)
         except (BrokenPipeError, EOFError):

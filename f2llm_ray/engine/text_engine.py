@@ -13,7 +13,7 @@ from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.dims import Vectors
 
 
-class Texts(ABC):
+class TextEngine(ABC):
     """A model folder that texts go into; where its weights are, `embed_tokens` knows.
 
     Raises:

@@ -13,7 +13,7 @@ from sentence_transformers.util import quantize_embeddings
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.calibration import Calibration, calibrate, load_calibration, save_calibration, self_check
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.vector_types import quantise
+from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
@@ -32,7 +32,7 @@ def test_every_type_is_sentence_transformers(seed: int, rows: int, dim: int) -> 
     ranges = np.stack([others.min(axis=0), others.max(axis=0)])
     ranges[:, 0] = 0  # a dim that never moved while the model was calibrated
     for ours, theirs in (("int8", "int8"), ("binary", "binary"), ("ubinary", "ubinary"), ("float", "float32")):
-        made = quantise(vectors, ours, ranges)  # type: ignore[arg-type]
+        made = quantize_vectors(vectors, ours, ranges)  # type: ignore[arg-type]
         wanted = quantize_embeddings(vectors, precision=theirs, ranges=ranges)  # type: ignore[arg-type]
         assert made.dtype == wanted.dtype
         np.testing.assert_array_equal(made, wanted)
@@ -42,7 +42,7 @@ def test_int8_needs_ranges_of_its_dims() -> None:
     vectors = np.ones((1, 8), dtype=np.float32)
     for ranges in (None, np.zeros((2, 16), dtype=np.float32)):
         with pytest.raises(ValueError, match="int8 needs ranges of 8 dims"):
-            quantise(vectors, "int8", ranges)
+            quantize_vectors(vectors, "int8", ranges)
 
 
 def test_ranges_hold_every_calibration_vector_at_every_dim(tmp_path: Path, engine: Engine) -> None:
@@ -55,7 +55,7 @@ def test_ranges_hold_every_calibration_vector_at_every_dim(tmp_path: Path, engin
     for dim, ranges in found.ranges.items():
         vectors = cut_dims(whole, dim)
         np.testing.assert_array_equal(ranges, [vectors.min(axis=0), vectors.max(axis=0)])
-        coded = quantise(vectors, "int8", ranges)
+        coded = quantize_vectors(vectors, "int8", ranges)
         assert coded.min(axis=0).tolist() == [-128] * dim
         back = (coded.astype(np.float32) + 128.5) * (ranges[1] - ranges[0]) / 255 + ranges[0]
         cosine = np.sum(cut_dims(back, dim) * vectors, axis=1)
