@@ -1,1 +1,1 @@
-"""Scores of a model, and the report of a run."""
+"""Scores of a model on evaluation sets."""

@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import yaml
+from huggingface_hub import metadata_load
+from mteb.abstasks.task_metadata import Licenses
+from mteb.languages import ISO_TO_LANGUAGE
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.model.sizes import count_parameters
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.models.model_meta import ModelMeta
     from mteb.types import PromptType
 
     from f2llm_ray.model.dims import Vectors
@@ -46,9 +51,9 @@ BY_TYPE: dict[str, str] = {
 
 
 def instruction_of(task: TaskMetadata, prompt_type: PromptType | None) -> str:
-    """What is said before the texts of a task: the task's own prompt, else that of its type; "" before documents.
+    """The instruction before the texts of a task: the task's own prompt, else that of its type; "" for documents.
 
-    A type that the paper has no instruction for gets the one for similar text.
+    A type without an instruction in the paper gets the one for similar text.
     """
     if prompt_type is not None and prompt_type.value == "document":
         return ""
@@ -59,17 +64,13 @@ def instruction_of(task: TaskMetadata, prompt_type: PromptType | None) -> str:
 
 
 def model_meta(folder: Path) -> ModelMeta:
-    """What mteb files a model's results under: the name of the model, and its fingerprint as the revision.
+    """What mteb stores a model's results under: the name of the model, and its fingerprint as the revision.
 
     Languages, licence and base model are those of the folder's card, as far as mteb knows them.
 
     Raises:
         RunError: the folder is not a model folder, or its card cannot be read.
     """
-    from mteb.abstasks.task_metadata import Licenses
-    from mteb.languages import ISO_TO_LANGUAGE
-    from mteb.models.model_meta import ModelMeta
-
     info, place = load_info(folder), Folder.at(str(folder))
     config = place.read_json("config.json")
     card = _front_matter(folder / "README.md")
@@ -98,8 +99,8 @@ def model_meta(folder: Path) -> ModelMeta:
     )
 
 
-class MtebEncoder:
-    """mteb's `EncoderProtocol` over the engine that serves: the same vectors, whatever mteb's batches are."""
+class MtebEncoder(AbsEncoder):
+    """mteb's encoder over the engine that serves: the same vectors, whatever mteb's batches are."""
 
     def __init__(
         self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any
@@ -108,11 +109,9 @@ class MtebEncoder:
 
         Args:
             model_name: path of a model folder.
-            revision: not used; the folder says what it is.
+            revision: not used; it is the fingerprint of the folder.
             device: not used; the engine takes the GPU where there is one.
         """
-        from f2llm_ray.engine.engine import Engine
-
         del revision, device
         self.engine = Engine(Path(model_name))
         self.mteb_model_meta = model_meta(Path(model_name))
@@ -139,23 +138,9 @@ class MtebEncoder:
             return np.empty((0, self.info.dims[-1]), dtype=np.float32)
         return self.engine.embed(texts)
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines of all pairs [n, m], as mteb computes them."""
-        from mteb.similarity_functions import cos_sim
-
-        return cos_sim(embeddings1, embeddings2)
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-        """Cosines of the pairs [n], as mteb computes them."""
-        from mteb.similarity_functions import pairwise_cos_sim
-
-        return pairwise_cos_sim(embeddings1, embeddings2)
-
 
 def _front_matter(card: Path) -> dict[str, Any]:
     """What the front matter of a model card says; {} where there is no card."""
-    from huggingface_hub import metadata_load
-
     try:
         return (metadata_load(card) or {}) if card.is_file() else {}
     except (yaml.YAMLError, ValueError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
 from f2llm_ray.model.checkpoint import load_info
@@ -30,12 +31,10 @@ def find_tasks(benchmarks: Sequence[str], names: Sequence[str], languages: Seque
         languages: ISO 639-3; only these subsets are run, and tasks without any are left out. All where empty.
 
     Raises:
-        RunError: mteb is not installed, or does not know a name, or nothing is left.
+        DataError: mteb is not installed.
+        RunError: mteb does not know a name, or nothing is left.
     """
-    try:
-        import mteb
-    except ModuleNotFoundError as error:
-        raise RunError(f"mteb is not installed ({error.name}); it comes with the extra `mteb`") from None
+    mteb = require("mteb", extra="mteb")
     try:
         found = _of_benchmarks(benchmarks) if benchmarks else mteb.get_tasks(tasks=list(dict.fromkeys(names)))
     except (KeyError, ValueError) as error:
@@ -60,7 +59,7 @@ def _of_benchmarks(names: Sequence[str]) -> list[AbsTask]:
     found: dict[str, AbsTask] = {}
     for name in names:
         for task in mteb.get_benchmark(name).tasks:
-            # A copy: the benchmark's own are shared by all who ask for it.
+            # A copy: mteb returns the same task objects to every caller.
             other = found.setdefault(task.metadata.name, copy(task))
             subsets, splits = {*other.hf_subsets, *task.hf_subsets}, {*other.eval_splits, *task.eval_splits}
             other.hf_subsets = [subset for subset in task.metadata.hf_subsets if subset in subsets]
@@ -69,7 +68,7 @@ def _of_benchmarks(names: Sequence[str]) -> list[AbsTask]:
 
 
 def _cut(task: AbsTask, languages: Sequence[str]) -> bool:
-    """Leaves of a task's subsets those with one of the languages; says whether there are any."""
+    """Keeps only the subsets of a task that have one of the languages; returns whether there are any."""
     try:
         task.filter_languages(languages, hf_subsets=task.hf_subsets)
     except ValueError:
@@ -90,13 +89,13 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
         mteb's main score of each task, also of those that were there already.
 
     Raises:
-        RunError: the folder is not a model folder, or one of both is not on a disk; or, after all other tasks are
-            done, the tasks that failed, each with its error.
+        RunError: the folder is not a model folder, or it or the output is not on a disk; or, after all other tasks
+            are done, the tasks that failed, each with its error.
     """
     import ray
     from ray.util import ActorPool
 
-    # Workers stand in other folders than we do, and mteb reads and writes files.
+    # Workers run in other working directories, and mteb reads and writes files.
     model, output = (_on_disk(place) for place in (model, output))
     load_info(Path(model))
     connect()
@@ -148,8 +147,8 @@ class _Worker:
             result: Any = mteb.evaluate(
                 self.model, task, cache=self.cache, show_progress_bar=False, co2_tracker=False
             )
-            # A file of before may hold more subsets than are asked for.
+            # A file of an earlier run may hold more subsets than are asked for now.
             (found,) = result.task_results
             return name, float(found.validate_and_filter_scores(task).get_score()), None
-        except Exception as error:  # noqa: BLE001 -- of any kind: the other tasks go on, and all are told at the end
+        except Exception as error:  # noqa: BLE001 -- of any kind: the other tasks go on, and all errors are raised at the end
             return name, 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:300]

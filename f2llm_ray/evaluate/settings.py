@@ -62,8 +62,8 @@ class Evaluation(Section):
     """What every model of the run is measured on."""
 
     sets: dict[Name, EvaluationSet] = {}
-    """By name. Tables are .parquet or .jsonl, by path or URI; a column `language` (ISO 639-3) gives the scores by
-    language."""
+    """By name. Tables are .parquet, .jsonl, .csv or .tsv, by path or URI; a column `language` (ISO 639-3) gives
+    the scores by language."""
     divisors: Output[tuple[Annotated[int, Field(ge=1)], ...]] = (1, 2, 4, 8)
     """The dims measured, as d divided by these; 1, the whole d, is among them."""
     during_training: Neutral[bool] = False

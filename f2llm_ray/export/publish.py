@@ -18,7 +18,7 @@ from f2llm_ray.base.optional import require
 from f2llm_ray.report.model_card import CARD, NO_LICENCE, PLACEHOLDER, read_card
 
 FIELDS = ("language", "license", "library_name", "pipeline_tag", "tags")
-"""What the hub files a model under."""
+"""The fields by which the hub lists models."""
 SAFE = (".safetensors", ".json", ".md", ".txt", ".jinja")
 """Endings of files that hold no code: weights come as safetensors, never pickled."""
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -34,7 +34,7 @@ class Published(NamedTuple):
     files: dict[str, int]
     """Bytes by path within the folder."""
     url: str | None
-    """Where it lies now; None after a dry run."""
+    """Its address on the hub; None after a dry run."""
 
 
 def publish(folder: Path, repo: str, licence: str, upload: Upload | None = None) -> Published:
@@ -113,7 +113,7 @@ def check_vectors(folder: Path) -> None:
     """Loads the model and compares its vectors with those of when it was made.
 
     Raises:
-        RunError: it does not load, has no stored vectors, or gives others.
+        RunError: it does not load, has no stored vectors, or returns other vectors.
     """
     from f2llm_ray.engine.calibration import self_check
     from f2llm_ray.engine.engine import Engine

@@ -77,7 +77,7 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
         info: the facts of its folder.
     """
     return render_page(
-        "model_card.md",
+        "model_card.md.jinja",
         front=front_matter(report, model, info).to_yaml(),
         info=info,
         report=report,

@@ -1,4 +1,4 @@
-"""Plots: SVG elements that take colours and font from the page they stand in, and PNG files in light colours."""
+"""Plots: SVG elements that take colours and font from the page around them, and PNG files in light colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Points = list[tuple[float, float]]
 P = ParamSpec("P")
 
 CODE = "#0f0f0"
-"""With a digit after it, a colour that no text holds by chance: it becomes the page's CSS variable of that
+"""With a digit after it, a colour that no text contains by chance: it becomes the page's CSS variable of that
 number, so that one SVG is readable in light and in dark."""
 LINES = 5
 POINTS_PER_LINE = 300
@@ -95,7 +95,7 @@ def line_plot(
         y: name of the axis.
         markers: a dot on every point.
         ticks: the places of x that are marked.
-        mark: where a dashed vertical line stands.
+        mark: x of a dashed vertical line.
     """
     figure, axes = _figure(4.8, 2.9, palette)
     drawn = {name: _thin(sorted(points)) for name, points in lines.items() if points}
@@ -123,7 +123,7 @@ def line_plot(
 def bar_plot(palette: Palette, bars: Sequence[tuple[str, int]], wholes: Sequence[int] = ()) -> Figure:
     """One bar per key with its number at the end, in the given order.
 
-    With wholes, a pale bar behind each one is what it is a part of, and both numbers stand at its end.
+    With wholes, a pale bar behind each one is what it is a part of, and both numbers are at its end.
     """
     figure, axes = _figure(4.8, 0.2 + 0.2 * len(bars), palette)
     keys, numbers = zip(*bars, strict=True)

@@ -12,10 +12,10 @@ RunReport = Mapping[str, Any]
 ModelEntry = Mapping[str, Any]
 """One of the report's `models`."""
 Metrics = Mapping[str, Any]
-"""Scores by metric, and what stands beside them."""
+"""Scores by metric, and the keys in `BESIDE`."""
 
 BESIDE = ("queries", "ci", "macro", "macro_ci")
-"""What stands among the metrics without being one."""
+"""Keys among the metrics that are not metrics."""
 FEW = 10
 """Queries of a language below which its score says little, and its interval is too narrow to be shown."""
 

@@ -61,7 +61,7 @@ def render(report: RunReport, plots: Plots) -> str:
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
         quality=[
-            (name, _asked(report, name), _overlap(report, name), *_quality(models, report, reference, name))
+            (name, _asked(report, name), _overlap(report, name), *_quality(models, reference, name))
             for name in sets_of(models)
         ],
         matryoshka=plots.matryoshka,
@@ -125,30 +125,33 @@ def _overlap(report: RunReport, name: str) -> str:
     if facts is None:
         return ""
     rows, queries, of = (formatting.count(facts.get(key)) for key in ("rows", "queries", "of"))
-    metric = main_metric(report.get("models") or [], name)
-    return (
-        f"Came after the data were prepared: {rows} training rows hold a text of it, {queries} of {of} queries; "
-        f"the clean part's {metric} is in the column clean."
-    )
+    models = report.get("models") or []
+    found = f"{rows} training rows hold a text of it, {queries} of {of} queries"
+    if _clean(models, name):
+        found += f"; the clean part's {main_metric(models, name)} is in the column clean"
+    return f"Came after the data were prepared: {found}."
 
 
-def _quality(
-    models: Sequence[ModelEntry], report: RunReport, reference: ModelEntry | None, name: str
-) -> tuple[list[str], Cells]:
+def _clean(models: Sequence[ModelEntry], name: str) -> list[Mapping[str, float]]:
+    """By model, the scores by dim on the part of a set that was not trained on; [] where no model has any."""
+    found = [(model.get("clean") or {}).get(name) or {} for model in models]
+    return found if any(found) else []
+
+
+def _quality(models: Sequence[ModelEntry], reference: ModelEntry | None, name: str) -> tuple[list[str], Cells]:
     """Names of the columns, and rows of model, d, metrics at d, and the main one's share of the reference's."""
-    late = name in (report.get("overlap") or {})
+    clean = _clean(models, name)
     rows = []
-    for model in models:
+    for place, model in enumerate(models):
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
         row = [str(model.get("name")), formatting.count(dim), *_scores_cells(models, name, facts)]
-        if late:
-            clean = (model.get("clean") or {}).get(name) or {}
-            row.append(formatting.score(clean.get(str(dim))))
+        if clean:
+            row.append(formatting.score(clean[place].get(str(dim))))
         if reference is not None:
             share = formatting.share(at_full(model, name), at_full(reference, name))
             row.append(share if is_shrunk(models, model) else "")
         rows.append(row)
-    return [*_scores_head(models, name), *(["clean"] if late else [])], rows
+    return [*_scores_head(models, name), *(["clean"] if clean else [])], rows
 
 
 def _types(model: ModelEntry) -> list[tuple[str, Cells]]:
@@ -203,8 +206,9 @@ def _resources(model: ModelEntry, report: RunReport, reference: ModelEntry | Non
     trained, main = report.get("languages") or {}, main_metric([model], name)
     theirs = {} if reference is None else by_language(reference, name)
     rows = []
-    for group in by_resources(enough(by_language(model, name)), trained):
-        mean = group.mean(group.scores, main)
+    scores = enough(by_language(model, name))
+    for group in by_resources(scores, trained):
+        mean = group.mean(scores, main)
         row = [group.name, str(len(group.languages)), group.rows(trained), formatting.score(mean)]
         if reference is not None:
             row.append(formatting.share(mean, group.mean(theirs, main)))

@@ -18,8 +18,6 @@ class Group:
 
     name: str
     languages: tuple[str, ...]
-    scores: LanguageScores
-    """Of the model, by language."""
 
     def mean(self, scores: LanguageScores, metric: str) -> float | None:
         """The mean over these languages, each counting once; None where one of them was not measured."""
@@ -50,4 +48,4 @@ def by_resources(scores: LanguageScores, trained: Mapping[str, int]) -> list[Gro
     for place, language in enumerate(known):
         names[CLASSES[place * len(CLASSES) // len(known)]].append(language)
     names["none"] = sorted(set(scores) - set(known))
-    return [Group(name, tuple(languages), scores) for name, languages in names.items() if languages]
+    return [Group(name, tuple(languages)) for name, languages in names.items() if languages]

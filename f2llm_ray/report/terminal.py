@@ -15,7 +15,7 @@ TERMINAL_COLUMNS = 120
 def terminal_table(report: RunReport) -> str:
     """One row per model: sizes, and for each set the metrics at d and the main one at the smaller dims.
 
-    Sets stand side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
+    Sets are side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
     """
     models = list(report.get("models") or [])
     if not models:

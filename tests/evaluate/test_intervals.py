@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of, paired_bootstrap
+from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of
+from tests.evaluate.paired import paired_bootstrap
 
 
 def test_every_resample_draws_as_many_units_as_there_are() -> None:

@@ -354,7 +354,12 @@ def test_a_set_that_came_after_the_data_shows_what_is_clean_of_it() -> None:
     assert [*known, "96.2 %"] in rows, "the other set"
     assert [*known, "0.701", "96.2 %"] in rows
     assert ["pruned", "192", "0.322", "0.302 to 0.342", "0.258", "0.354", "not measured", "43.5 %"] in rows
-    assert "not measured of not measured queries" in render({**report, "overlap": {"manual": {}}})
+    assert "not measured of not measured queries." in render({**report, "overlap": {"manual": {}}})
+    del report["models"][-1]["clean"]
+    page = render(report)
+    assert f"{sentence[:-1]}." in page
+    assert "column clean" not in page
+    assert [*known, "0.701", "96.2 %"] not in Cells(page).rows
 
 
 def test_hostile_text_is_shown_as_text() -> None:

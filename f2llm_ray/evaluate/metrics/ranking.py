@@ -1,4 +1,4 @@
-"""How good the best 10 results are: what share of the relevant passages they hold, and how high those stand.
+"""How good the 10 best results are: the share of the relevant passages among them, and their ranks.
 
 Shapes: q queries, k results per query, r relevant pairs.
 """
@@ -20,14 +20,14 @@ METRICS = ("ndcg@10", "acc@1", "recall@10")
 
 
 class Judgements(NamedTuple):
-    """What answers the queries of a set."""
+    """Which passages answer the queries of a set."""
 
     relevant_r2: Pairs
     """The relevant (query, passage) pairs, sorted and distinct; every query has one."""
     grade_r: Values
-    """How relevant each is, above 0."""
+    """How relevant each is [r], above 0."""
     own_q: Ints
-    """The passage that is each query itself and so no result, -1 where there is none."""
+    """The passage that is the query itself, and so is left out of its results [q]; -1 where there is none."""
 
 
 def metrics(top_qk: Ints, relevant_r2: Pairs, corpus: int, grade_r: Values | None = None) -> dict[str, Values]:

@@ -1,8 +1,8 @@
-"""Metrics as statistics of units that count more than once: one definition for the score and for its resamples.
+"""Metrics of units that may count more than once: one definition for the score and for its resamples.
 
-A builder takes what each unit has and returns a `Statistic`, which takes how often each unit counts. A unit that
-counts w times scores as w equal units would, so resamples need no copies. Where all units count once, the values
-are those of scikit-learn and scipy.
+A builder takes the values of the units and returns a `Statistic`, which takes how often each unit counts. A unit
+that counts w times scores as w equal units would, so resamples need no copies. Where all units count once, the
+values are those of scikit-learn and scipy.
 
 Shapes: n units, b resamples, m dims; g groups of equal values, c classes.
 """
@@ -142,11 +142,11 @@ class _Groups:
         self.group_n[self.order_n] = np.repeat(np.arange(len(sizes_g)), sizes_g)
 
     def sums(self, weight_bn: Values) -> Values:
-        """What the units of each group count together [b, g]."""
+        """How often the units of each group count together [b, g]."""
         return np.add.reduceat(weight_bn[:, self.order_n], self.start_g, axis=1)
 
     def ranks(self, weight_bn: Values) -> Values:
-        """The mean rank of each unit [b, n], from 1, when every unit stands there as often as it counts."""
+        """The mean rank of each unit [b, n], from 1, where every unit is repeated as often as it counts."""
         sum_bg = self.sums(weight_bn)
         rank_bg = np.cumsum(sum_bg, axis=1) - (sum_bg - 1) / 2
         return rank_bg[:, self.group_n]

@@ -1,7 +1,7 @@
 """Labelled sets: a table of texts and what is known of them, checked once and kept as parquet in the run.
 
-A kind of task is a subclass, which says the columns and how it is measured. Every row has a language, "und" where
-the table does not say it; languages are scored apart.
+A kind of task is a subclass, which declares its columns and how it is scored. Every row has a language, "und"
+where the table has none; languages are scored apart.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class LabelledSet(ABC):
 
     kind: ClassVar[Kind]
     section: ClassVar[type[LabelledFile]]
-    """What a recipe says of such a set; its keys are `kind`, `instruction` and the names of the tables."""
+    """The recipe's entry of such a set; its keys are `kind`, `instruction` and the names of the tables."""
     columns: ClassVar[dict[str, dict[str, ColumnKind]]]
     """By table, which is also a field of the class: its columns but for the language, and what they hold."""
     metrics: ClassVar[dict[str, Builder]]
@@ -89,7 +89,7 @@ class LabelledSet(ABC):
         self.check()
 
     def check(self) -> None:  # noqa: B027 - most kinds have something to check
-        """Raises DataError where rows cannot be scored; by default all can."""
+        """Raises DataError where rows cannot be scored; by default all rows can."""
 
     def screened(self) -> Screened:
         """As `Task.screened`."""

@@ -1,6 +1,6 @@
 """Reranking: are a query's relevant texts put before the others that come with it?
 
-Equal cosines stand in the order of the texts' content hashes, which favours no side: a model that gives all texts
+Equal cosines are ordered by the texts' content hashes, which favours no side: a model that gives all texts
 one vector scores as chance does.
 
 Shapes: q queries, n candidates of all queries, m dims.

@@ -27,13 +27,6 @@ class SetSection(Section):
     measured as it is, and the report says how much of it was trained on; --rescreen prepares and trains again."""
 
 
-class ScreenedSet(Section):
-    """What every evaluation set of a recipe may say."""
-
-    screen: Neutral[bool] = True
-    """Take out the training rows that hold a text of the set, when data are prepared (`data.decontaminate`)."""
-
-
 class Scores(TypedDict):
     """What a model scores on a task, as JSON values; dims are strings."""
 
