@@ -27,6 +27,7 @@ test: .venv/.installed-dev  ## all tests, without a GPU
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 docs: .venv/.installed-dev  ## the documentation as a site in build/docs

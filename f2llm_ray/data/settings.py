@@ -7,6 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from f2llm_ray.base.section import Content, Neutral, Output, Section
+from f2llm_ray.data.reading import Source
+
+__all__ = ["Data", "Decontamination", "Filters", "LanguageId", "NearDedup", "Preset", "Source", "TokenizerSection"]
 
 Preset = Literal["loose", "standard", "strict"]
 

@@ -8,8 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Discriminator, Tag, model_validator
 
 from f2llm_ray.base.section import Name, Neutral, Output, Section
-from f2llm_ray.data.reading import Source
-from f2llm_ray.data.settings import Data, TokenizerSection
+from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.mine.settings import Mine
