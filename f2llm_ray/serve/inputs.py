@@ -71,7 +71,7 @@ class UnitReader:
         rows = self._rows(unit)
         rows.refuse_faults()
         for name in self.columns:
-            if name not in rows.names:
+            if name not in rows.names and (rows.names or len(rows)):  # blank lines have neither rows nor columns
                 raise DataError(f"{rows.place}: no column {name!r}; the columns are {rows.names}")
         texts = rows.column(self.column, "text")
         for row in np.flatnonzero(pc.equal(texts.fill_null(""), "")).tolist():

@@ -298,6 +298,16 @@ def test_large_files_are_shared_out_by_rows(
             assert [n for _, columns in read[part] for n in columns[name].to_pylist()] == list(range(23))
 
 
+def test_blank_lines_are_no_rows_and_keep_the_numbers_of_the_others(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"t": "a"}\n{"t": "b"}\n\n\n\n{"t": ""}\n')
+    job = EmbedJob(
+        model=str(folder), input=str(tmp_path / "*.jsonl"), column="t", output=str(tmp_path / "o"), shard_rows=2
+    )
+    assert [len(here(job, unit=unit)) for unit in (0, 1)] == [2, 0]
+    with pytest.raises(DataError, match=r"a\.jsonl:6: t: found str '', expected text"):
+        here(job, unit=2)
+
+
 def test_columns_go_along_and_keep_their_type(tmp_path: Path, folder: Path) -> None:
     rows: list[dict[str, Any]] = [{"t": f"text {i}", "more": None, "tags": ["a"] * i} for i in range(4)]
     rows[3]["more"] = "here"
