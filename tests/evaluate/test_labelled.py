@@ -197,10 +197,10 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
     [
         (
             {"kind": "sts", "tset": "t"},
-            "sets.mine.StsSet.tset: unknown key; allowed here: instruction, kind, test",
+            "evaluation.sets.mine.tset: unknown key; allowed here: instruction, kind, screen, test",
         ),
-        ({"kind": "classification", "test": "t"}, "ClassificationSet.train: Field required"),
-        ({"folder": "f", "kind": "sts"}, "FolderSet.kind: Input should be 'retrieval'; found 'sts'"),
+        ({"kind": "classification", "test": "t"}, "evaluation.sets.mine.train: Field required"),
+        ({"folder": "f", "kind": "sts"}, "evaluation.sets.mine.kind: Input should be 'retrieval'; found 'sts'"),
         ({"kind": "poetry", "test": "t"}, "sets.mine: expected a folder or a source, or a test file and its kind"),
         ({"test": "t"}, "sets.mine: expected a folder or a source, or a test file and its kind"),
     ],
