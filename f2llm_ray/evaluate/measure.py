@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from f2llm_ray.evaluate.other_models import open_folder
 from f2llm_ray.evaluate.query_time import query_ms
 from f2llm_ray.evaluate.tasks.registry import read_task
-from f2llm_ray.evaluate.vectors import as_queries
+from f2llm_ray.evaluate.vectors import Embedder, as_queries
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
 
 
 class Measurement(TypedDict):
     """What measuring a model folder finds, as JSON values."""
 
     results: dict[str, dict[str, Any]]
-    """`Scores` by set."""
+    """`TaskScores` by set."""
     query_ms: float
     """Median milliseconds to embed one query of the first set by itself."""
     seconds: float
@@ -33,7 +30,7 @@ def measure(
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """`Scores` by set.
+    """`TaskScores` by set.
 
     Args:
         encoder: the model.

@@ -5,34 +5,28 @@ Shapes: n texts, d dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import numpy as np
 import yaml
 from huggingface_hub import metadata_load
-from mteb.abstasks.task_metadata import Licenses
+from mteb.abstasks.task_metadata import Licenses, TaskMetadata
 from mteb.languages import ISO_TO_LANGUAGE
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.model.sizes import count_parameters
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from mteb.abstasks.task_metadata import TaskMetadata
-    from mteb.types import PromptType
-
-    from f2llm_ray.model.dims import Vectors
 
 SIMILAR = "Retrieve semantically similar text."
 BY_TYPE: dict[str, str] = {
@@ -40,9 +34,6 @@ BY_TYPE: dict[str, str] = {
     "InstructionRetrieval": DEFAULT_INSTRUCTION["retrieval"],
     "Reranking": DEFAULT_INSTRUCTION["retrieval"],
     "BitextMining": "Retrieve translations of the following text.",
-    "STS": SIMILAR,
-    "PairClassification": SIMILAR,
-    "Summarization": SIMILAR,
     "Classification": DEFAULT_INSTRUCTION["classification"],
     "MultilabelClassification": DEFAULT_INSTRUCTION["classification"],
     "Clustering": DEFAULT_INSTRUCTION["clustering"],

@@ -9,17 +9,15 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
+from f2llm_ray.evaluate.vectors import Embedder
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-    from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.dims import Vectors
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 MODULES_FILE = "modules.json"

@@ -5,12 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from f2llm_ray.evaluate.vectors import evenly_drawn
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
+from f2llm_ray.evaluate.vectors import Embedder, evenly_drawn
 
 QUERIES = 50
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from f2llm_ray.base.formatting import listed
 from f2llm_ray.base.section import Name, Neutral, Output, Section
 from f2llm_ray.data.reading import Source
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile
@@ -52,7 +51,7 @@ else:
             _section,
             custom_error_type="evaluation_set",
             custom_error_message=(
-                f"expected a folder or a source, or a test file and its kind, one of {listed(list(LABELLED))}"
+                f"expected a folder or a source, or a test file and its kind, one of {', '.join(LABELLED)}"
             ),
         ),
     ]

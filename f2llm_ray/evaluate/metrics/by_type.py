@@ -9,18 +9,15 @@ Shapes: u distinct texts, d and k dims, q queries, n of them drawn, c passages, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.engine.vector_types import dequantize_int8, quantize_vectors
 from f2llm_ray.evaluate.metrics.ranking import Judgements, K, metrics
 from f2llm_ray.evaluate.vectors import evenly_drawn
 from f2llm_ray.model.dims import Vectors, cut_dims
-
-if TYPE_CHECKING:
-    from f2llm_ray.data.ragged import Ints
 
 QUERIES = 1000
 """At most so many queries, evenly drawn: types are compared with each other on the same ones."""

@@ -5,15 +5,12 @@ Shapes: q queries, k results per query, r relevant pairs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.evaluate.metrics.intervals import Values
-
-if TYPE_CHECKING:
-    from f2llm_ray.data.ragged import Ints
-    from f2llm_ray.evaluate.tasks.retrieval_set import Pairs
 
 K = 10
 METRICS = ("ndcg@10", "acc@1", "recall@10")
@@ -22,7 +19,7 @@ METRICS = ("ndcg@10", "acc@1", "recall@10")
 class Judgements(NamedTuple):
     """Which passages answer the queries of a set."""
 
-    relevant_r2: Pairs
+    relevant_r2: Ints
     """The relevant (query, passage) pairs, sorted and distinct; every query has one."""
     grade_r: Values
     """How relevant each is [r], above 0."""
@@ -30,7 +27,7 @@ class Judgements(NamedTuple):
     """The passage that is the query itself, and so is left out of its results [q]; -1 where there is none."""
 
 
-def metrics(top_qk: Ints, relevant_r2: Pairs, corpus: int, grade_r: Values | None = None) -> dict[str, Values]:
+def metrics(top_qk: Ints, relevant_r2: Ints, corpus: int, grade_r: Values | None = None) -> dict[str, Values]:
     """The metrics of each query.
 
     ndcg@10 is the sum of grade / log2(rank + 1) over relevant results, divided by the same sum with the most

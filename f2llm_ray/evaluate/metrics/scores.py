@@ -19,7 +19,7 @@ import pyarrow as pa
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.evaluate.metrics.intervals import Values, bootstrap, interval
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.task import Kind, Measured, Scores
+from f2llm_ray.evaluate.tasks.task import Kind, Measured, TaskScores
 
 DIGITS = 6
 FIXED = ["id", "language", "target"]
@@ -76,7 +76,7 @@ def measured(
     groups = LanguageGroups(units["language"].to_pylist())
     points = {name: groups.scores(builder, target_n, value_nm[name]) for name, builder in metrics.items()}
     samples_lrm = groups.resampled(metrics[main], target_n, value_nm[main])
-    scores: Scores = {
+    scores: TaskScores = {
         "kind": kind,
         "metric": main,
         "scores": {},

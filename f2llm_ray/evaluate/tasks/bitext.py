@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +29,8 @@ from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
 from f2llm_ray.evaluate.tasks.task import Kind
-from f2llm_ray.evaluate.vectors import DistinctVectors, as_documents, as_queries, embed_distinct
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-    from f2llm_ray.model.dims import Vectors
+from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder, as_documents, as_queries, embed_distinct
+from f2llm_ray.model.dims import Vectors
 
 
 class BitextSet(LabelledFile):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,8 @@ from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
 from f2llm_ray.evaluate.tasks.task import Kind
-from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-    from f2llm_ray.model.dims import Vectors
+from f2llm_ray.evaluate.vectors import Embedder, as_queries, embed_distinct
+from f2llm_ray.model.dims import Vectors
 
 NEIGHBOURS = 5
 ITERATIONS = 1000

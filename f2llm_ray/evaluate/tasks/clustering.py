@@ -8,7 +8,7 @@ Shapes: n texts, m dims.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,11 +21,8 @@ from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
 from f2llm_ray.evaluate.tasks.task import Kind
-from f2llm_ray.evaluate.vectors import as_queries, embed_distinct
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-    from f2llm_ray.model.dims import Vectors
+from f2llm_ray.evaluate.vectors import Embedder, as_queries, embed_distinct
+from f2llm_ray.model.dims import Vectors
 
 STARTS = 5
 """K-means keeps the best of this many starts."""

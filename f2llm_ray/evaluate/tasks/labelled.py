@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -26,11 +26,9 @@ from f2llm_ray.evaluate.metrics.scores import by_language, measured, units_table
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, read_file
 from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
+from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder
-    from f2llm_ray.model.dims import Vectors
 
 
 class LabelledFile(SetSection):

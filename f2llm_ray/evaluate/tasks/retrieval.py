@@ -14,11 +14,10 @@ from f2llm_ray.evaluate.metrics.by_type import by_type
 from f2llm_ray.evaluate.metrics.ranking import K, metrics
 from f2llm_ray.evaluate.metrics.scores import measured, units_table
 from f2llm_ray.evaluate.tasks.task import Measured
-from f2llm_ray.evaluate.vectors import as_documents, as_queries, embed_distinct
+from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct
 
 if TYPE_CHECKING:
     from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
-    from f2llm_ray.evaluate.vectors import Embedder
 
 
 def evaluate(encoder: Embedder, retrieval_set: RetrievalSet, divisors: Sequence[int]) -> Measured:

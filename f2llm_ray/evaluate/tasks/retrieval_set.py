@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from pydantic import Field
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics import weighted_metrics
@@ -26,12 +27,8 @@ from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
+from f2llm_ray.evaluate.vectors import Embedder
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-
-Pairs = np.ndarray[Any, np.dtype[np.int64]]
 
 # How the layouts in use spell a column, most usual first.
 QUERY_ID = ("_id", "id", "query-id", "query_id", "qid")
@@ -68,7 +65,7 @@ class RetrievalSet:
     """ISO 639-3 of each query, `UNKNOWN_LANGUAGE` where it is not known."""
     corpus_ids: list[str]
     corpus_texts: list[str]
-    relevant: Pairs
+    relevant: Ints
     """[r, 2]: (query, passage) as positions in the lists above, distinct and sorted: one array that whole
     result tables are looked up in at once."""
     grades: Values | None = None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
 
 import pyarrow as pa
 
 from f2llm_ray.base.section import Neutral, Section
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
-    from f2llm_ray.run.folder import Folder
+from f2llm_ray.evaluate.vectors import Embedder
+from f2llm_ray.run.folder import Folder
 
 Kind = str
 """A kind of task, one of `registry.TASKS`."""
@@ -27,7 +25,7 @@ class SetSection(Section):
     measured as it is, and the report says how much of it was trained on; --rescreen prepares and trains again."""
 
 
-class Scores(TypedDict):
+class TaskScores(TypedDict):
     """What a model scores on a task, as JSON values; dims are strings."""
 
     kind: Kind
@@ -53,7 +51,7 @@ class Scores(TypedDict):
 class Measured(NamedTuple):
     """Scores, and what they are computed from."""
 
-    scores: Scores
+    scores: TaskScores
     units: pa.Table
     """One row per query, text or pair, in the task's order: `id`, `language`, `target` (null where the kind has
     none), and a column per dim, named by it, with the value of the main metric, or what it is computed from."""

@@ -5,7 +5,7 @@ Shapes: n pairs, m dims.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -15,10 +15,7 @@ from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
 from f2llm_ray.evaluate.tasks.task import Kind
-from f2llm_ray.evaluate.vectors import as_queries, cosines, embed_distinct
-
-if TYPE_CHECKING:
-    from f2llm_ray.evaluate.vectors import Embedder
+from f2llm_ray.evaluate.vectors import Embedder, as_queries, cosines, embed_distinct
 
 
 class TextPairsSet(LabelledFile):
