@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from f2llm_ray.pipeline.stages import Plan, plan
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.int8 import save_quantized
+from f2llm_ray.model.settings import Backbone
+from f2llm_ray.pipeline.declare import declare
+from f2llm_ray.pipeline.graph import Graph
 from f2llm_ray.pipeline.work import make_untrained
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import Run
 from tests.corpus import write_corpus, write_recipe
 from tests.tiny import tiny_model
 
@@ -27,52 +30,50 @@ def recipe(folder: Path, **prune: Any) -> Path:
     return write_recipe(folder, content)
 
 
-def planned(path: Path, *overrides: str) -> Plan:
-    return plan(load_recipe(str(path), list(overrides)))
+def declared(path: Path, *overrides: str) -> Graph:
+    return declare(load_recipe(str(path), list(overrides)), Run(str(path.parent / "root")))
+
+
+def hashes(graph: Graph) -> dict[str, str]:
+    return {stage.name: stage.hash for stage in graph.stages()}
 
 
 def test_a_recipe_without_contrastive_stages_prunes_and_distils_its_backbone(tmp_path: Path) -> None:
-    found = planned(recipe(tmp_path, layers=1))
+    found = declared(recipe(tmp_path, layers=1))
     assert list(found.models) == ["untrained", "pruned", "distilled"]
-    untrained = found.models["untrained"]
-    assert found.importance is not None
-    assert untrained in found.importance.parents
-    assert found.models["pruned"].parents[1:] == (untrained, found.importance)
+    untrained, pruned = found.models["untrained"].stage, found.models["pruned"].stage
+    (scores,) = (stage for stage in found.stages() if stage.name == "importance-untrained")
+    assert untrained in scores.parents.values()
+    assert {untrained, scores} <= set(pruned.parents.values())
 
 
 def test_another_shape_of_the_same_parent_shares_its_scores(tmp_path: Path) -> None:
     path = recipe(tmp_path, layers=1)
-    one, other = planned(path), planned(path, "prune.layers=2", "prune.ffn=32", "name=other")
-    assert one.importance is not None
-    assert other.importance is not None
-    assert one.importance.hash == other.importance.hash
-    assert one.models["pruned"].hash != other.models["pruned"].hash
+    one, other = hashes(declared(path)), hashes(declared(path, "prune.layers=2", "prune.ffn=32", "name=other"))
+    assert one["importance-untrained"] == other["importance-untrained"]
+    assert one["pruned"] != other["pruned"]
     for change in ("prune.importance=random", "prune.calibration_rows=7", "backbone.shape.ffn=80"):
-        changed = planned(path, change)
-        assert changed.importance is not None
-        assert changed.importance.hash != one.importance.hash
+        assert hashes(declared(path, change))["importance-untrained"] != one["importance-untrained"]
 
 
 def test_a_chain_starts_from_the_last_recipes_model(tmp_path: Path) -> None:
-    path = recipe(tmp_path, layers=1)
-    first = planned(path)
-    folder = tmp_path / "run" / first.models["distilled"].folder_name / "model"
-    again = planned(path, f"backbone={{path: {folder}}}", "tokenizer={}")
+    path, folder = recipe(tmp_path, layers=1), tiny_model(tmp_path / "distilled")
+    again = declared(path, f"backbone={{path: {folder}}}", "tokenizer={}")
     assert list(again.models) == ["untrained", "pruned", "distilled"]
-    assert again.models["pruned"].hash != first.models["pruned"].hash
+    assert hashes(again)["pruned"] != hashes(declared(path))["pruned"]
 
 
 def test_a_chain_keeps_the_facts_of_the_model_and_refuses_int8_weights(tmp_path: Path) -> None:
     """Int8 weights would be taken for float ones, and nothing would say so."""
-    folder, prepared, out = tiny_model(tmp_path / "model"), tmp_path / "prepared", Folder.at(str(tmp_path / "out"))
+    folder, prepared = tiny_model(tmp_path / "model"), tmp_path / "prepared"
     shutil.copytree(folder, prepared / "tokenizer")
-    found = load_recipe(str(recipe(tmp_path, layers=1)), [f"backbone={{path: {folder}}}", "tokenizer={}"])
-    make_untrained(found, str(folder), Folder.at(str(prepared)), out)
+    places: Any = {"prepared": Folder.at(str(prepared)), "out": Folder.at(str(tmp_path / "out"))}
+    make_untrained(Backbone(path=str(folder)), 0, model_name="again", max_tokens=64, **places)
     before, after = load_info(folder), load_info(tmp_path / "out" / "model")
-    assert (after.dims, after.prompts, after.name) == (before.dims, before.prompts, f"{found.name}-untrained")
+    assert (after.dims, after.prompts, after.name) == (before.dims, before.prompts, "again")
     save_quantized(folder, tmp_path / "int8")
     with pytest.raises(RunError, match=r"backbone\.path: .*int8 has int8 weights, which cannot be trained"):
-        make_untrained(found, str(tmp_path / "int8"), Folder.at(str(prepared)), out)
+        make_untrained(Backbone(path=str(tmp_path / "int8")), 0, model_name="a", max_tokens=64, **places)
 
 
 @pytest.mark.parametrize(
