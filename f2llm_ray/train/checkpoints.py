@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimizer, random state and history of a step, each rank its part, each part sealed.
+"""Checkpoints: weights, optimizer, random state and history of a step; each rank writes a part and its checksum.
 
 DeepSpeed's own checkpoints are pickles of its flat partitions: they tie a run to its world size and to code that a
 file may name. Ours hold, by parameter, what AdamW needs: the float32 weight and two moments, in safetensors. Whole
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is kept of a parameter: itself, and the moments of AdamW by their names in torch."""
+"""What is saved of a parameter: its value, and the moments of AdamW by their names in torch."""
 RAY_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints (ray 2.60), beside the checkpoints."""
 PART = re.compile(r"part-(\d+)-of-(\d+)\.json")
@@ -43,14 +43,14 @@ History = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that has all its parts by name; whether they are sound is seen when it is opened."""
+    """A checkpoint with a file for each part; whether the parts are intact is checked when it is opened."""
 
     folder: Folder
     step: int
     """Steps done when it was written."""
     world: int
     history: History
-    """What `save` was given."""
+    """The history that was passed to `save`."""
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint whose parts are sound, on a local disk."""
+    """A checkpoint whose parts are intact, on a local disk."""
 
     checkpoint: Checkpoint
     path: Path
@@ -76,7 +76,7 @@ def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: 
 
     Args:
         engine: the engine after `step` optimizer steps.
-        folder: a local folder, there already.
+        folder: an existing local folder.
         rank: this worker.
         world: number of workers.
         step: steps done.
@@ -105,10 +105,10 @@ def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: 
 
 
 def restore(engine: DeepSpeedEngine, opened: Opened, *, rank: int, world: int) -> None:
-    """Puts weights, moments, the count of steps and the random state back; every rank must call it.
+    """Restores weights, moments, the count of steps and the random state; every rank must call it.
 
-    The number of workers may be another one than when it was written. The random state goes on where it is the
-    same; otherwise it starts from the seed that the worker has set.
+    The number of workers may differ from that at the time of writing. Where it is the same, the random state is
+    restored too; otherwise it starts from the seed that the worker has set.
     """
     import torch
     from safetensors import safe_open
@@ -140,7 +140,7 @@ def _make_state(engine: DeepSpeedEngine) -> None:
 
 
 def deal(sizes: Sequence[int], world: int) -> list[int]:
-    """The rank that writes each parameter: the largest first, to whom has least so far."""
+    """The rank that writes each parameter: from the largest on, each goes to the rank with the fewest elements."""
     owners, load = [0] * len(sizes), [0] * world
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         owners[index] = load.index(min(load))
@@ -167,17 +167,17 @@ def listed(folder: Folder) -> list[Checkpoint]:
 
 @contextmanager
 def opened(
-    candidates: Sequence[Checkpoint], *, rank: int, world: int, tell: Callable[[str], None]
+    candidates: Sequence[Checkpoint], *, rank: int, world: int, say: Callable[[str], None]
 ) -> Iterator[Opened | None]:
-    """The first of the candidates whose parts are all sound, for as long as the context lasts; None without any.
+    """The first of the candidates whose parts are all intact, for as long as the context lasts; None without any.
 
     Every rank must call it: each reads a share of the parts, and all take the same checkpoint.
 
     Args:
-        candidates: checkpoints, the wanted one first; those of the first rank count.
+        candidates: checkpoints, the preferred one first; only those passed on the first rank count.
         rank: this worker.
         world: number of workers.
-        tell: gets a sentence for each checkpoint that is passed over, on the first rank.
+        say: prints a sentence for each checkpoint that is skipped, on the first rank.
     """
     with ExitStack() as stack:
         for checkpoint in _of_first(list(candidates), world):
@@ -192,7 +192,7 @@ def opened(
             attempt.close()
             if rank == 0:
                 where = f"checkpoint {checkpoint.name} of step {checkpoint.step:,}"
-                tell(f"{where} is damaged ({flaws[0]}), passed over")
+                say(f"{where} is damaged ({flaws[0]}), passed over")
         yield None
 
 
@@ -201,7 +201,7 @@ def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor]]:
     """Reads single float32 weights of a checkpoint by their names in the trained module, outside of any engine.
 
     Raises:
-        RunError: a part is not as it was written.
+        RunError: a part is damaged.
     """
     from safetensors import safe_open
 
@@ -220,7 +220,7 @@ def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor]]:
 
 
 def flaw_of(folder: Path, number: int, world: int) -> str | None:
-    """What is wrong with a part of a checkpoint, None when it is as it was written."""
+    """What is wrong with a part of a checkpoint; None for an intact one."""
     part = folder / f"{_part(number, world)}.safetensors"
     try:
         seal = json.loads((folder / f"{_part(number, world)}.json").read_text())
@@ -234,11 +234,11 @@ def flaw_of(folder: Path, number: int, world: int) -> str | None:
 
 
 def settle(folder: Folder, keep: int) -> None:
-    """Makes a folder of checkpoints fit to go on with, before any worker starts.
+    """Repairs a folder of checkpoints before any worker starts.
 
-    Ray Train refuses to start over a list of checkpoints that is damaged or names a folder that is gone, as a kill
-    at the wrong moment leaves it. Such a list is dropped: `listed` finds checkpoints without it. Then folders that
-    no list names are removed, but for the last `keep` whole ones.
+    Ray Train refuses to start with a list of checkpoints that is damaged or names a deleted folder, which a kill
+    at the wrong moment leaves behind. Such a list is deleted: `listed` finds checkpoints without it. Then folders
+    that the list does not name are deleted, except the last `keep` complete ones.
     """
     names = _folders(folder)
     try:
@@ -298,7 +298,7 @@ def _part(rank: int, world: int) -> str:
 
 
 def _size(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter, also of one that ZeRO-3 has taken apart."""
+    """Elements of a parameter, also of one that ZeRO-3 has partitioned."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 

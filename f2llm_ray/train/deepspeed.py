@@ -1,4 +1,4 @@
-"""DeepSpeed: the config that a recipe's stage stands for, the learning rate, and reading and setting its state."""
+"""DeepSpeed: the config of a stage, the learning rate, and reading and writing the engine's state."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def deepspeed_config(stage: TrainStage, world: int) -> dict[str, Any]:
 
 
 def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> DeepSpeedEngine:
-    """Makes the engine around a module with a `backbone`, inside a worker whose process group is up."""
+    """Makes the engine of a module with a `backbone`, in a worker whose process group is initialised."""
     import torch
 
     if not torch.cuda.is_available():
@@ -82,7 +82,7 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
 def step(engine: DeepSpeedEngine) -> float:
     """Does the optimizer's step and returns the gradient's norm over all ranks, before clipping.
 
-    It is infinite or no number where the gradient is.
+    The norm is infinite or NaN where the gradient is.
     """
     import torch
 
@@ -95,15 +95,15 @@ def step(engine: DeepSpeedEngine) -> float:
 
 
 def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The torch optimizer that does the work, inside ZeRO's."""
+    """The torch optimizer inside ZeRO's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def link_moments(engine: DeepSpeedEngine) -> None:
-    """Makes the moments of all parameters readable, once the optimizer has done a step.
+    """Makes the moments of all parameters readable, after the optimizer's first step.
 
-    ZeRO 1 and 2 do that after the step of their first group of parameters, before the second one's moments are
-    there (deepspeed 0.19.8).
+    ZeRO 1 and 2 do that after the step of their first group of parameters, before the moments of the second group
+    exist (deepspeed 0.19.8).
     """
     from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
@@ -125,7 +125,7 @@ def read_state(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, kind: str
 
 
 def write_state(engine: DeepSpeedEngine, parameter: torch.nn.Parameter, kind: str, value: torch.Tensor) -> None:
-    """Sets what `read_state` reads, and with a weight also the copy that the model computes with."""
+    """Writes the tensor that `read_state` reads; for a weight, also the copy that the model computes with."""
     import deepspeed
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

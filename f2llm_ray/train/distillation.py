@@ -1,4 +1,4 @@
-"""What a student learns from a teacher's vectors, as pure functions.
+"""The loss terms of distillation, from a student's and a teacher's vectors, as pure functions.
 
 Shapes: n texts of this rank, d dims of the student, D of the teacher, b rows of this rank, B rows of all ranks.
 """
@@ -15,7 +15,7 @@ from f2llm_ray.train.losses import TextPlaces, gather, per_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """Which terms count, and how much; a weight of 0 leaves a term out. The defaults are the paper's."""
+    """The weights of the terms; a weight of 0 leaves a term out. The defaults are the paper's."""
 
     mse_weight: float = 1.0
     cosine_weight: float = 0.0
@@ -36,11 +36,11 @@ def distillation(
 
     Args:
         v_nd: the student's vectors before normalisation.
-        matched_nD: what is to be the teacher's vectors: the student's own, or a projection of them.
+        matched_nD: the vectors that should equal the teacher's: the student's own, or a projection of them.
         teacher_nD: the teacher's vectors of the same texts before normalisation; as many of their first dims as
             `matched_nD` has count in the terms on single vectors, all in the term on similarities.
-        places: which text is what.
-        lesson: the terms.
+        places: the role of each text.
+        lesson: weights of the terms.
 
     Returns:
         The loss of this rank, and each of its terms, detached and unweighted.
@@ -63,9 +63,9 @@ def distillation(
 
 
 def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
-    """The mean over queries, passages and negatives, as in the paper: a text counts wherever it stands.
+    """The mean over queries, passages and negatives, as in the paper: a text counts once for each of its places.
 
-    Counted so, and not by distinct texts, the global batch's mean is the same however its rows are dealt out.
+    The mean over distinct texts would depend on how the rows of the global batch are distributed over ranks.
     """
     negative = places.negative_bk[places.negative_bk >= 0]
     place = torch.cat([places.query_b, places.passage_b, negative])
@@ -83,9 +83,9 @@ def similarity_loss(
 ) -> torch.Tensor:
     """KL divergence between the teacher's and the student's softmax over all ranks' passages, mean over queries.
 
-    Both are over cosines divided by the temperature, in each model's own dims, which need not be as many. Without
-    the factor of the squared temperature that Hinton et al. 2015 have, the gradient is of the contrastive terms'
-    size.
+    Both are over cosines divided by the temperature, in each model's own dims, whose numbers may differ. Without
+    the factor of the squared temperature of Hinton et al. 2015, the gradient is about as large as that of the
+    contrastive terms.
     """
     student_bB, teacher_bB = (
         log_softmax(_cosines(vectors, places, gradient=gradient) / temperature, dim=1)

@@ -1,8 +1,8 @@
-"""GradCache (Gao et al. 2021, arXiv 2101.06983): the contrastive batch is bounded by the recipe, not by memory.
+"""GradCache (Gao et al. 2021, arXiv 2101.06983): contrastive batches that are larger than memory allows at once.
 
-All texts are encoded without a graph, the loss is taken on their vectors, and its gradient with respect to the
-vectors is carried into the encoder chunk by chunk. That holds the activations of one chunk at a time and costs a
-second forward pass of all chunks but one; loss and gradient are those of the direct way.
+All texts are encoded without a graph, the loss is computed from their vectors, and its gradient with respect to
+the vectors is backpropagated into the encoder chunk by chunk. That keeps the activations of one chunk at a time
+and costs a second forward pass of all chunks but one; loss and gradient equal those of a single pass.
 
 Shapes: n texts, c of a chunk, d hidden size.
 """
@@ -31,21 +31,20 @@ def cached_backward(
 ) -> tuple[torch.Tensor, Extra]:
     """Computes the loss of a batch and its gradient, holding the activations of one chunk at a time.
 
-    With a single chunk this is the direct way, at no more cost. The last chunk is encoded once, with its graph,
-    and goes backward first; the others are encoded again, from the random state that they were first encoded
-    from, so that dropout drops the same. All ranks do as many rounds as the one with the most chunks, since ZeRO
-    communicates in each (with unequal rounds ZeRO-3 waits for ever); a rank with fewer chunks encodes one text
-    again, without effect.
+    A single chunk costs no second pass. The last chunk is encoded once, with its graph, and its backward pass
+    comes first; the others are encoded again, from the random state of their first pass, so that dropout is the
+    same. All ranks do as many rounds as the one with the most chunks, since ZeRO communicates in each (with
+    unequal rounds ZeRO-3 deadlocks); a rank with fewer chunks encodes one text again, without effect.
 
     Args:
-        encode: gives the vectors [c, d] of the texts at these places, with a graph when gradients are on.
+        encode: returns the vectors [c, d] of the texts at these places, with a graph when gradients are enabled.
         chunks: places 0..n-1, each once and none empty; best with the shortest text last, which is what a rank
             with fewer chunks encodes again.
-        loss_of: gives the loss of the vectors [n, d] of all texts and whatever else is known then.
-        backward: takes a scalar whose gradient is to be added up, and whether it is the step's last.
+        loss_of: returns the loss of the vectors [n, d] of all texts, and a second value of any type.
+        backward: adds up the gradient of a scalar; its second argument says whether it is the last call.
 
     Returns:
-        The loss, detached, and what else `loss_of` gave.
+        The loss, detached, and the second value of `loss_of`.
     """
     todo = _rounds(chunks)
     idle = len(todo) - len(chunks)
@@ -73,14 +72,14 @@ def cached_backward(
 def encode_chunks(
     encode: Callable[[Sequence[int]], torch.Tensor], chunks: Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """The vectors [n, d] of all texts, in as many rounds on all ranks: what a validation under ZeRO-3 needs."""
+    """The vectors [n, d] of all texts, with the same number of rounds on all ranks, as ZeRO-3 needs."""
     todo = _rounds(chunks)
     vectors = [encode(chunk) for chunk in todo]
     return _in_order(vectors[len(todo) - len(chunks) :], chunks)
 
 
 def engine_backward(engine: DeepSpeedEngine) -> Callable[[torch.Tensor, bool], None]:
-    """The `backward` of a DeepSpeed engine, which then takes one `engine.step()`.
+    """The `backward` of a DeepSpeed engine, to be followed by one `engine.step()`.
 
     Its gradient_accumulation_steps must be 1: gradients add up over the calls here. ZeRO 0 and 1 reduce them over
     ranks in the last call, ZeRO 2 and 3 in each, since a rank keeps only its part.
@@ -94,7 +93,7 @@ def engine_backward(engine: DeepSpeedEngine) -> Callable[[torch.Tensor, bool], N
 
 
 def _rounds(chunks: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-    """The chunks, after as many idle rounds as the rank with the most chunks is ahead."""
+    """The chunks, after one idle round for each chunk that another rank has more."""
     most = len(chunks)
     if world() > 1:
         device = "cuda" if "nccl" in torch.distributed.get_backend() else "cpu"

@@ -1,4 +1,4 @@
-"""The loader: Ray Data streams the batch table from the step asked for, looks tokens up and collates ahead.
+"""The loader: Ray Data streams a batch table from any step on, looks up tokens and collates ahead of training.
 
 Shapes: B global batch, b rows of one rank, n distinct texts among them, k most negatives of a row.
 """
@@ -122,7 +122,7 @@ class _Feeder:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
-        context.custom_execution_callback_classes = [_unhurried()]
+        context.custom_execution_callback_classes = [_pausing()]
         load = partial(
             _load,
             steps=steps,
@@ -149,19 +149,19 @@ class _Feeder:
         return next(self.rows)
 
 
-def _unhurried() -> type:
-    """A callback that lets Ray Data's executor rest between rounds.
+def _pausing() -> type:
+    """A callback that makes Ray Data's executor pause between rounds.
 
-    Whenever its output is full it goes round without a pause, and takes a core from the trainers (ray 2.60).
+    While its output is full it loops without a pause, and takes a core from the trainers (ray 2.60).
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Unhurried(ExecutionCallback):
+    class Pausing(ExecutionCallback):
         def on_execution_step(self, executor: Any) -> None:
             del executor
             time.sleep(PAUSE)
 
-    return Unhurried
+    return Pausing
 
 
 def _load(

@@ -96,9 +96,9 @@ class Worker:
         self.meters = TrainingMeters(None if peak is None else peak * world)
         self.first = 0
         written = checkpoints.listed(job.checkpoints) if rank == 0 else []
-        with checkpoints.opened(written, rank=rank, world=world, tell=self._tell) as opened:
+        with checkpoints.opened(written, rank=rank, world=world, say=self._say) as opened:
             self.first = 0 if opened is None else opened.step
-            # Begun before the model is loaded: Ray Data takes as long to start.
+            # Started before the model is loaded: Ray Data takes as long to start.
             self.batches = stream(
                 self.table,
                 store,
@@ -120,7 +120,7 @@ class Worker:
                 self._restore(opened)
         self.trackers = list[Tracker]()
         if rank == 0:
-            self.trackers = open_trackers(job.training, job.out, first=self.first, tell=self._tell)
+            self.trackers = open_trackers(job.training, job.out, first=self.first, say=self._say)
 
     def run(self) -> None:
         """Trains from where it is to the end, and exports the model."""
@@ -198,7 +198,7 @@ class Worker:
         for tracker in self.trackers:
             tracker.log(values, step)
 
-    def _tell(self, line: str) -> None:
+    def _say(self, line: str) -> None:
         import ray
 
         ray.get(report(self.job, line))
@@ -242,7 +242,7 @@ class Worker:
         written = checkpoints.listed(self.job.checkpoints)
         scored = [(sign * c.history["meters"]["curves"][name][-1][1], c) for c in written]
         best_first = [c for value, c in sorted(scored, key=lambda pair: pair[0]) if value < sign * last]
-        with checkpoints.opened(best_first, rank=self.rank, world=self.world, tell=self._tell) as opened:
+        with checkpoints.opened(best_first, rank=self.rank, world=self.world, say=self._say) as opened:
             if opened is None:
                 return self.steps
             checkpoints.restore(self.engine, opened, rank=self.rank, world=self.world)

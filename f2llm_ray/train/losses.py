@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised. The defaults are the paper's, but for the gradient through the gather."""
+    """The loss that is minimised. The defaults are the paper's, but for the gradient through the gather."""
 
     dims: tuple[int, ...]
     """Matryoshka dims."""
@@ -39,7 +39,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class TextPlaces:
-    """Which vector is what in a rank's batch: the look-ups of `train.loader.TrainBatch` as tensors."""
+    """The role of each vector in a rank's batch: the places and ids of `train.loader.TrainBatch` as tensors."""
 
     query_b: torch.Tensor
     passage_b: torch.Tensor
@@ -52,7 +52,7 @@ class TextPlaces:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a loss is made of, for the log: detached and unweighted; means over ranks are the global batch's."""
+    """The terms of a loss, for the log: detached and unweighted; means over ranks are the global batch's."""
 
     hard_negative_m: torch.Tensor
     """The hard-negative term of each dim."""
@@ -90,8 +90,8 @@ def contrastive(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) ->
 
     Args:
         v_nd: vectors of the rank's distinct texts, before normalisation, in float32 or float64.
-        places: which of them is what.
-        objective: what to minimise.
+        places: the role of each of them.
+        objective: the loss to compute.
 
     Returns:
         The loss of this rank, and its parts.
@@ -225,7 +225,7 @@ def _same_text(places: TextPlaces) -> torch.Tensor:
 
 
 def per_rank(*flags: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """How many of each are true on a rank in the mean, never 0: what to divide a rank's sums by."""
+    """For each tensor of flags, the number of true ones per rank, never 0: the divisor of a rank's sums."""
     counts = torch.stack([flag.sum() for flag in flags]).to(dtype)
     ranks = world()
     if ranks > 1:

@@ -52,7 +52,7 @@ def write_reweighted(
         model: the model folder that is copied.
         folder: gets the copy.
         info: the copy's facts.
-        weight: gives the copy's weight from the name and the value of the model's.
+        weight: returns the copy's weight for the name and the value of the model's.
     """
     backbone = load_backbone(model)
     state = {name: weight(name, value) for name, value in backbone.state_dict().items()}

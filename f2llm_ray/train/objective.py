@@ -1,4 +1,4 @@
-"""What a batch costs: the vectors of its texts in, the stage's loss out."""
+"""The loss of a stage: the vectors of a batch's texts in, the loss and its parts out."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class Student(torch.nn.Module):
-    """The encoder as one module, so that the engine sees one forward for some texts, whatever passes they take.
+    """The encoder as one module: the engine runs one forward for some texts, however many passes they take.
 
     Args:
         backbone: the model that is trained.
         tokens_per_pass: token budget of a pass.
-        tokens: what the prepared data's tokens are to the model, where its vocabulary was cut.
+        tokens: maps the prepared data's tokens to the model's, where its vocabulary was cut.
         projected_dims: dims of the linear map that distillation trains beside it; none without one.
     """
 
@@ -42,11 +42,11 @@ class Student(torch.nn.Module):
         self.projection: torch.nn.Linear | None = None
         if projected_dims is not None:
             self.projection = torch.nn.Linear(backbone.config.hidden_size, projected_dims, bias=False)
-            # Begins with the student's dims as they are: with as many dims the loss begins as that without a map.
+            # Starts as the identity: with as many dims as the teacher the loss starts as that without a map.
             torch.nn.init.eye_(self.projection.weight)
 
     def forward(self, tokens: list[Tokens]) -> torch.Tensor:
-        """Vectors of texts before normalisation [n, d], with their projections behind them where there are any."""
+        """Vectors of texts before normalisation [n, d], followed by their projections where there is a map."""
         if self.tokens is not None:
             tokens = remap(tokens, self.tokens)
         v_nd = encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass)
@@ -60,7 +60,7 @@ class StageLoss:
         settings: the stage's settings.
         sources: the sources by name.
         hidden: the hidden size d of the model that is trained.
-        teacher: gives the vectors to learn, when distilling.
+        teacher: returns the vectors to learn, when distilling.
     """
 
     def __init__(
@@ -75,18 +75,18 @@ class StageLoss:
 
     @property
     def projected_dims(self) -> int | None:
-        """Dims to which the student's vectors are projected to meet the teacher's; None where they are not."""
+        """The teacher's dims, where the student's vectors are projected to them; None where they are not."""
         if self.teacher is None or not isinstance(self.settings, Distill) or not self.settings.matches_vectors:
             return None
         wanted = self.settings.projection or self.hidden > self.teacher.dims
         return self.teacher.dims if wanted else None
 
     def own(self, v: torch.Tensor) -> torch.Tensor:
-        """The student's vectors [n, d] of what `Student` gives."""
+        """The student's own vectors [n, d] in the output of `Student`."""
         return v[:, : self.hidden]
 
     def __call__(self, v: torch.Tensor, batch: TrainBatch) -> tuple[torch.Tensor, Parts]:
-        """The loss of this rank's part of a batch, from what `Student` gives for its texts, and its parts."""
+        """The loss and its parts for this rank's part of a batch, from the output of `Student` for its texts."""
         settings, task, v_nd = self.settings, self.sources[batch.source].task, self.own(v)
         objective = Objective(
             dims=tuple(matryoshka_dims(self.hidden, settings.matryoshka_min_dim)),
@@ -110,16 +110,16 @@ class StageLoss:
 
 
 def lesson_of(stage: Distill) -> Lesson:
-    """The terms that a stage learns from its teacher by."""
+    """The weights of a stage's distillation terms."""
     names = ("mse_weight", "cosine_weight", "similarity_weight", "similarity_temperature", "gather_gradient")
     return Lesson(**{name: getattr(stage, name) for name in names})
 
 
 def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: TrainBatch) -> list[list[int]]:
-    """The chunks in which a batch's texts go through the engine: all at once unless the recipe bounds them.
+    """The chunks in which a batch's texts go through the engine: one chunk unless the settings bound its tokens.
 
-    Where ZeRO-3 keeps weights in parts a chunk is one pass of the encoder, since all ranks must fetch them equally
-    often: passes of a chunk would differ between ranks, and one would wait for ever.
+    With ZeRO-3 a chunk is one pass of the encoder, since all ranks must fetch the partitioned weights equally
+    often: the number of passes in a chunk would differ between ranks, and one would wait forever.
     """
     settings, backbone = stage.engine, engine.module.backbone
     budget = settings.tokens_per_chunk
@@ -132,7 +132,7 @@ def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: TrainBatch) -> 
 
 
 def encoder_of(engine: DeepSpeedEngine, batch: TrainBatch) -> Callable[[Sequence[int]], torch.Tensor]:
-    """Gives the vectors [c, d] of the texts at some places of a batch, through the engine."""
+    """A function that returns the vectors [c, d] of the texts at some places of a batch, through the engine."""
     return lambda chunk: engine([batch.tokens[place] for place in chunk]).float()
 
 

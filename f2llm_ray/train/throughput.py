@@ -1,4 +1,4 @@
-"""What a batch costs: the positions that the encoder computes, padding included, and the FLOPs of its texts."""
+"""The work of a batch: the positions that the encoder computes, padding included, and the FLOPs of its texts."""
 
 from __future__ import annotations
 

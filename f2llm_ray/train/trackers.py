@@ -88,10 +88,10 @@ class _TensorBoard:
 class _MlflowRun:
     """A run in an MLflow experiment. A server that cannot be reached later on loses values, never the training."""
 
-    def __init__(self, settings: Mlflow, training: Training, run_id: str, tell: Callable[[str], None]) -> None:
+    def __init__(self, settings: Mlflow, training: Training, run_id: str, say: Callable[[str], None]) -> None:
         from mlflow import MlflowClient
 
-        self.client, self.tell, self.lost = MlflowClient(settings.uri), tell, 0
+        self.client, self.say, self.lost = MlflowClient(settings.uri), say, 0
         experiment = settings.experiment or training.run_name
         found = self.client.get_experiment_by_name(experiment)
         place = self.client.create_experiment(experiment) if found is None else found.experiment_id
@@ -120,7 +120,7 @@ class _MlflowRun:
         self.sender.submit(self._request, self.client.set_terminated)
         self.sender.shutdown()
         if self.lost:
-            self.tell(f"MLflow: {self.lost:,} values were not taken")
+            self.say(f"MLflow: {self.lost:,} values were not taken")
 
     def _send(self) -> None:
         values, self.buffer, self.sent = self.buffer, [], time.monotonic()
@@ -132,7 +132,7 @@ class _MlflowRun:
             request(self.run_id, *values)
         except Exception as error:  # noqa: BLE001 - no error of a server's may end the training
             if not self.lost:
-                self.tell(f"MLflow: {type(error).__name__}: {error}"[:300])
+                self.say(f"MLflow: {type(error).__name__}: {error}"[:300])
             self.lost += sum(map(len, values))
 
 
@@ -164,14 +164,14 @@ class _WandbRun:
         self.teardown()  # its process writes an offline run out only now (wandb 0.31), and a worker may be killed
 
 
-def open_trackers(training: Training, out: Folder, *, first: int, tell: Callable[[str], None]) -> list[Tracker]:
+def open_trackers(training: Training, out: Folder, *, first: int, say: Callable[[str], None]) -> list[Tracker]:
     """Opens Ray's metrics and the trackers that the training's `tracking` names.
 
     Args:
         training: its settings are kept with the values.
         out: the stage's folder; a local one gets `tensorboard/` and `wandb/`, an object store none.
         first: step that the stage goes on from.
-        tell: prints a sentence, when a tracker loses values.
+        say: prints a sentence, when a tracker loses values.
 
     Raises:
         RunError: a tracker cannot be opened: not installed, no such server, no access.
@@ -182,7 +182,7 @@ def open_trackers(training: Training, out: Folder, *, first: int, tell: Callable
         if settings.tensorboard and out.local and importlib.util.find_spec("tensorboard"):
             trackers.append(_TensorBoard(out.local / "tensorboard", first))
         if settings.mlflow is not None:
-            trackers.append(_MlflowRun(settings.mlflow, training, run_id, tell))
+            trackers.append(_MlflowRun(settings.mlflow, training, run_id, say))
         if settings.wandb is not None:
             trackers.append(_WandbRun(settings.wandb, training, run_id, out.local))
     except ImportError as error:

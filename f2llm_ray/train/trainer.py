@@ -1,4 +1,4 @@
-"""The Ray Train edge: one training stage on the cluster."""
+"""Running a training on the cluster with Ray Train."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ def _scaling(compute: Compute) -> Any:
 
 
 def _stopper() -> Any:
-    """A callback that ends a run on an error of ours, which trying again would only repeat.
+    """A callback that ends a run on an error of ours, which another try would meet again.
 
-    Ray Train retries whatever a worker raises, and gives up when a callback does (ray 2.60).
+    Ray Train retries after any error of a worker, but not after an error of a callback (ray 2.60).
     """
     from ray.train import UserCallback
 
@@ -119,7 +119,7 @@ def _stopper() -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             del run_context
             for error in worker_exceptions.values():
-                # The error stands inside a wrapper that carries its traceback.
+                # The error is inside a wrapper that carries its traceback.
                 cause = getattr(error, "_base_exc", error)
                 if isinstance(cause, F2LLMError):
                     raise cause

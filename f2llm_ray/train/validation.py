@@ -1,7 +1,7 @@
 """Held-out loss and retrieval score, both from one pass over the validation batches on all ranks.
 
-The score costs no encoding of its own: it ranks the vectors that the loss was taken on. So it needs no other
-resources, stalls training as long as the loss does, and is the same for every number of workers but for rounding.
+The score needs no encoding of its own: it ranks the vectors that the loss was computed from. So it uses no other
+resources, adds little to the time of the loss, and is the same for every number of workers but for rounding.
 
 Shapes: b rows of one rank's part of a batch, d hidden size, q queries and c passages of the sample, u texts.
 """
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a validation finds."""
+    """The result of a validation."""
 
     loss: float
-    """Mean loss over the held-out batches, taken as in training."""
+    """Mean loss over the held-out batches, computed as in training."""
     score: float | None
     """nDCG@10 of the held-out retrieval queries against all held-out passages; None without any."""
 
@@ -41,7 +41,7 @@ class HeldOut:
 def validate(
     engine: DeepSpeedEngine, loss: StageLoss, batches: Iterable[TrainBatch], world: int
 ) -> HeldOut | None:
-    """Loss and score over held-out batches; None without any. Every rank must call it, and gets the same."""
+    """Loss and score over held-out batches, the same on all ranks; None without any. Every rank must call it."""
     losses: list[torch.Tensor] = []
     pairs: list[tuple[Ints, Vectors]] = []
     engine.eval()
@@ -59,9 +59,9 @@ def validate(
 
 
 def score(id_b2: Ints, v_b2d: Vectors) -> float | None:
-    """nDCG@10 of each distinct query against all distinct passages; None when no pair asks anything.
+    """nDCG@10 of each distinct query against all distinct passages; None without a pair of two different texts.
 
-    A pair whose two texts are the same is left out; all passages that a query comes with are relevant to it.
+    A pair whose two texts are equal is left out; all passages that a query is paired with are relevant to it.
 
     Args:
         id_b2: ids of each pair's query and passage by content.

@@ -87,7 +87,7 @@ def whole_and_resumed(folder: Path, kind: str, rank: int, world: int, other: int
         # A run that had gone elsewhere: nothing of it may be left.
         train(engine, range(2), rank, world)
         candidates = checkpoints.listed(place)
-        with checkpoints.opened(candidates, rank=rank, world=world, tell=print) as opened:
+        with checkpoints.opened(candidates, rank=rank, world=world, say=print) as opened:
             assert opened is not None
             checkpoints.restore(engine, opened, rank=rank, world=world)
             if name == "same":
@@ -169,7 +169,7 @@ def two(folder: Path, tmp_path: Path) -> Path:
 def step_opened(place: Path) -> tuple[int | None, list[str]]:
     told: list[str] = []
     candidates = checkpoints.listed(Folder.at(str(place)))
-    with checkpoints.opened(candidates, rank=0, world=1, tell=told.append) as opened:
+    with checkpoints.opened(candidates, rank=0, world=1, say=told.append) as opened:
         return (None if opened is None else opened.step), told
 
 

@@ -36,7 +36,7 @@ def opened(tracking: dict[str, Any], out: Path, first: int = 0) -> tuple[list[Tr
         tracking=Tracking.model_validate({"tensorboard": False, **tracking}),
     )
     told = list[str]()
-    _, *trackers = open_trackers(training, Folder.at(str(out)), first=first, tell=told.append)
+    _, *trackers = open_trackers(training, Folder.at(str(out)), first=first, say=told.append)
     return trackers, told
 
 

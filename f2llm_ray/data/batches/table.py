@@ -71,7 +71,7 @@ def by_length(order: Ints, lengths: Ints, window: int) -> Ints:
 
 
 def fill_batches(order: Ints, texts: Ints, size: int) -> list[Ints]:
-    """Cuts rows into batches in which no text stands twice.
+    """Cuts rows into batches in which no text occurs twice.
 
     A row whose query or passage is already in the batch waits for the next one. What is left at the end, fewer
     than a batch or all with the same text, still goes into batches, filled up with rows of the source that were
@@ -214,7 +214,7 @@ class BatchTable:
         """The batches in step order, [steps] of `ORDER`.
 
         Raises:
-            RunError: the table is not there.
+            RunError: the table is missing.
         """
         path = self.folder / "order.npy"
         if not path.is_file():
