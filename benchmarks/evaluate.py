@@ -51,7 +51,6 @@ def main() -> None:
 
     from f2llm_ray.data.tokens.tokenizer import train_tokenizer
     from f2llm_ray.engine.engine import Engine
-    from f2llm_ray.evaluate.tasks.retrieval import evaluate
     from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
     from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
     from f2llm_ray.model.sizes import Shape, random_backbone
@@ -87,7 +86,7 @@ def main() -> None:
     peak = Peak()
     peak.start()
     started = time.perf_counter()
-    scores = evaluate(engine, retrieval_set, DIVISORS).scores
+    scores = retrieval_set.measure(engine, DIVISORS).scores
     ours = time.perf_counter() - started
     peak.going = False
     peak.join()

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Measures what is not measured yet, and compares."""
-    from f2llm_ray.evaluate.metrics.differences import table
+    from f2llm_ray.evaluate.differences import table
     from f2llm_ray.pipeline.compare import compare as compared
 
     pipeline = pipeline_of(arguments)

@@ -14,7 +14,6 @@ import numpy as np
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def embed_distinct(encoder: Embedder, texts: Sequence[str]) -> DistinctVectors:
     return DistinctVectors(vectors_ud, row_of, tokens)
 
 
-def cosines(vectors_ud: Vectors, a_n: Ints, b_n: Ints) -> Values:
+def cosines(vectors_ud: Vectors, a_n: Ints, b_n: Ints) -> np.ndarray:
     """Cosines [n] of pairs of unit vectors, given by their rows, at most `TEXTS_PER_CALL` pairs at a time."""
     found = []
     for start in range(0, len(a_n), TEXTS_PER_CALL):

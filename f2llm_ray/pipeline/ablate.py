@@ -16,9 +16,8 @@ from pydantic import Field
 from f2llm_ray.base.errors import F2LLMError, RecipeError, plain_error
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.section import Section
-from f2llm_ray.evaluate.metrics.differences import differences
-from f2llm_ray.evaluate.metrics.scores import same_units
-from f2llm_ray.evaluate.tasks.task import Kind
+from f2llm_ray.evaluate.differences import differences
+from f2llm_ray.evaluate.metrics.scores import Kind, same_units
 from f2llm_ray.pipeline.collect import collect
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse

@@ -7,8 +7,8 @@ from typing import Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
+from f2llm_ray.evaluate.differences import differences
 from f2llm_ray.evaluate.measure import measure, measure_folder
-from f2llm_ray.evaluate.metrics.differences import differences
 from f2llm_ray.evaluate.other_models import RemoteModel, is_endpoint
 from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.pipeline.walk import Pipeline

@@ -18,7 +18,7 @@ from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from f2llm_ray.evaluate.metrics.differences import compare
+from f2llm_ray.evaluate.differences import compare
 from f2llm_ray.evaluate.metrics.ranking import metrics as retrieval_metrics
 from f2llm_ray.evaluate.tasks.bitext import Bitext, bitext_of_pairs
 from f2llm_ray.evaluate.tasks.classification import Classification

@@ -16,7 +16,7 @@ from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
-from f2llm_ray.evaluate.metrics.differences import compare, table
+from f2llm_ray.evaluate.differences import compare, table
 from f2llm_ray.evaluate.tasks.registry import read_task, task_of
 from f2llm_ray.pipeline.compare import compare as compare_models
 from f2llm_ray.pipeline.walk import Pipeline

@@ -1,4 +1,4 @@
-"""Metrics and exact search against slow references; shapes as in f2llm_ray.evaluate.retrieval."""
+"""Metrics and exact search against slow references; shapes as in f2llm_ray.evaluate.metrics.ranking."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics.ranking import METRICS, K, metrics
-from f2llm_ray.evaluate.tasks.retrieval import evaluate
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet, from_pairs
 from f2llm_ray.evaluate.vectors import Ints
 from f2llm_ray.model.dims import cut_dims
@@ -130,7 +129,7 @@ def lines_set() -> RetrievalSet:
 
 
 def test_evaluate_equals_the_slow_way(engine: Engine, lines_set: RetrievalSet) -> None:
-    scores = evaluate(engine, lines_set, (1, 2, 4)).scores
+    scores = lines_set.measure(engine, (1, 2, 4)).scores
     assert list(scores["scores"]) == ["32", "16", "8"]
     assert (scores["queries"], scores["corpus"]) == (6, 6)
     assert set(scores["languages"]["8"]) == {"eng", "deu", "spa", "rus", "jpn", "und"}
@@ -155,7 +154,7 @@ def test_vectors_that_are_not_numbers_are_an_error(
     nan = np.full((12, 32), np.nan, dtype=np.float32)
     monkeypatch.setattr(engine, "embed_tokens", lambda tokens: nan[: len(tokens)])
     with pytest.raises(RunError, match="12 of 12 texts are not numbers"):
-        evaluate(engine, lines_set, (1,))
+        lines_set.measure(engine, (1,))
 
 
 def test_a_model_without_instructions_gets_the_bare_query(tmp_path: Path, lines_set: RetrievalSet) -> None:
@@ -163,5 +162,5 @@ def test_a_model_without_instructions_gets_the_bare_query(tmp_path: Path, lines_
     info = folder / "f2llm.json"
     facts = {**json.loads(info.read_text()), "instructions": False, "prompts": {"query": ""}}
     info.write_text(json.dumps(facts))
-    scores = evaluate(bare := Engine(folder), lines_set, (1,)).scores
+    scores = lines_set.measure(bare := Engine(folder), (1,)).scores
     assert scores["tokens"] == sum(map(len, bare.tokenize([*lines_set.query_texts, *LINES])))

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from f2llm_ray.evaluate.clean import clean_scores
+from f2llm_ray.evaluate.differences import compare
 from f2llm_ray.evaluate.metrics import weighted_metrics
-from f2llm_ray.evaluate.metrics.clean import clean_scores
-from f2llm_ray.evaluate.metrics.differences import compare
 from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of
-from f2llm_ray.evaluate.metrics.scores import measured, units_table
+from f2llm_ray.evaluate.metrics.scores import Kind, Measured, measured, units_table
 from f2llm_ray.evaluate.tasks.registry import TASKS, main_metric
-from f2llm_ray.evaluate.tasks.task import Kind, Measured
 from tests.evaluate.paired import paired_bootstrap
 
 

@@ -22,9 +22,9 @@ from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
+from f2llm_ray.evaluate.metrics.scores import Kind
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
-from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, embed_distinct
 from f2llm_ray.model.dims import Vectors
 

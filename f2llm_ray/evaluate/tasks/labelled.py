@@ -22,10 +22,10 @@ from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import by_language, measured, units_table
+from f2llm_ray.evaluate.metrics.scores import Kind, Measured, by_language, measured, units_table
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, read_file
-from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
+from f2llm_ray.evaluate.tasks.task import SetSection
 from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder

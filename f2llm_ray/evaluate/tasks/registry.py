@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.evaluate.metrics.scores import Kind
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.bitext import Bitext
 from f2llm_ray.evaluate.tasks.classification import Classification
@@ -10,7 +11,7 @@ from f2llm_ray.evaluate.tasks.clustering import Clustering
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet
 from f2llm_ray.evaluate.tasks.reranking import Reranking
 from f2llm_ray.evaluate.tasks.retrieval_set import FolderSet, RetrievalSet, read_beir
-from f2llm_ray.evaluate.tasks.task import Kind, Task
+from f2llm_ray.evaluate.tasks.task import Task
 from f2llm_ray.evaluate.tasks.text_pairs import PairClassification, Sts
 from f2llm_ray.run.folder import Folder
 

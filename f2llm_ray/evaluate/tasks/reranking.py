@@ -21,9 +21,9 @@ from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import K
+from f2llm_ray.evaluate.metrics.scores import Kind
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
-from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, cosines, embed_distinct
 
 

@@ -7,6 +7,7 @@ Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -21,13 +22,16 @@ from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
+from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics import weighted_metrics
+from f2llm_ray.evaluate.metrics.by_type import by_type
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements
+from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, metrics
+from f2llm_ray.evaluate.metrics.scores import Kind, Measured, measured, units_table
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
-from f2llm_ray.evaluate.tasks.task import Kind, Measured, SetSection
-from f2llm_ray.evaluate.vectors import Embedder
+from f2llm_ray.evaluate.tasks.task import SetSection
+from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct
 from f2llm_ray.run.folder import Folder
 
 # How the layouts in use spell a column, most usual first.
@@ -114,10 +118,40 @@ class RetrievalSet:
         return [(text,) for text in self.query_texts]
 
     def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
-        """As `Task.measure`: nDCG@10 and others of exact search."""
-        from f2llm_ray.evaluate.tasks.retrieval import evaluate
-
-        return evaluate(encoder, self, divisors)
+        """As `Task.measure`: exact search. Queries carry the instruction."""
+        started = time.perf_counter()
+        queries = as_queries(encoder, self.query_texts, self.instruction)
+        passages = as_documents(encoder, self.corpus_texts)
+        encoded = embed_distinct(encoder, [*queries, *passages])
+        query_q, corpus_c = encoded.of(queries), encoded.of(passages)
+        judged = self.judgements
+        found = measured(
+            self.kind,
+            self.metrics,
+            units_table(self.query_ids, self.query_languages),
+            {
+                dim: metrics(
+                    top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),
+                    judged.relevant_r2,
+                    len(corpus_c),
+                    judged.grade_r,
+                )
+                for dim, cut_ud in encoded.at_dims(divisors)
+            },
+            corpus=len(corpus_c),
+            tokens=encoded.tokens,
+            started=started,
+        )
+        found.scores["types"] = by_type(
+            encoded.vectors_ud,
+            query_q,
+            corpus_c,
+            judged,
+            encoder.info.dims,
+            encoder.ranges,
+            encoder.device,
+        )
+        return found
 
     @classmethod
     def read(cls, folder: Folder) -> RetrievalSet:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypedDict
-
-import pyarrow as pa
+from typing import ClassVar, Protocol
 
 from f2llm_ray.base.section import Neutral, Section
 from f2llm_ray.data.decontaminate import Screened
+from f2llm_ray.evaluate.metrics.scores import Kind, Measured
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.vectors import Embedder
 from f2llm_ray.run.folder import Folder
-
-Kind = str
-"""A kind of task, one of `registry.TASKS`."""
 
 
 class SetSection(Section):
@@ -23,38 +19,6 @@ class SetSection(Section):
     screen: Neutral[bool] = True
     """Training rows that hold a text of the set are left out. A set that comes after the data were prepared is
     measured as it is, and the report says how much of it was trained on; --rescreen prepares and trains again."""
-
-
-class TaskScores(TypedDict):
-    """What a model scores on a task, as JSON values; dims are strings."""
-
-    kind: Kind
-    metric: str
-    """The main metric of this kind."""
-    scores: dict[str, dict[str, Any]]
-    """By dim: each metric; "ci", the 95 % interval [low, high] of the main one; "macro", the mean of the main
-    metric over languages, each counting once, and "macro_ci". A metric is the mean of its values by language,
-    weighted by their numbers of queries; where it is a mean over queries, that is the mean over all of them."""
-    languages: dict[str, dict[str, dict[str, Any]]]
-    """By dim and language: "queries", how many there are, each metric over them alone, and "ci"."""
-    queries: int
-    """How many are scored: queries, or the texts or pairs of a labelled set."""
-    corpus: int
-    """How many texts these are compared with: passages, translations, candidates or training texts; 0 for none."""
-    seconds: float
-    tokens: int
-    """Tokens encoded, each distinct text once."""
-    types: dict[str, dict[str, float]]
-    """By trained dim and type of vector: the main metric over some of the queries; only retrieval has it."""
-
-
-class Measured(NamedTuple):
-    """Scores, and what they are computed from."""
-
-    scores: TaskScores
-    units: pa.Table
-    """One row per query, text or pair, in the task's order: `id`, `language`, `target` (null where the kind has
-    none), and a column per dim, named by it, with the value of the main metric, or what it is computed from."""
 
 
 class Task(Protocol):

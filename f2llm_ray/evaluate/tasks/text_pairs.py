@@ -12,9 +12,9 @@ import numpy as np
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
+from f2llm_ray.evaluate.metrics.scores import Kind
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
-from f2llm_ray.evaluate.tasks.task import Kind
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, cosines, embed_distinct
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.evaluate.metrics.intervals import Difference, Values, difference
-from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded, same_units
+from f2llm_ray.evaluate.metrics.scores import Kind, LanguageGroups, columns, dims_of, rounded, same_units
 from f2llm_ray.evaluate.tasks.registry import main_metric
-from f2llm_ray.evaluate.tasks.task import Kind
 
 NAMED = 5
 """Languages that the table names at each end."""

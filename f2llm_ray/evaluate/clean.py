@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded
+from f2llm_ray.evaluate.metrics.scores import Kind, LanguageGroups, columns, dims_of, rounded
 from f2llm_ray.evaluate.tasks.registry import main_metric
-from f2llm_ray.evaluate.tasks.task import Kind
 
 
 def clean_scores(kind: Kind, units: pa.Table, contaminated: np.ndarray) -> dict[str, float]:
