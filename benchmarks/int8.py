@@ -95,7 +95,7 @@ def dynamic(backbone: Any) -> Any:
 
 
 def torchao(backbone: Any) -> Any:
-    """A copy quantised by torchao, None where it is not installed."""
+    """A copy quantized by torchao, None where it is not installed."""
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:

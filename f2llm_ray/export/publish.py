@@ -115,7 +115,7 @@ def check_vectors(folder: Path) -> None:
     Raises:
         RunError: it does not load, has no stored vectors, or returns other vectors.
     """
-    from f2llm_ray.engine.calibration import self_check
+    from f2llm_ray.engine.calibrate import self_check
     from f2llm_ray.engine.engine import Engine
     from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 

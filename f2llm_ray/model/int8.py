@@ -13,7 +13,6 @@ Shapes: T tokens of a pass, i inputs, o outputs, v entries, d hidden size.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,30 +94,8 @@ def quantize(backbone: PreTrainedModel, *, embeddings: bool = True) -> PreTraine
     return small.eval()
 
 
-def save_quantized(parent: Path, folder: Path, *, embeddings: bool = True) -> None:
-    """Writes the model folder of a parent's int8 copy: config, tokenizer and facts are the parent's.
-
-    Raises:
-        RunError: the parent is no model folder of ours, or has int8 weights already.
-    """
-    from safetensors.torch import save_file
-
-    from f2llm_ray.model.checkpoint import INFO_FILE, load_backbone, load_info
-    from f2llm_ray.model.vocabulary import MAP_FILE
-
-    load_info(parent)
-    if is_quantized(parent):
-        raise RunError(f"{parent}: its weights are int8 already")
-    state = quantize(load_backbone(parent), embeddings=embeddings).state_dict()
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE)
-    for name in ("config.json", INFO_FILE, "tokenizer.json", "tokenizer_config.json", MAP_FILE):
-        if (parent / name).is_file():
-            shutil.copyfile(parent / name, folder / name)
-
-
 def load_quantized(folder: Path) -> PreTrainedModel:
-    """The decoder of a folder made by `save_quantized`, on CPU.
+    """The decoder of a folder made by `shrink.quantize.save_quantized`, on CPU.
 
     Raises:
         RunError: a file is missing or damaged, or holds other weights than the config says.

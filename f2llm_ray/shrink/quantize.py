@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.model.checkpoint import INFO_FILE
+from f2llm_ray.model.checkpoint import INFO_FILE, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.int8 import save_quantized
+from f2llm_ray.model.int8 import WEIGHTS_FILE, is_quantized, quantize
+from f2llm_ray.model.vocabulary import MAP_FILE, load_map, remap
 from f2llm_ray.run.folder import Folder
 
 ROWS, ROUNDS = 256, 3
@@ -49,7 +52,6 @@ def quantize_model(
     """
     import torch
 
-    from f2llm_ray.model.vocabulary import load_map, remap
     from f2llm_ray.shrink.shrink import calibration_tokens
 
     torch.set_num_threads(1)
@@ -66,6 +68,25 @@ def quantize_model(
         }
     say(f"{model_name}: cosine {facts['cosine']['mean']:.4f} to the model it is made from")
     return {"quantization": facts}
+
+
+def save_quantized(parent: Path, folder: Path, *, embeddings: bool = True) -> None:
+    """Writes the model folder of a parent's int8 copy: config, tokenizer and facts are the parent's.
+
+    Raises:
+        RunError: the parent is no model folder of ours, or has int8 weights already.
+    """
+    from safetensors.torch import save_file
+
+    load_info(parent)
+    if is_quantized(parent):
+        raise RunError(f"{parent}: its weights are int8 already")
+    state = quantize(load_backbone(parent), embeddings=embeddings).state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE)
+    for name in ("config.json", INFO_FILE, "tokenizer.json", "tokenizer_config.json", MAP_FILE):
+        if (parent / name).is_file():
+            shutil.copyfile(parent / name, folder / name)
 
 
 def compare(before: Path, after: Path, tokens: Sequence[Tokens]) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from f2llm_ray.model.int8 import (
     load_quantized,
     quantize,
     quantize_rows,
-    save_quantized,
 )
 from f2llm_ray.model.sizes import count_parameters
-from f2llm_ray.shrink.quantize import compare
+from f2llm_ray.shrink.quantize import compare, save_quantized
 from tests.model.small import FAMILIES, decoder, texts
 from tests.tiny import LINES, tiny_model
 

@@ -10,7 +10,6 @@ import pytest
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.model.checkpoint import load_info
-from f2llm_ray.model.int8 import save_quantized
 from f2llm_ray.model.settings import Backbone
 from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.graph import Graph
@@ -18,6 +17,7 @@ from f2llm_ray.pipeline.work import make_untrained
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.root import Run
+from f2llm_ray.shrink.quantize import save_quantized
 from tests.corpus import write_corpus, write_recipe
 from tests.tiny import tiny_model
 
