@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.pipeline.stages import plan
+from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.root import Run
 from tests.corpus import write_corpus, write_recipe
 
 REPO = Path(__file__).parents[2]
@@ -36,7 +37,9 @@ def test_a_job_runs_with_this_code_and_a_second_one_skips_it(head: dict[str, str
     assert "prepare: finished in" in first.stdout
     # The very run that the recipe is here: on the way to the cluster nothing is lost, nor the order of sources.
     (made,) = (tmp_path / "root").glob("prepare-*/manifest.json")
-    assert made.parent.name == plan(load_recipe(str(recipe), [])).prepare.folder_name
+    assert (
+        made.parent.name == declare(load_recipe(str(recipe), []), Run(str(tmp_path / "none"))).prepare.folder_name
+    )
     second = submit(head, recipe, tmp_path / "root", "--job", "prepare")
     assert "prepare: finished before, skipped" in second.stdout
 

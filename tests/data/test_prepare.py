@@ -142,13 +142,12 @@ def write_sources(folder: Path, seed: int = 0) -> Recipe:
     return parse(Recipe, recipe, "planted")
 
 
-def prepare(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Runs the data steps in the root `folder`/root, links their folder as `folder`/out, and gives the manifest."""
+def prepare(recipe: Recipe, folder: Path) -> None:
+    """Runs the data steps in the root `folder`/root, and links their folder as `folder`/out."""
     pipeline = Pipeline(recipe, str(folder / "root"))
     pipeline.job("jobs/prepare.py")
     prepared = pipeline.run.folder(pipeline.graph.prepare)
     (folder / "out").symlink_to(prepared.path)
-    return dict(prepared.read_json("manifest.json"))
 
 
 def digest(prepared: Path) -> dict[str, str]:
@@ -170,8 +169,7 @@ def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     del ray_here
     folder = tmp_path_factory.mktemp("prepared")
     os.chdir(folder)
-    facts = prepare(write_sources(folder), folder)
-    (folder / "facts.json").write_text(json.dumps(facts))
+    prepare(write_sources(folder), folder)
     return folder
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from f2llm_ray.pipeline.stages import plan
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.pipeline.ablate import ablate, load_ablation
+from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.report.ablation import cells, markdown, page, rows_of
+from f2llm_ray.run.root import Run
 from tests.corpus import write_corpus, write_recipe
 
 
@@ -44,14 +45,16 @@ def test_a_variant_shares_what_it_does_not_change(folder: Path, recipe: dict[str
     }
     ablation = load_ablation(str(path), write_variants(folder, variants=variants), ["distill.max_steps=5"])
     assert ablation.reference == "stage1"
-    plans = {name: plan(found) for name, found in ablation.recipes.items()}
-    assert {p.models["stage1"].hash for p in plans.values()} == {plans["whole"].models["stage1"].hash}
+    run = Run(str(folder / "none"))
+    graphs = {name: declare(found, run) for name, found in ablation.recipes.items()}
+    hashes = {name: {m.name: m.stage.hash for m in graph.models.values()} for name, graph in graphs.items()}
+    assert {found["stage1"] for found in hashes.values()} == {hashes["whole"]["stage1"]}
     assert ablation.recipes["random"].distill is not None
     assert ablation.recipes["random"].distill.max_steps == 5
-    pruned = {name: p.models["pruned"].hash for name, p in plans.items()}
+    pruned = {name: found["pruned"] for name, found in hashes.items()}
     assert pruned["whole"] == pruned["no teacher"] == pruned["pruned only"]
     assert len(set(pruned.values())) == 3
-    distilled = [p.models["distilled"].hash for p in plans.values() if "distilled" in p.models]
+    distilled = [found["distilled"] for found in hashes.values() if "distilled" in found]
     assert len(set(distilled)) == len(distilled) == 4
 
 
