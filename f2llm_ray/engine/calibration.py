@@ -46,7 +46,7 @@ def save_calibration(folder: Folder, calibration: Calibration) -> None:
 
 
 def load_calibration(folder: Path) -> Calibration | None:
-    """What a model folder holds of it; None where it has no such file.
+    """Reads the file of a model folder; None where it has no such file.
 
     Raises:
         RunError: the file is damaged, or holds something else.

@@ -1,4 +1,4 @@
-"""The encoder: token lists in, one vector each out, never paying for padding.
+"""The encoder: token lists in, one vector each out, with little or no padding.
 
 Training, evaluation, the teacher, bulk embedding and serving all come through `encode`.
 Shapes: n texts, t tokens of the longest text of a pass, d hidden size.

@@ -1,6 +1,6 @@
 """The engine in a process of its own: `python -m f2llm_ray.engine.engine_process_main FOLDER TOKENS_PER_PASS`.
 
-It says one line of JSON when it is ready, `{"device", "vocabulary"}` or `{"error"}`. A request is two uint32, n
+It writes one line of JSON when it is ready, `{"device", "vocabulary"}` or `{"error"}`. A request is two uint32, n
 and the sum of lengths, then the n lengths, then the token ids. An answer is two int32, n and d, then the vectors
 as float32; or -1 and a size, then a message of that size. All little-endian. It ends when its input does.
 """
@@ -40,7 +40,7 @@ def main() -> None:
     while tokens := read_tokens(sys.stdin.buffer):
         try:
             vectors_nd = engine.embed_tokens(tokens)
-        except Exception as error:  # noqa: BLE001 (it belongs to those who asked)
+        except Exception as error:  # noqa: BLE001 (the caller raises it)
             message = f"{type(error).__name__}: {error}".encode()
             answers.write(np.array([FAILED, len(message)], "<i4").tobytes() + message)
         else:

@@ -14,7 +14,7 @@ from f2llm_ray.model.dims import Vectors
 
 
 class TextEngine(ABC):
-    """A model folder that texts go into; where its weights are, `embed_tokens` knows.
+    """A model folder that turns texts into vectors; a subclass runs the weights, here or in another process.
 
     Raises:
         RunError: the folder is not a model folder, or its calibration is damaged.

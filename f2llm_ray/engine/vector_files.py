@@ -31,7 +31,7 @@ def shard_name(shard: int) -> str:
 
 
 class VectorWriter:
-    """One engine that turns keys of texts into files of vectors.
+    """Looks up the tokens of texts by key, encodes them with one engine, and writes files of vectors.
 
     Args:
         model: a model folder.
@@ -90,7 +90,7 @@ class VectorWriter:
 
 
 def gather(folder: Folder, texts: Ints, per_shard: int) -> Floats:
-    """Vectors [n, d] in float32 of text numbers, which rise."""
+    """Vectors [n, d] in float32 of the texts with these numbers, which must be ascending."""
     parts = []
     for shard in range(int(texts[0]) // per_shard, int(texts[-1]) // per_shard + 1):
         first, last = np.searchsorted(texts, [shard * per_shard, (shard + 1) * per_shard])
@@ -101,6 +101,6 @@ def gather(folder: Folder, texts: Ints, per_shard: int) -> Floats:
 
 
 def shards_of(folder: Folder, texts: int, per_shard: int) -> Iterator[tuple[int, Halves]]:
-    """Every shard with the number of its first text; a shard is let go before the next is opened."""
+    """Every shard with the number of its first text; a shard is closed before the next is opened."""
     for first in range(0, texts, per_shard):
         yield first, folder.read_array(shard_name(first // per_shard))

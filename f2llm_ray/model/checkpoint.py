@@ -117,7 +117,7 @@ def read_info(folder: Folder) -> ModelInfo:
 
 
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The decoder of a model folder (or any local Hugging Face checkpoint), in float32 unless told otherwise.
+    """The decoder of a model folder (or any local Hugging Face checkpoint), in float32 by default.
 
     Int8 weights stay int8, whatever the dtype (`model.int8`).
 

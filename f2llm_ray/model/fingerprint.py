@@ -1,4 +1,4 @@
-"""What tells a model folder from any other, without reading all of it."""
+"""A short hash that differs between model folders, made without reading all of their weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.run.folder import Folder
 
 SAMPLE = 1 << 20
-"""Bytes at each end of a weight file that tell two models apart; training moves every weight."""
+"""Bytes at each end of a weight file that are hashed; training changes every weight."""
 
 
 def fingerprint(model: Folder) -> str:
-    """Tells a model from any other by its facts, tokenizer and both ends of each weight file, wherever it lies.
+    """A hash of a model's facts, tokenizer and both ends of each weight file; its folder's place does not count.
 
     What is measured of it afterwards, its calibration, does not count.
     """

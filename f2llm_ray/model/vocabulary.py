@@ -1,4 +1,4 @@
-"""A smaller vocabulary: the tokens that a corpus uses, with the tokenizer rewritten so that its texts read alike.
+"""A smaller vocabulary: the tokens that a corpus uses, with a tokenizer that splits their texts as before.
 
 Byte-pair encoding merges the pair of lowest rank first, and a final token is made by merges inside it alone. Where
 a token is kept with every token on the way to it, the tokenizer with the other merges taken out makes the same

@@ -1,7 +1,7 @@
 """Scores of a parent model as files, measured over Ray workers where there is much to run.
 
 The calibration text is cut into pieces whatever the number of workers, and their float64 sums are added in order:
-the scores do not depend on who measured them.
+the scores do not depend on how many workers measured them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def load(folder: Path) -> Importance:
 
 
 def summary(importance: Importance) -> dict[str, Any]:
-    """What a person reads of the scores: each layer's, and how uneven the parts are."""
+    """The part of the scores that a report shows: each layer's, and how uneven the parts are."""
 
     def spread(scores: Any) -> list[float]:
         values = np.asarray(scores, dtype=np.float64)

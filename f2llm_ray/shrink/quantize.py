@@ -22,7 +22,7 @@ from f2llm_ray.model.vocabulary import MAP_FILE, load_map, remap
 from f2llm_ray.run.folder import Folder
 
 ROWS, ROUNDS = 256, 3
-"""Training rows whose texts are encoded by both models, and how often, in turn; medians are told."""
+"""Training rows whose texts are encoded by both models, and how often, in turn; the facts give medians."""
 
 
 def quantize_model(
@@ -47,8 +47,8 @@ def quantize_model(
         out: the stage's folder; it gets `model/`.
 
     Returns:
-        What the manifest says: bytes of the weights, the cosine of both models' vectors (mean and least), and
-        texts per second of each on one thread. What it costs in quality, the evaluations of both say.
+        Facts for the manifest: bytes of the weights, the cosine of both models' vectors (mean and least), and
+        texts per second of each on one thread. The evaluations of both show what it costs in quality.
     """
     import torch
 

@@ -51,7 +51,7 @@ def score_parts(
         out: the stage's folder; it gets importance.safetensors and importance.json.
 
     Returns:
-        What the manifest says: the calibration's texts and tokens, and a summary of the scores.
+        Facts for the manifest: the calibration's texts and tokens, and a summary of the scores.
     """
     calibration = calibration_tokens(sources, seed, prepared, settings.calibration_rows)
     say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
@@ -81,7 +81,7 @@ def shrink(
         out: the stage's folder; it gets `model/`, and kept.json with the numbers of the parts that stay.
 
     Returns:
-        What the manifest says: the kept layers and tokens.
+        Facts for the manifest: the kept layers and tokens.
     """
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
