@@ -45,7 +45,7 @@ def test_a_run_that_loses_a_node_goes_on_with_one_worker(tmp_path: Path) -> None
     try:
         for root in roots:
             pipeline = Pipeline(recipe, str(root))
-            pipeline.prepare()
+            pipeline.stage(pipeline.graph.prepare)
             pipeline.model("untrained")
             if root is roots[1]:
                 loser.start()
