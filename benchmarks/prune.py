@@ -112,7 +112,7 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
         whole = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name).model
         del whole.config.quantization_config  # how the weights lay in the file; they are float32 now
         whole.save_pretrained(folder)
-        backbone, tokenizer = load_backbone(Path(folder)).eval(), load_tokenizer(folder)
+        backbone, tokenizer = load_backbone(Path(folder)).eval(), load_tokenizer(Path(folder))
     load_s = time.perf_counter() - started
     tokens = tokenize(tokenizer, texts, MAX_TOKENS)
     calibration, held = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
