@@ -12,7 +12,6 @@ import pytest
 
 from f2llm_ray.recipe.files import builtin_recipes
 from f2llm_ray.serve import routes
-from f2llm_ray.serve import text_routes as asks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -67,7 +66,7 @@ def test_a_command_exists_as_it_is_written(page: str, command: str) -> None:
         )
     elif words[0] == "curl":
         (path,) = (re.sub(r"^https?://[^/]+", "", word) for word in words if word.startswith("http"))
-        known = [*asks.ROUTES, *re.findall(r'"(/[^"]*)"', Path(routes.__file__).read_text())]
+        known = [*routes.ROUTES, *re.findall(r'"(/[^"]*)"', Path(routes.__file__).read_text())]
         assert path in known, f"{page}: {path}"
     recipes = [word.split("=")[1] for word in words if word.startswith("RECIPE=")]
     recipes += [after for word, after in pairwise(words) if word == "--recipe"]

@@ -101,7 +101,7 @@ def _part(server: str, process: psutil.Process) -> str:
     if server != "ours":
         return "server"
     title = " ".join(process.cmdline()) or process.name()
-    if title.startswith("ray::ServeReplica") or "f2llm_ray.engine.engine_process_main" in title:
+    if title.startswith("ray::ServeReplica") or "f2llm_ray.engine.engine_process" in title:
         return "replica"
     return "haproxy" if process.name().startswith("haproxy") else "ray"
 

@@ -2,6 +2,11 @@
 
 In one process both take turns at Python's lock: torch asks for it after every operation, while the event loop
 holds it to read and answer. With short texts the engine then stood still for a fifth of the time.
+
+The other process is `python -m f2llm_ray.engine.engine_process FOLDER TOKENS_PER_PASS`. When ready it writes a
+line of JSON, `{"device", "vocabulary"}` or `{"error"}`. A request is two uint32, n and the sum of lengths, then
+the n lengths, then the token ids. An answer is two int32, n and d, then the vectors as float32; or -1 and a size,
+then a message of that size. All little-endian. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -12,14 +17,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine import engine_process_main
 from f2llm_ray.engine.text_engine import TextEngine
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.dims import Vectors, cut_dims
+
+FAILED = -1
 
 
 class EngineProcess(TextEngine):
@@ -38,7 +45,7 @@ class EngineProcess(TextEngine):
         super().__init__(folder)
         self._gone = gone
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
-            [sys.executable, "-m", engine_process_main.__name__, str(folder), str(tokens_per_pass)],
+            [sys.executable, "-m", "f2llm_ray.engine.engine_process", str(folder), str(tokens_per_pass)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Ray has put the code that a job ships onto this process's path only.
@@ -63,21 +70,69 @@ class EngineProcess(TextEngine):
             RuntimeError: the engine failed, and says how.
         """
         try:
-            engine_process_main.write_tokens(self._requests, tokens)
+            write_tokens(self._requests, tokens)
             count, width = np.frombuffer(self._read(8), "<i4").tolist()
-            if count == engine_process_main.FAILED:
+            if count == FAILED:
                 raise RuntimeError(self._read(width).decode())
             vectors_nd = np.frombuffer(self._read(4 * count * width), "<f4").reshape(count, width)
         except (BrokenPipeError, EOFError):
             self._gone()
             raise RuntimeError("the engine's process has ended") from None
-        if dim is None or dim == width:
-            return vectors_nd
-        cut_nk = vectors_nd[:, :dim]
-        return cut_nk / np.linalg.norm(cut_nk, axis=1, keepdims=True)
+        return vectors_nd if dim is None else cut_dims(vectors_nd, dim)
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)
         if len(content) < size:
             raise EOFError
         return content
+
+
+def main() -> None:
+    """Answers until its input ends."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    from f2llm_ray.engine.engine import Engine
+
+    try:
+        engine = Engine(Path(sys.argv[1]), tokens_per_pass=int(sys.argv[2]))
+    except F2LLMError as error:
+        answers.write(json.dumps({"error": str(error)}).encode() + b"\n")
+        answers.flush()
+        return
+    ready = {"device": engine.device, "vocabulary": int(engine.backbone.config.vocab_size)}
+    answers.write(json.dumps(ready).encode() + b"\n")
+    answers.flush()
+    while tokens := read_tokens(sys.stdin.buffer):
+        try:
+            vectors_nd = engine.embed_tokens(tokens)
+        except Exception as error:  # noqa: BLE001 (the caller raises it)
+            message = f"{type(error).__name__}: {error}".encode()
+            answers.write(np.array([FAILED, len(message)], "<i4").tobytes() + message)
+        else:
+            answers.write(np.array(vectors_nd.shape, "<i4").tobytes())
+            answers.write(np.ascontiguousarray(vectors_nd, "<f4").tobytes())
+        answers.flush()
+
+
+def write_tokens(stream: IO[bytes], tokens: Sequence[Tokens]) -> None:
+    """Sends one request."""
+    lengths = np.fromiter(map(len, tokens), "<u4", len(tokens))
+    head = np.array([len(tokens), lengths.sum()], "<u4")
+    stream.write(np.concatenate([head, lengths, *tokens]).astype("<u4", copy=False).tobytes())
+    stream.flush()
+
+
+def read_tokens(stream: IO[bytes]) -> list[Tokens]:
+    """Takes one request; nothing where the input has ended."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return []
+    count, total = np.frombuffer(head, "<u4").tolist()
+    values = np.frombuffer(stream.read(4 * (count + total)), "<u4")
+    if len(values) < count + total:
+        return []
+    return np.split(values[count:], np.cumsum(values[:count])[:-1])
+
+
+if __name__ == "__main__":
+    main()

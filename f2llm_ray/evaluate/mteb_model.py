@@ -22,9 +22,8 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info
+from f2llm_ray.model.checkpoint import ModelInfo, fingerprint, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.model.sizes import count_parameters
 from f2llm_ray.run.folder import Folder
 

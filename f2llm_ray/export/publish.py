@@ -115,8 +115,8 @@ def check_vectors(folder: Path) -> None:
     Raises:
         RunError: it does not load, has no stored vectors, or returns other vectors.
     """
-    from f2llm_ray.engine.calibrate import self_check
     from f2llm_ray.engine.engine import Engine
+    from f2llm_ray.engine.text_engine import self_check
     from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 
     engine = Engine(folder)

@@ -29,7 +29,7 @@ from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join_negatives import join_source
 from f2llm_ray.mine.search import FOUND, Layout, search
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.checkpoint import read_info
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run.folder import Folder
 
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]
@@ -69,7 +69,7 @@ def mine(
     """
     check_tokenizer(prepared / "tokenizer", model)
     connect()
-    query = "instructed_key" if read_info(model).instructions else "query_key"
+    query = "instructed_key" if load_info(model).instructions else "query_key"
     seconds, started = {}, time.perf_counter()
 
     def lap(step: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 INFO_FILE = "f2llm.json"
 CALIBRATION_FILE = "calibration.safetensors"
 """Ranges for int8 vectors and the vectors of the self-check (`engine.calibration`)."""
+SAMPLE = 1 << 20
+"""Bytes at each end of a weight file that are hashed; training changes every weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,28 +95,20 @@ def save_model(
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_info(folder: Path) -> ModelInfo:
-    """The facts of a model folder.
-
-    Raises:
-        RunError: not a model folder of ours.
-    """
-    return read_info(Folder.at(str(folder)))
-
-
-def read_info(folder: Folder) -> ModelInfo:
+def load_info(folder: Folder | Path) -> ModelInfo:
     """The facts of a model folder anywhere, without its weights.
 
     Raises:
         RunError: not a model folder of ours, or its facts are not those of a model.
     """
-    if not folder.exists(INFO_FILE):
-        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}")
-    facts = folder.read_json(INFO_FILE)
+    place = folder if isinstance(folder, Folder) else Folder.at(str(folder))
+    if not place.exists(INFO_FILE):
+        raise RunError(f"{place.uri}: not a model folder: it has no {INFO_FILE}")
+    facts = place.read_json(INFO_FILE)
     try:
         return ModelInfo(**{**facts, "dims": tuple(facts["dims"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{folder.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
+        raise RunError(f"{place.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
 
 
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -139,3 +134,20 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
         )
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model: {error}") from None
+
+
+def fingerprint(model: Folder) -> str:
+    """A short hash of a model's facts, tokenizer and both ends of each weight file.
+
+    Neither its folder's place counts nor what is measured of it afterwards, its calibration.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    weights = [name for name in model.files(".safetensors") if name != CALIBRATION_FILE]
+    for name in (*model.files(".json"), *weights):
+        with model.filesystem.open_input_file(f"{model.path}/{name}") as file:
+            size = file.size()
+            digest.update(f"{name} {size} ".encode())
+            digest.update(file.read(size if name.endswith(".json") else SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            digest.update(file.read())
+    return digest.hexdigest()

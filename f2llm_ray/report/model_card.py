@@ -15,7 +15,7 @@ import yaml
 from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
-from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, read_info
+from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
 from f2llm_ray.report.page import render_page
 from f2llm_ray.report.read_scores import (
     ModelEntry,
@@ -47,7 +47,7 @@ def write_cards(root: Folder, report: RunReport) -> None:
     for model in report.get("models") or []:
         folder = root / str(model.get("folder"))
         if model.get("folder") and folder.exists(INFO_FILE):
-            card = model_card(report, model, read_info(folder))
+            card = model_card(report, model, load_info(folder))
             folder.write_bytes(CARD, card.encode("utf-8"))
 
 

@@ -20,8 +20,7 @@ from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import SUFFIXES
-from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, read_info
-from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 from f2llm_ray.serve.inputs import Unit, units_of
@@ -49,7 +48,7 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
     if f"{output.path}/".startswith(f"{source.path}/"):
         raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
-    info = read_info(model)
+    info = load_info(model)
     check_settings(job, info, model)
     files = find_files(source.uri, SUFFIXES, source.uri)
     claim(output, settings_of(job, model, info, source, files))

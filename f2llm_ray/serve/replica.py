@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from f2llm_ray import __version__
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine.calibrate import self_check
 from f2llm_ray.engine.engine_process import EngineProcess
+from f2llm_ray.engine.text_engine import self_check
 from f2llm_ray.engine.vector_types import EmbeddingType, Quantized, quantize_vectors
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder

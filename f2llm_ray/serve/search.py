@@ -14,9 +14,8 @@ import pyarrow as pa
 from pydantic import ConfigDict, Field
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.model.checkpoint import ModelInfo
+from f2llm_ray.model.checkpoint import ModelInfo, fingerprint
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.fingerprint import fingerprint
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Body
 

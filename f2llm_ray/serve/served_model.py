@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.vector_types import EMBEDDING_TYPES
-from f2llm_ray.model.checkpoint import CALIBRATION_FILE, read_info
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
@@ -93,7 +93,7 @@ def find_model(args: Arguments) -> ServedModel:
             raise RunError(f"{folder.uri}/report.json: model {wanted!r} is not one of {', '.join(entries)}")
         entry = entries[wanted]
         folder = folder / entry.folder
-    info = read_info(folder)
+    info = load_info(folder)
     settings = with_limits(settings, args)
     calibrated = folder.exists(CALIBRATION_FILE)
     card = ModelCard(

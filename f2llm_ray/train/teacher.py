@@ -27,7 +27,7 @@ from f2llm_ray.data.tokens.build import write_store
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
 from f2llm_ray.engine.vector_files import VectorWriter
-from f2llm_ray.model.checkpoint import read_info
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import TrainBatch
@@ -87,7 +87,7 @@ def teach(
         nonlocal started
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
-    dims = learned_dims(settings, read_info(teacher).dims[-1], read_info(student).dims[-1])
+    dims = learned_dims(settings, load_info(teacher).dims[-1], load_info(student).dims[-1])
     own = bool(differences(prepared / "tokenizer", teacher))
     tokens = out / "tokens" if own else prepared / "tokens"
     if own:

@@ -24,7 +24,7 @@ from f2llm_ray.base.session import connect
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta
 from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
-from f2llm_ray.model.fingerprint import fingerprint
+from f2llm_ray.model.checkpoint import fingerprint
 from f2llm_ray.run.folder import Folder
 from tests.tiny import LINES, tiny_model
 

@@ -22,7 +22,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import SUFFIXES
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.model.checkpoint import read_info
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Info
@@ -53,7 +53,7 @@ def embedded(model: Path, folder: Path) -> Path:
     job = EmbedJob(model=str(model), input=str(source), column="text", output=str(folder / "out"), keep=("text",))
     at, output = Folder.at(job.input), Folder.at(job.output)
     files = find_files(at.uri, SUFFIXES, at.uri)
-    settings = settings_of(job, Folder.at(job.model), read_info(Folder.at(job.model)), at, files)
+    settings = settings_of(job, Folder.at(job.model), load_info(Folder.at(job.model)), at, files)
     claim(output, settings)
     for unit in units_of(files, 30):
         ShardWriter(job).write(unit)
