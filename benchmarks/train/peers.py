@@ -15,25 +15,18 @@ from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
 from f2llm_ray.train.deepspeed import start_engine
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.losses import Objective, TextPlaces, contrastive
+from f2llm_ray.train.losses import TextPlaces, contrastive
 from f2llm_ray.train.settings import TrainStage
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[TrainBatch], None]
 
 
-def loss_of(
-    v_nd: torch.Tensor, batch: TrainBatch, stage: TrainStage, *, gather_gradient: bool = True
-) -> torch.Tensor:
+def loss_of(v_nd: torch.Tensor, batch: TrainBatch, stage: TrainStage) -> torch.Tensor:
     """The paper's objective on the vectors of a batch."""
     arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
-    objective = Objective(
-        dims=tuple(matryoshka_dims(SHAPE.hidden)),
-        temperature=stage.temperature,
-        in_batch=True,
-        gather_gradient=gather_gradient,
-    )
-    return contrastive(v_nd, TextPlaces(*(torch.from_numpy(array.copy()) for array in arrays)), objective)[0]
+    places = TextPlaces(*(torch.from_numpy(array.copy()) for array in arrays))
+    return contrastive(v_nd, places, stage, "retrieval")[0]
 
 
 class Encoder(torch.nn.Module):
@@ -80,8 +73,8 @@ def bare_step(place: Place) -> Step:
 
 
 def official_step(place: Place) -> Step:
-    """One padded forward pass of all texts."""
-    stage = place.stage
+    """One padded forward pass of all texts, without gradient to gathered passages."""
+    stage = place.stage.model_copy(update={"gather_gradient": False})
     backbone = load_backbone(place.model).train()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=stage.lr, betas=stage.betas)
 
@@ -94,7 +87,7 @@ def official_step(place: Place) -> Step:
         hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         vectors = hidden[torch.arange(len(lengths)), lengths - 1]
         optimizer.zero_grad()
-        loss_of(vectors, batch, stage, gather_gradient=False).backward()
+        loss_of(vectors, batch, stage).backward()
         torch.nn.utils.clip_grad_norm_(backbone.parameters(), stage.clip)
         optimizer.step()
 

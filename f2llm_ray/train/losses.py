@@ -13,28 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import cross_entropy
 
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """The loss that is minimised. The defaults are the paper's, but for the gradient through the gather."""
-
-    dims: tuple[int, ...]
-    """Matryoshka dims."""
-    temperature: float
-    in_batch: bool
-    """Whether the batch has the in-batch term (paper: batches of a retrieval source)."""
-    gather_gradient: bool = True
-    """Gradient to the passages of the in-batch term; false reproduces the paper's public code, in which gathered
-    passages, the rank's own among them, get none."""
-    hard_negative_weight: float = 1.0
-    in_batch_weight: float = 1.0
-    absolute_margin: float | None = None
-    """Negatives whose cosine with the query is above the passage's minus this count as false and are left out, as
-    in sentence-transformers' CachedGISTEmbedLoss. Qwen3-Embedding and ms-swift have -0.1: what is better than
-    the passage by 0.1."""
-    relative_margin: float | None = None
-    """The same with this share of the passage's cosine (its absolute value) as the margin; 0.05 leaves out what
-    is above 95 %."""
+from f2llm_ray.data.schema import Task
+from f2llm_ray.model.checkpoint import matryoshka_dims
+from f2llm_ray.train.settings import TrainStage
 
 
 @dataclass(frozen=True)
@@ -62,8 +43,8 @@ class Parts:
     """Share of the hard negatives that were left out as false."""
     in_batch_masked: torch.Tensor | None
     """Share of the in-batch negatives that were left out as false."""
-    distillation: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """The terms that a teacher adds, by name."""
+    terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The further terms by name (train/terms.py)."""
 
     @property
     def total_m(self) -> torch.Tensor:
@@ -78,8 +59,10 @@ def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:
     return {dim: 1 / (i * math.sqrt(full / dim)) for i, dim in enumerate(largest_first, start=1)}
 
 
-def contrastive(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) -> tuple[torch.Tensor, Parts]:
-    """The paper's objective: hard-negative and in-batch term, summed over the matryoshka dims.
+def contrastive(
+    v_nd: torch.Tensor, places: TextPlaces, settings: TrainStage, task: Task
+) -> tuple[torch.Tensor, Parts]:
+    """The paper's objective: hard-negative and, for retrieval, in-batch term, summed over the matryoshka dims.
 
     The mean over ranks is the loss of the global batch, however its rows are dealt out. Every rank must have
     as many rows.
@@ -91,43 +74,44 @@ def contrastive(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) ->
     Args:
         v_nd: vectors of the rank's distinct texts, before normalisation, in float32 or float64.
         places: the role of each of them.
-        objective: the loss to compute.
+        settings: the stage's temperatures, weights, margins and smallest matryoshka dim.
+        task: the task of the batch's source.
 
     Returns:
         The loss of this rank, and its parts.
     """
     q_bd, p_bd = v_nd[places.query_b], v_nd[places.passage_b]
     n_bkd = v_nd[places.negative_bk.clamp(min=0)]
-    weights = matryoshka_weights(objective.dims)
-    dims = list(weights)
+    weights = matryoshka_weights(matryoshka_dims(v_nd.shape[1], settings.matryoshka_min_dim))
+    dims, temperature = list(weights), settings.temperatures.get(task, settings.temperature)
     positive_mb = [positive_b1[:, 0] for positive_b1 in _cosines(q_bd, p_bd[:, None], dims)]
     negative_mbk = _cosines(q_bd, n_bkd, dims)
 
     has_bk, keep_bk = _hard_negatives(places)
-    margins = (objective.absolute_margin, objective.relative_margin)
+    margins = (settings.absolute_margin, settings.relative_margin)
     keep_bk = keep_bk & ~too_close(negative_mbk[0], positive_mb[0], *margins)
     rows, count = per_rank(has_bk.any(1), has_bk, dtype=v_nd.dtype)
     hard_m = torch.stack(
         [
-            hard_negative_loss(positive_b, negative_bk, keep_bk, objective.temperature).sum() / rows
+            hard_negative_loss(positive_b, negative_bk, keep_bk, temperature).sum() / rows
             for positive_b, negative_bk in zip(positive_mb, negative_mbk, strict=True)
         ]
     )
     weight_m = torch.tensor(list(weights.values()), dtype=hard_m.dtype, device=hard_m.device)
-    loss = objective.hard_negative_weight * (weight_m @ hard_m)
+    loss = settings.hard_negative_weight * (weight_m @ hard_m)
     hard_masked = (has_bk & ~keep_bk).sum() / count
-    if not objective.in_batch:
+    if task != "retrieval":
         return loss, Parts(hard_m.detach(), None, hard_masked, None)
 
-    p_Bd = gather(p_bd) if objective.gather_gradient else gather(p_bd.detach())
+    p_Bd = gather(p_bd) if settings.gather_gradient else gather(p_bd.detach())
     across_mbB = _cosines(q_bd, p_Bd, dims)
     target_b = torch.arange(len(q_bd), device=q_bd.device) + rank() * len(q_bd)
     false_bB = _same_text(places) | too_close(across_mbB[0], positive_mb[0], *margins)
     false_bB = false_bB.scatter(1, target_b[:, None], value=False)
     in_batch_m = torch.stack(
-        [in_batch_loss(across_bB, false_bB, target_b, objective.temperature) for across_bB in across_mbB]
+        [in_batch_loss(across_bB, false_bB, target_b, temperature) for across_bB in across_mbB]
     )
-    loss = loss + objective.in_batch_weight * (weight_m @ in_batch_m)
+    loss = loss + settings.in_batch_weight * (weight_m @ in_batch_m)
     masked = false_bB.sum() / max(false_bB.numel() - len(q_bd), 1)
     return loss, Parts(hard_m.detach(), in_batch_m.detach(), hard_masked, masked)
 
@@ -169,7 +153,10 @@ def in_batch_loss(
 def too_close(
     negative: torch.Tensor, positive_b: torch.Tensor, absolute_margin: float | None, relative_margin: float | None
 ) -> torch.Tensor:
-    """Which negatives [b, any] are too close to their query, by either margin, to be true ones; no gradient."""
+    """Which negatives [b, any] are too close to their query, by either margin, to be true ones; no gradient.
+
+    The absolute margin is that of sentence-transformers' CachedGISTEmbedLoss.
+    """
     close = torch.zeros_like(negative, dtype=torch.bool)
     if absolute_margin is not None:
         close |= negative > (positive_b - absolute_margin)[:, None]

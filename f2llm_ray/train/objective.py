@@ -11,13 +11,12 @@ import torch
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.encode import encode, passes_of
-from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.model.vocabulary import TokenMap, remap
-from f2llm_ray.train.distillation import Lesson, distillation
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive
+from f2llm_ray.train.losses import Parts, TextPlaces, contrastive
 from f2llm_ray.train.settings import Distill, TrainStage
 from f2llm_ray.train.teacher import TeacherVectors
+from f2llm_ray.train.terms import TermInputs, added_terms
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -71,7 +70,6 @@ class StageLoss:
         teacher: TeacherVectors | None = None,
     ) -> None:
         self.settings, self.sources, self.hidden, self.teacher = settings, sources, hidden, teacher
-        self.lesson = lesson_of(settings) if isinstance(settings, Distill) else None
 
     @property
     def projected_dims(self) -> int | None:
@@ -87,32 +85,16 @@ class StageLoss:
 
     def __call__(self, v: torch.Tensor, batch: TrainBatch) -> tuple[torch.Tensor, Parts]:
         """The loss and its parts for this rank's part of a batch, from the output of `Student` for its texts."""
-        settings, task, v_nd = self.settings, self.sources[batch.source].task, self.own(v)
-        objective = Objective(
-            dims=tuple(matryoshka_dims(self.hidden, settings.matryoshka_min_dim)),
-            temperature=settings.temperatures.get(task, settings.temperature),
-            in_batch=task == "retrieval",
-            gather_gradient=settings.gather_gradient,
-            hard_negative_weight=settings.hard_negative_weight,
-            in_batch_weight=settings.in_batch_weight,
-            absolute_margin=settings.absolute_margin,
-            relative_margin=settings.relative_margin,
-        )
+        task, v_nd = self.sources[batch.source].task, self.own(v)
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
         places = TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
-        loss, parts = contrastive(v_nd, places, objective)
-        if self.teacher is None or self.lesson is None:
-            return loss, parts
-        matched_nd = v_nd if self.projected_dims is None else v[:, self.hidden :]
-        teacher_nd = self.teacher(batch).to(v.device)
-        learned, terms = distillation(v_nd, matched_nd, teacher_nd, places, self.lesson)
-        return loss + learned, replace(parts, distillation=terms)
-
-
-def lesson_of(stage: Distill) -> Lesson:
-    """The weights of a stage's distillation terms."""
-    names = ("mse_weight", "cosine_weight", "similarity_weight", "similarity_temperature", "gather_gradient")
-    return Lesson(**{name: getattr(stage, name) for name in names})
+        loss, parts = contrastive(v_nd, places, self.settings, task)
+        inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings)
+        if self.teacher is not None:
+            matched_nD = v_nd if self.projected_dims is None else v[:, self.hidden :]
+            inputs = replace(inputs, matched_nD=matched_nD, teacher_nD=self.teacher(batch).to(v.device))
+        added, terms = added_terms(inputs)
+        return loss + added, replace(parts, terms=terms)
 
 
 def chunks_of(engine: DeepSpeedEngine, stage: TrainStage, batch: TrainBatch) -> list[list[int]]:

@@ -19,7 +19,7 @@ from f2llm_ray.engine.encode import encode, plan_passes
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.gradcache import cached_backward, encode_chunks, engine_backward
-from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive
+from f2llm_ray.train.losses import Parts, TextPlaces, contrastive
 from f2llm_ray.train.settings import EngineSettings, TrainStage
 from tests.train.test_losses import PAPER, ROWS, D, side
 
@@ -52,7 +52,7 @@ def features(seed: int) -> torch.Tensor:
 
 def loss_of(seed: int) -> LossOf:
     places = side(seed)[1]
-    return lambda v_nd: contrastive(v_nd, places, PAPER)
+    return lambda v_nd: contrastive(v_nd, places, PAPER, "retrieval")
 
 
 def gradients(model: torch.nn.Module) -> torch.Tensor:
@@ -207,9 +207,6 @@ def _places(rank: int, *, shift: int = 0) -> TextPlaces:
     return TextPlaces(ids % 100 + shift, ids % 100 + 4 + shift, negative + shift * (negative >= 0), ids + 4, ids)
 
 
-ENGINE_OBJECTIVE = Objective(dims=(8, 16, 32), temperature=0.05, in_batch=True)
-
-
 def _engine_step(rank: int, zero_stage: int, *, cache: bool) -> dict[str, torch.Tensor]:
     """Loss, vectors before and weights after one step of a DeepSpeed engine.
 
@@ -231,7 +228,7 @@ def _engine_step(rank: int, zero_stage: int, *, cache: bool) -> dict[str, torch.
     loss, _ = cached_backward(
         lambda chunk: engine([texts[place] for place in chunk]),
         chunks,
-        lambda v_nd: contrastive(v_nd, places, ENGINE_OBJECTIVE),
+        lambda v_nd: contrastive(v_nd, places, PAPER, "retrieval"),
         engine_backward(engine),
     )
     engine.step()
@@ -278,7 +275,7 @@ def plain_step() -> tuple[torch.Tensor, torch.Tensor, float, torch.Tensor]:
     sides = [_places(0), _places(1, shift=14)]
     names = ("query_b", "passage_b", "negative_bk", "passage_id_b", "query_id_b")
     places = TextPlaces(*(torch.cat([getattr(one, name) for one in sides]) for name in names))
-    loss, _ = contrastive(v_nd, places, ENGINE_OBJECTIVE)
+    loss, _ = contrastive(v_nd, places, PAPER, "retrieval")
     loss.backward()
     with torch.no_grad():
         weights = torch.cat([(p - RATE * p.grad).flatten() for p in module.parameters() if p.grad is not None])

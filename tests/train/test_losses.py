@@ -13,20 +13,25 @@ import torch
 import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
-from f2llm_ray.train.losses import Objective, Parts, TextPlaces, contrastive, matryoshka_weights
+from f2llm_ray.data.schema import Task
+from f2llm_ray.train.losses import Parts, TextPlaces, contrastive, matryoshka_weights
+from f2llm_ray.train.settings import TrainStage
 
 D = 24
 ROWS = 6
-PAPER = Objective(dims=(8, 16, D), temperature=0.05, in_batch=True)
-OBJECTIVES = {
-    "paper": PAPER,
-    "hard only": replace(PAPER, in_batch=False),
-    "absolute margin": replace(PAPER, absolute_margin=0.1),
-    "absolute margin, Qwen3": replace(PAPER, absolute_margin=-0.1),
-    "relative margin": replace(PAPER, relative_margin=0.5),
-    "both, weighted": replace(
-        PAPER, absolute_margin=0.05, relative_margin=0.3, hard_negative_weight=0.3, in_batch_weight=0.7
+DIMS = (8, 16, D)
+PAPER = TrainStage()
+OBJECTIVES: dict[str, tuple[TrainStage, Task]] = {
+    "paper": (PAPER, "retrieval"),
+    "hard only": (PAPER, "classification"),
+    "absolute margin": (TrainStage(absolute_margin=0.1), "retrieval"),
+    "absolute margin, Qwen3": (TrainStage(absolute_margin=-0.1), "retrieval"),
+    "relative margin": (TrainStage(relative_margin=0.5), "retrieval"),
+    "both, weighted": (
+        TrainStage(absolute_margin=0.05, relative_margin=0.3, hard_negative_weight=0.3, in_batch_weight=0.7),
+        "retrieval",
     ),
+    "temperature of a task": (TrainStage(temperatures={"retrieval": 0.2}), "retrieval"),
 }
 Side = tuple[torch.Tensor, TextPlaces]
 
@@ -50,7 +55,7 @@ def side(seed: int) -> Side:
     return v_nd, TextPlaces(query, passage, negative, passage + 1000 * seed, query_id)
 
 
-def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def reference(sides: list[Side], settings: TrainStage, task: Task) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The objective of the global batch, one similarity at a time."""
     rows = []
     for v_nd, place in sides:
@@ -66,7 +71,7 @@ def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, di
 
     def kept(q: torch.Tensor, p: torch.Tensor, n: torch.Tensor) -> bool:
         of_passage, of_negative = cosine(q, p).item(), cosine(q, n).item()
-        absolute, relative = objective.absolute_margin, objective.relative_margin
+        absolute, relative = settings.absolute_margin, settings.relative_margin
         return not (
             (absolute is not None and of_negative > of_passage - absolute)
             or (relative is not None and of_negative > of_passage - abs(of_passage) * relative)
@@ -80,19 +85,21 @@ def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, di
 
     def term(row: int, negatives: list[torch.Tensor], dim: int) -> torch.Tensor:
         q, p = rows[row][:2]
-        logits = torch.stack([cosine(q, x, dim) / objective.temperature for x in (p, *negatives)])
+        logits = torch.stack(
+            [cosine(q, x, dim) / settings.temperatures.get(task, settings.temperature) for x in (p, *negatives)]
+        )
         return torch.logsumexp(logits, 0) - logits[0]
 
     total = torch.zeros((), dtype=torch.float64)
     found: dict[str, list[torch.Tensor]] = {"hard": [], "in_batch": []}
-    for order, dim in enumerate(sorted(objective.dims, reverse=True), start=1):
+    for order, dim in enumerate(sorted(DIMS, reverse=True), start=1):
         weight = 1 / (order * math.sqrt(D / dim))
         with_any = [row for row in range(len(rows)) if rows[row][3]]
         found["hard"].append(torch.stack([term(row, hard[row], dim) for row in with_any]).mean())
         found["in_batch"].append(torch.stack([term(row, across[row], dim) for row in range(len(rows))]).mean())
-        total = total + weight * objective.hard_negative_weight * found["hard"][-1]
-        if objective.in_batch:
-            total = total + weight * objective.in_batch_weight * found["in_batch"][-1]
+        total = total + weight * settings.hard_negative_weight * found["hard"][-1]
+        if task == "retrieval":
+            total = total + weight * settings.in_batch_weight * found["in_batch"][-1]
     parts = {name: torch.stack(values).detach() for name, values in found.items()}
     left_out = 1 - sum(map(len, hard)) / sum(row[3] for row in rows)
     left_out_across = 1 - sum(map(len, across)) / (len(rows) * (len(rows) - 1))
@@ -102,9 +109,11 @@ def reference(sides: list[Side], objective: Objective) -> tuple[torch.Tensor, di
     }
 
 
-def ours(v_nd: torch.Tensor, places: TextPlaces, objective: Objective) -> dict[str, torch.Tensor]:
+def ours(
+    v_nd: torch.Tensor, places: TextPlaces, settings: TrainStage, task: Task = "retrieval"
+) -> dict[str, torch.Tensor]:
     v_nd = v_nd.clone().requires_grad_()
-    loss, parts = contrastive(v_nd, places, objective)
+    loss, parts = contrastive(v_nd, places, settings, task)
     loss.backward()
     assert v_nd.grad is not None
     return {"loss": loss.detach(), "gradient": v_nd.grad} | named(parts)
@@ -147,9 +156,9 @@ def plain_side(seed: int) -> Side:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_one_rank_equals_the_reference(name: str) -> None:
     vectors, places = side(seed=1)
-    found = ours(vectors, places, OBJECTIVES[name])
+    found = ours(vectors, places, *OBJECTIVES[name])
     slow = vectors.clone().requires_grad_()
-    expected, parts = reference([(slow, places)], OBJECTIVES[name])
+    expected, parts = reference([(slow, places)], *OBJECTIVES[name])
     expected.backward()
     close(found["loss"], expected.detach())
     close(found["gradient"], slow.grad)
@@ -171,12 +180,12 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[s
 def _rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     vectors, places = side(seed=rank + 1)
-    found = {name: ours(vectors, places, objective) for name, objective in OBJECTIVES.items()}
-    found["no gradient"] = ours(vectors, places, replace(PAPER, gather_gradient=False))
+    found = {name: ours(vectors, places, *objective) for name, objective in OBJECTIVES.items()}
+    found["no gradient"] = ours(vectors, places, TrainStage(gather_gradient=False))
     vectors, places = plain_side(seed=rank + 1)
-    found["as the paper"] = ours(vectors, places, replace(PAPER, gather_gradient=False))
+    found["as the paper"] = ours(vectors, places, TrainStage(gather_gradient=False))
     vectors.requires_grad_()
-    loss = paper(vectors, places, PAPER.dims)
+    loss = paper(vectors, places, DIMS)
     loss.backward()
     assert vectors.grad is not None
     found["by the paper"] = {"loss": loss.detach(), "gradient": vectors.grad}
@@ -190,7 +199,7 @@ def test_two_ranks_equal_the_reference(name: str, two_ranks: list[dict[str, Any]
     sides = [side(seed=rank + 1) for rank in (0, 1)]
     slow = [v.clone().requires_grad_() for v, _ in sides]
     expected, parts = reference(
-        [(v, places) for v, (_, places) in zip(slow, sides, strict=True)], OBJECTIVES[name]
+        [(v, places) for v, (_, places) in zip(slow, sides, strict=True)], *OBJECTIVES[name]
     )
     expected.backward()
     found = [rank[name] for rank in two_ranks]
@@ -216,9 +225,8 @@ def test_equals_the_papers_arithmetic_on_two_ranks(two_ranks: list[dict[str, Any
 
 def test_parts_and_weights_make_the_loss() -> None:
     vectors, places = side(seed=1)
-    objective = OBJECTIVES["both, weighted"]
-    loss, parts = contrastive(vectors, places, objective)
-    weights = matryoshka_weights(objective.dims)
+    loss, parts = contrastive(vectors, places, *OBJECTIVES["both, weighted"])
+    weights = matryoshka_weights(DIMS)
     assert parts.in_batch_m is not None
     terms = zip(weights.values(), parts.hard_negative_m, parts.in_batch_m, strict=True)
     close(loss, sum((w * (0.3 * hard + 0.7 * across) for w, hard, across in terms), torch.tensor(0.0)))
@@ -228,21 +236,21 @@ def test_a_false_negative_moves_nothing() -> None:
     """Left out by the margin, it may be any text at all: loss and gradient of the others stay."""
     vectors, places = side(seed=1)
     near = int(places.negative_bk[5, 0])
-    objective = replace(PAPER, absolute_margin=0.0, in_batch=False)
-    before = ours(vectors, places, objective)
+    settings = TrainStage(absolute_margin=0.0)
+    before = ours(vectors, places, settings, "classification")
     vectors[near] = vectors[places.query_b[5]]
-    after = ours(vectors, places, objective)
+    after = ours(vectors, places, settings, "classification")
     close(after["loss"], before["loss"])
     close(after["gradient"], before["gradient"])
     assert not after["gradient"][near].any()
-    assert ours(vectors, places, replace(objective, absolute_margin=None))["loss"] > before["loss"] + 0.1
+    assert ours(vectors, places, PAPER, "classification")["loss"] > before["loss"] + 0.1
 
 
 def test_rows_without_negatives_do_not_count() -> None:
     vectors, places = side(seed=1)
     for k in (2, 0):
         none = replace(places, negative_bk=torch.full((ROWS, k), -1))
-        found = ours(vectors, none, replace(PAPER, in_batch=False))
+        found = ours(vectors, none, PAPER, "classification")
         assert float(found["loss"]) == 0
         assert not found["gradient"].any()
         assert float(found["hard_masked"]) == 0

@@ -295,7 +295,7 @@ def losses(
         value, parts = loss(v, batch)
         value.backward()
         similar = {"similarity"} if recipe.distill.similarity_weight else set()
-        assert set(parts.distillation) == {"mse", "cosine"} | similar
+        assert set(parts.terms) == {"mse", "cosine"} | similar
         yield batch, value.detach(), v.grad
 
 

@@ -1,10 +1,9 @@
-"""The terms of distillation equal slow float64 references, values and gradients, on one and on two ranks."""
+"""The terms beside the contrastive loss equal slow float64 references, values and gradients, on 1 and 2 ranks."""
 
 from __future__ import annotations
 
 import math
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,20 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from f2llm_ray.train.distillation import Lesson, distillation
 from f2llm_ray.train.losses import TextPlaces
+from f2llm_ray.train.settings import Distill
+from f2llm_ray.train.terms import TermInputs, added_terms
 from tests.train.test_losses import D, close, plain_side, side
 
 WIDE, PROJECTED = D + 8, D + 5
-ONLY = {"mse_weight": 0.0}
+PAPER = Distill(teacher="teacher")
 LESSONS = {
-    "paper": Lesson(),
-    "cosine": Lesson(**ONLY, cosine_weight=1.0),
-    "similarity": Lesson(**ONLY, similarity_weight=1.0, similarity_temperature=0.2),
-    "all, weighted": Lesson(mse_weight=0.5, cosine_weight=0.3, similarity_weight=0.2, similarity_temperature=0.1),
+    "paper": PAPER,
+    "cosine": Distill(teacher="teacher", mse_weight=0, cosine_weight=1),
+    "similarity": Distill(teacher="teacher", mse_weight=0, similarity_weight=1, similarity_temperature=0.2),
+    "all, weighted": Distill(
+        teacher="teacher", mse_weight=0.5, cosine_weight=0.3, similarity_weight=0.2, similarity_temperature=0.1
+    ),
 }
 Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextPlaces]
 
@@ -36,7 +38,15 @@ def learner(seed: int) -> Side:
     return v_nd, v_nd @ matrix, teacher, places
 
 
-def reference(sides: list[Side], lesson: Lesson) -> tuple[torch.Tensor, dict[str, float]]:
+def terms_of(
+    v_nd: torch.Tensor, matched: torch.Tensor, teacher: torch.Tensor, places: TextPlaces, lesson: Distill
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return added_terms(
+        TermInputs(v_nd=v_nd, places=places, settings=lesson, matched_nD=matched, teacher_nD=teacher)
+    )
+
+
+def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[str, float]]:
     """The terms of the global batch, one text and one pair at a time."""
     errors, angles, rows = [], [], []
     passages = [(v[p], t[p]) for v, _, t, places in sides for p in places.passage_b]
@@ -62,18 +72,18 @@ def reference(sides: list[Side], lesson: Lesson) -> tuple[torch.Tensor, dict[str
     return total, used
 
 
-def ours(one: Side, lesson: Lesson, *, project: bool) -> dict[str, Any]:
+def ours(one: Side, lesson: Distill, *, project: bool) -> dict[str, Any]:
     v_nd, matched, teacher, places = one
     v_nd = v_nd.clone().requires_grad_()
     matched = matched.clone().requires_grad_() if project else v_nd
-    loss, terms = distillation(v_nd, matched, teacher, places, lesson)
+    loss, terms = terms_of(v_nd, matched, teacher, places, lesson)
     loss.backward()
     gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in (v_nd, matched)]
     return {"loss": loss.detach(), "gradients": gradients, "terms": terms}
 
 
 def expected(
-    sides: list[Side], lesson: Lesson, *, project: bool
+    sides: list[Side], lesson: Distill, *, project: bool
 ) -> tuple[torch.Tensor, dict[str, float], list[Any]]:
     leaves = []
     for v, matched, _, _ in sides:
@@ -113,9 +123,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
     for name, lesson in LESSONS.items():
         for project in (False, True):
             found[f"{name} {project}"] = ours(learner(rank + 1), lesson, project=project)
-    found["no gradient"] = ours(
-        learner(rank + 1), replace(LESSONS["similarity"], gather_gradient=False), project=False
-    )
+    without = LESSONS["similarity"].model_copy(update={"gather_gradient": False})
+    found["no gradient"] = ours(learner(rank + 1), without, project=False)
     torch.save(found, Path(folder) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -145,17 +154,17 @@ def test_the_papers_mse() -> None:
     """Where no text stands twice: the mean over all vectors as they are, against the teacher's first dims."""
     v_nd, places = plain_side(seed=1)
     teacher = torch.randn(len(v_nd), WIDE, dtype=torch.float64)
-    loss, terms = distillation(v_nd, v_nd, teacher, places, Lesson())
+    loss, terms = terms_of(v_nd, v_nd, teacher, places, PAPER)
     close(loss, ((v_nd - teacher[:, :D]) ** 2).mean())
     assert list(terms) == ["mse"]
 
 
 def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
     v_nd, _, _, places = learner(1)
-    lesson = Lesson(cosine_weight=1.0, similarity_weight=1.0)
-    loss, _ = distillation(v_nd, v_nd, v_nd.clone(), places, lesson)
+    lesson = PAPER.model_copy(update={"cosine_weight": 1.0, "similarity_weight": 1.0})
+    loss, _ = terms_of(v_nd, v_nd, v_nd.clone(), places, lesson)
     close(loss, torch.zeros((), dtype=torch.float64))
     # Cosine and similarity do not see lengths, the MSE does.
-    loss, terms = distillation(2 * v_nd, 2 * v_nd, v_nd.clone(), places, lesson)
+    loss, terms = terms_of(2 * v_nd, 2 * v_nd, v_nd.clone(), places, lesson)
     assert math.isclose(float(loss), float(terms["mse"]), abs_tol=1e-9)
     assert float(loss) > 0.1

@@ -1,0 +1,103 @@
+"""Further terms of the loss beside the contrastive one, as pure functions in the table `TERMS`.
+
+A new loss is a function, its entry in `TERMS`, and a setting `<name>_weight` of the stage.
+
+Shapes: n texts of this rank, d dims of the model, D of the teacher, b rows of this rank, B rows of all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax, normalize
+
+from f2llm_ray.train.losses import TextPlaces, gather, per_rank
+from f2llm_ray.train.settings import Distill, TrainStage
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermInputs:
+    """What a term is computed from: the vectors of the rank's distinct texts, before normalization."""
+
+    v_nd: torch.Tensor
+    """The model's vectors."""
+    places: TextPlaces
+    """The role of each text."""
+    settings: TrainStage
+    matched_nD: torch.Tensor | None = None
+    """The vectors that should equal the teacher's: the model's own, or a projection; None without a teacher."""
+    teacher_nD: torch.Tensor | None = None
+    """The teacher's vectors. Terms on single vectors use as many of their first dims as `matched_nD` has."""
+
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matched vectors, and the teacher's cut to as many dims."""
+        assert self.matched_nD is not None  # noqa: S101 - such terms are settings of a stage with a teacher
+        assert self.teacher_nD is not None  # noqa: S101
+        return self.matched_nD, self.teacher_nD[:, : self.matched_nD.shape[1]]
+
+
+def added_terms(inputs: TermInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The sum of the terms whose weight is above 0, times their weights; and each term, detached and unweighted.
+
+    Terms are of this rank's texts; their mean over ranks is that of the global batch.
+    """
+    weights = {name: getattr(inputs.settings, f"{name}_weight", 0.0) for name in TERMS}
+    terms = {name: TERMS[name](inputs) for name, weight in weights.items() if weight > 0}
+    loss = sum((weights[name] * term for name, term in terms.items()), inputs.v_nd.new_zeros(()))
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def mse_loss(inputs: TermInputs) -> torch.Tensor:
+    """Mean squared error, the paper's term."""
+    matched_nD, target_nD = inputs.pair()
+    return mean_over_places((matched_nD - target_nD).square().mean(1), inputs.places)
+
+
+def cosine_loss(inputs: TermInputs) -> torch.Tensor:
+    """One minus the cosine (Jasper and Stella, arXiv 2412.19048)."""
+    return mean_over_places(1 - cosine_similarity(*inputs.pair(), dim=1), inputs.places)
+
+
+def similarity_loss(inputs: TermInputs) -> torch.Tensor:
+    """KL divergence between the teacher's and the student's softmax over all ranks' passages, mean over queries.
+
+    Both are over cosines divided by the temperature, in each model's own dims, whose numbers may differ. Without
+    the factor of the squared temperature of Hinton et al. 2015, the gradient is about as large as that of the
+    contrastive terms.
+    """
+    settings, teacher_nD = inputs.settings, inputs.teacher_nD
+    assert isinstance(settings, Distill)  # noqa: S101 - no other stage has the setting
+    assert teacher_nD is not None  # noqa: S101
+    student_bB, teacher_bB = (
+        log_softmax(_cosines(vectors, inputs.places, gradient=gradient) / settings.similarity_temperature, dim=1)
+        for vectors, gradient in ((inputs.v_nd, settings.gather_gradient), (teacher_nD, False))
+    )
+    return kl_div(student_bB, teacher_bB, reduction="batchmean", log_target=True)
+
+
+TERMS: dict[str, Callable[[TermInputs], torch.Tensor]] = {
+    "mse": mse_loss,
+    "cosine": cosine_loss,
+    "similarity": similarity_loss,
+}
+"""The terms by name; the weight of each is the stage's setting `<name>_weight`, and 0 without one."""
+
+
+def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
+    """The mean over queries, passages and negatives, as in the paper: a text counts once for each of its places.
+
+    The mean over distinct texts would depend on how the rows of the global batch are distributed over ranks.
+    """
+    negative = places.negative_bk[places.negative_bk >= 0]
+    place = torch.cat([places.query_b, places.passage_b, negative])
+    (count,) = per_rank(torch.ones_like(place), dtype=value_n.dtype)
+    return value_n[place].sum() / count
+
+
+def _cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:
+    """Cosines [b, B] of this rank's queries and all passages."""
+    unit_nd = normalize(v_nd, dim=1)
+    p_bd = unit_nd[places.passage_b]
+    return unit_nd[places.query_b] @ gather(p_bd if gradient else p_bd.detach()).T
