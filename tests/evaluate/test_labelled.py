@@ -232,7 +232,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
     }
     connect()
     pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
-    pipeline.prepare()
+    pipeline.job("jobs/prepare.py")
     pipeline.model("untrained")
     pipeline.evaluate()
     yield pipeline, folder
@@ -241,45 +241,47 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
     ray.shutdown()
 
 
+def untrained(pipeline: Pipeline) -> str:
+    """The folder of the run's untrained model."""
+    return str((pipeline.run.folder(pipeline.graph.model("untrained").stage) / "model").path)
+
+
 def test_a_run_measures_sets_of_all_kinds_and_trains_on_none(
     evaluated: tuple[Pipeline, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline, folder = evaluated
-    stage = pipeline.plan.evaluations["untrained"]
-    manifest = pipeline.run.manifest(stage)
-    assert manifest is not None
-    kinds = {name: (found["kind"], found["metric"]) for name, found in manifest["results"].items()}
-    assert kinds == {
+    graph = pipeline.graph
+    folders = {name: pipeline.run.require(graph.evaluations["untrained", name]) for name in graph.sets}
+    results = {name: at.read_json("manifest.json")["result"] for name, at in folders.items()}
+    assert {name: (found["kind"], found["metric"]) for name, found in results.items()} == {
         "held": ("retrieval", "ndcg@10"),
         "bitext": ("bitext", "f1"),
         "topics": ("classification", "accuracy"),
     }
-    for name, found in manifest["results"].items():
+    for name, found in results.items():
         assert list(found["scores"]) == list(found["languages"]) == ["32", "16", "8", "4"]
-        units = (pipeline.run.folder(stage) / "units").read_table(f"{name}.parquet")
+        units = folders[name].read_table("units.parquet")
         assert units.column_names == ["id", "language", "target", "32", "16", "8", "4"]
         assert len(units) == found["queries"]
         difference = compare(found["kind"], units, units, (32, 4)).all.difference
         wanted = found["scores"]["32"][found["metric"]] - found["scores"]["4"][found["metric"]]
         assert difference == pytest.approx(wanted, abs=2e-6)
-    assert set(manifest["results"]["bitext"]["languages"]["32"]) == {"deu", "fra", "rus", "jpn"}
+    assert set(results["bitext"]["languages"]["32"]) == {"deu", "fra", "rus", "jpn"}
     asked = [json.loads(line)["text"] for name in ("test", "train") for line in (folder / f"{name}.jsonl").open()]
-    prepared = pipeline.run.folder(pipeline.plan.prepare) / "rows"
+    prepared = pipeline.run.folder(graph.prepare) / "rows"
     rows = [row for file in prepared.files(".parquet") for row in prepared.read_table(file).to_pylist()]
     dropped = {row["query"] for row in rows if row["drop"] == "decontaminate: topics"}
     assert dropped == set(asked)
-    again = pipeline.evaluate_folder(
-        str(Path(pipeline.run.folder(pipeline.plan.models["untrained"]).path) / "model")
-    )
-    assert again == {name: found["scores"] for name, found in manifest["results"].items()}
+    again = pipeline.evaluate_folder(untrained(pipeline))
+    assert again == {name: found["scores"] for name, found in results.items()}
     capsys.readouterr()
     pipeline.evaluate()
-    assert "evaluate-untrained: finished before, skipped" in capsys.readouterr().out
+    assert "evaluate: 3 evaluations finished before, skipped" in capsys.readouterr().out
 
 
 def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path]) -> None:
     pipeline, folder = evaluated
-    same = f"{pipeline.run.folder(pipeline.plan.models['untrained']).path}/model"
+    same = untrained(pipeline)
     other = str(tiny_model(folder / "tiny"))
     rows = compare_models(pipeline, ["untrained", same, other])
     assert [(row["set"], row["model"]) for row in rows] == [
@@ -297,7 +299,7 @@ def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path])
     assert len(table(rows).splitlines()) >= len(rows)
     measured = list((Path(pipeline.run.root.path) / "compared").glob("*/results.json"))
     before = {place: place.stat().st_mtime_ns for place in measured}
-    assert len(before) == 2
+    assert len(before) == 2 * 3
     assert compare_models(pipeline, ["untrained", same, other]) == rows
     assert {place: place.stat().st_mtime_ns for place in measured} == before
     with pytest.raises(RunError, match=r"neither a model of the run \(.*\) nor a folder with safetensors"):
