@@ -6,7 +6,7 @@ The text is read at run time from the installed package; its licence stays Unico
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import pyarrow as pa
 from pydantic import Field
@@ -90,8 +90,7 @@ class CldrNamesSource(LocalesSource):
             {"language": language, "query": own, "passage": english, "passage_language": "eng"}
             for english, own in dict.fromkeys((english, own) for _, english, own in self.names(piece))
         ]
-        if rows:
-            yield rows_table(rows, source=name, task=self.task)
+        yield rows_table(rows, source=name, task=self.task)
 
 
 class CldrKindSource(LocalesSource):
@@ -122,15 +121,18 @@ class CldrKindSource(LocalesSource):
             for own, (kind, *others) in kinds.items()
             if not others
         ]
-        if rows:
-            yield rows_table(rows, source=name, task=self.task)
+        yield rows_table(rows, source=name, task=self.task)
 
 
 def _names(locale_name: str, kind: Kind) -> dict[str, tuple[str, ...]]:
     """Code to names in a locale, the one to use first."""
     locale = require("babel", extra="quickstart").Locale.parse(locale_name)
     if kind == "units":
-        return {unit: forms for unit, names in locale.unit_display_names.items() if (forms := _unit_forms(names))}
+        units = {
+            unit: tuple(names[width] for width in ("long", "short", "narrow") if width in names)
+            for unit, names in locale.unit_display_names.items()
+        }
+        return {unit: names for unit, names in units.items() if names}
     if kind == "cities":
         zones = locale.time_zones.items()
         return {zone: (names["city"],) for zone, names in zones if "city" in names}
@@ -140,10 +142,6 @@ def _names(locale_name: str, kind: Kind) -> dict[str, tuple[str, ...]]:
         widths = locale.months if kind == "months" else locale.days
         return {str(number): (name,) for number, name in widths["format"]["wide"].items()}
     return {str(code): (name,) for code, name in getattr(locale, kind).items()}
-
-
-def _unit_forms(names: Any) -> tuple[str, ...]:
-    return tuple(names[width] for width in ("long", "short", "narrow") if width in names)
 
 
 def _spelled_out(code: str, kind: Kind) -> tuple[str, ...]:

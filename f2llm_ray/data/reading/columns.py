@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from pydantic import field_validator
 
 from f2llm_ray.base.section import Output, Section
+from f2llm_ray.data.ragged import filter_lists
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
 from f2llm_ray.data.reading.templates import join_columns, template
@@ -85,14 +86,7 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
 
 
 def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: BadRow) -> pa.Table:
-    """Makes rows of `schema.ROW` of texts, and looks for those that are empty.
-
-    Args:
-        source: the source that they are of.
-        name: its name in the recipe.
-        texts: a table of `TEXTS`.
-        rows: what the texts were read from, with what was wrong with it.
-        bad_row: as in `SourceBase.read`.
+    """Makes rows of `schema.ROW` of a table of `TEXTS`, and looks for those that are empty.
 
     Raises:
         DataError: the first malformed row, with bad_row="error".
@@ -107,6 +101,8 @@ def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: 
         rows.refuse_faults()
     drop = [f"read: {rows.faults[row].reason}" if row in rows.faults else None for row in range(count)]
     kept = pa.array([reason is None for reason in drop], pa.bool_())
+    given = pc.and_(kept, columns["negatives"].is_valid())
+    negatives = pc.if_else(given, columns["negatives"], pa.scalar([], TEXT_LIST))
     language = _filled(columns["language"], source.language)
     passage_language = _filled(columns["passage_language"], None)
     same = pc.fill_null(pc.equal(passage_language, language), False)
@@ -117,23 +113,13 @@ def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: 
             "language": language,
             "query": pc.if_else(kept, columns["query"], ""),
             "passage": pc.if_else(kept, columns["passage"], ""),
-            "negatives": _present(pc.if_else(kept, columns["negatives"], pa.scalar([], TEXT_LIST))),
+            "negatives": filter_lists(negatives, ~_blank(negatives.flatten())),
             "passage_language": pc.if_else(same, pa.scalar(None, pa.string()), passage_language),
             "label": _filled(columns["label"], None),
             "drop": pa.array(drop, pa.string()),
         },
         schema=ROW,
     )
-
-
-def _present(lists: pa.ListArray) -> pa.ListArray:
-    """The lists without null and blank texts; none is null."""
-    values = lists.flatten()
-    present = ~_blank(values)
-    owners = pc.list_parent_indices(lists).to_numpy()[present]
-    offsets = np.zeros(len(lists) + 1, dtype=np.int32)
-    np.cumsum(np.bincount(owners, minlength=len(lists)), out=offsets[1:])
-    return pa.ListArray.from_arrays(pa.array(offsets), values.filter(pa.array(present)))
 
 
 def _blank(texts: pa.Array) -> np.ndarray[Any, np.dtype[np.bool_]]:

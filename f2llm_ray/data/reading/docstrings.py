@@ -43,11 +43,7 @@ class DocstringsSource(SourceBase):
         return [InputFile("python", None, platform.python_version())]
 
     def pieces(self, name: str) -> list[Piece]:
-        """One per 50 files.
-
-        Raises:
-            DataError: a module that is not there, or a Python without the source of its library.
-        """
+        """One per 50 files."""
         modules = _library()
         if not modules:
             raise DataError(f"source {name!r}: found no source of the standard library, expected .py files")
@@ -69,8 +65,7 @@ class DocstringsSource(SourceBase):
             for file in piece["files"]
             for said, code in _described_functions(_source(_folder() / file, f"source {name!r}: {file}"))
         ]
-        if rows:
-            yield rows_table(rows, source=name, task=self.task)
+        yield rows_table(rows, source=name, task=self.task)
 
 
 def _folder() -> Path:
@@ -80,12 +75,8 @@ def _folder() -> Path:
 def _library() -> dict[str, str]:
     """Dotted name to file of each module, sorted by file."""
     root = _folder()
-    files = sorted(_python_files(root))
-    parts = [path.relative_to(root).with_suffix("").parts for path in files]
-    return {
-        ".".join(names).removesuffix(".__init__"): path.relative_to(root).as_posix()
-        for names, path in zip(parts, files, strict=True)
-    }
+    files = [path.relative_to(root) for path in sorted(_python_files(root))]
+    return {".".join(file.with_suffix("").parts).removesuffix(".__init__"): file.as_posix() for file in files}
 
 
 def _python_files(folder: Path) -> Iterator[Path]:

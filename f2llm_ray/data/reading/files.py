@@ -13,6 +13,7 @@ from pydantic import Field
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
+from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import TEXTS, Columns, finish, texts_of
 from f2llm_ray.data.reading.paths import find_files
@@ -33,13 +34,11 @@ class FilesSource(SourceBase):
     A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
 
     @property
-    def kind_of_file(self) -> Format:
-        """The format of the files."""
+    def _file_format(self) -> Format:
         return "parquet"
 
     @property
-    def layout(self) -> Columns:
-        """The columns of the texts."""
+    def _layout(self) -> Columns:
         return Columns()
 
     def inputs(self, name: str) -> list[InputFile]:
@@ -48,10 +47,9 @@ class FilesSource(SourceBase):
         Raises:
             DataError: a path that matches nothing, or an empty file.
         """
-        suffixes = (f".{self.kind_of_file}",)
         found: dict[str, InputFile] = {}
         for path in self.paths:
-            files = find_files(path, suffixes, f"source {name!r}: {path}").values()
+            files = find_files(path, (f".{self._file_format}",), f"source {name!r}: {path}").values()
             found |= {file.uri: found.get(file.uri, file) for file in files}
         for file in found.values():
             if file.size == 0:
@@ -64,7 +62,7 @@ class FilesSource(SourceBase):
         for file in self.inputs(name):
             table = self._table(name, file.uri)
             schema = table.schema()
-            columns = self.layout.kinds() | self.more(schema)
+            columns = self._layout.kinds() | self._more(schema)
             if schema is not None:
                 check_columns(schema, columns.items(), table.place)
             parts = table.parts()
@@ -79,25 +77,24 @@ class FilesSource(SourceBase):
         part = FilePart(**{field.name: piece[field.name] for field in fields(FilePart)})
         unseen: set[str] | None = None
         for rows in table.read(part, piece["columns"]):
-            unseen = (set(self.layout.joined()) if unseen is None else unseen) - set(rows.names)
-            yield finish(self, name, self.texts(rows), rows, bad_row)
+            unseen = (set(self._layout.joined()) if unseen is None else unseen) - set(rows.names)
+            yield finish(self, name, self._texts(rows), rows, bad_row)
         if unseen is None:
             raise DataError(f"{table.place}: found no rows, expected at least one")
         if unseen:  # a row may lack a key of a template, but a key that all rows lack is a slip in the recipe
             key = repr(min(unseen))
             raise DataError(f"{table.place}: no row has the key {key} of the template, expected it in some")
 
-    def more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
+    def _more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
         """Further columns of a file that are read."""
         del schema
         return {}
 
-    def texts(self, rows: Rows) -> pa.Table:
-        """The rows as a table of `columns.TEXTS`."""
-        return texts_of(rows, self.layout)
+    def _texts(self, rows: Rows) -> pa.Table:
+        return texts_of(rows, self._layout)
 
     def _table(self, name: str, uri: str) -> TableFile:
-        return TableFile(Folder.at(uri), self.kind_of_file, f"source {name!r}: {uri}")
+        return TableFile(Folder.at(uri), self._file_format, f"source {name!r}: {uri}")
 
 
 class TableSource(FilesSource):
@@ -111,13 +108,11 @@ class TableSource(FilesSource):
     columns: Columns = Columns()
 
     @property
-    def kind_of_file(self) -> Format:
-        """The format of the files."""
+    def _file_format(self) -> Format:
         return self.format
 
     @property
-    def layout(self) -> Columns:
-        """The columns of the recipe."""
+    def _layout(self) -> Columns:
         return self.columns
 
 
@@ -130,18 +125,17 @@ class F2llmSource(FilesSource):
 
     format: Output[Literal["f2llm"]] = "f2llm"
 
-    def more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
-        """The negatives of a file."""
+    def _more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
         return dict.fromkeys(filter(NEGATIVE.fullmatch, () if schema is None else schema.names), "text")
 
-    def texts(self, rows: Rows) -> pa.Table:
-        """The rows as a table of `columns.TEXTS`, the negatives of each in the order of their numbers."""
-        texts, names = texts_of(rows, self.layout), filter(NEGATIVE.fullmatch, rows.names)
+    def _texts(self, rows: Rows) -> pa.Table:
+        """The negatives of each row in the order of their numbers."""
+        texts, names = super()._texts(rows), filter(NEGATIVE.fullmatch, rows.names)
         negatives = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
         if not negatives:
             return texts
         stacked = pa.concat_arrays([rows.column(name, "text", field="negatives") for name in negatives])
         row_by_row = np.arange(len(stacked)).reshape(len(negatives), len(rows)).T.ravel()
-        offsets = np.arange(0, len(stacked) + 1, len(negatives), dtype=np.int32)
-        lists = pa.ListArray.from_arrays(pa.array(offsets), stacked.take(pa.array(row_by_row)).cast(pa.string()))
+        values = stacked.take(pa.array(row_by_row)).cast(pa.string())
+        lists = list_array(values, np.full(len(rows), len(negatives)))
         return texts.set_column(2, TEXTS.field("negatives"), lists)

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from gettext import c2py
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -68,7 +68,10 @@ class CatalogsSource(SourceBase):
             DataError: the package is not installed or has no catalogs, or a domain is not among them.
         """
         place = f"source {name!r}: package {self.package!r}"
-        found = _catalogs(_files(self.package, place))
+        files = sorted(_files(self.package, place), key=lambda path: path.suffix)
+        # One file per catalog: the .po, which has comments, where both are there.
+        catalogs = {path.with_suffix("").as_posix(): path for path in files}
+        found = [catalogs[catalog] for catalog in sorted(catalogs)]
         if not found:
             raise DataError(f"{place}: found no catalogs, expected <locale>/LC_MESSAGES/<domain>.po or .mo")
         there = sorted({path.stem for path in found})
@@ -82,6 +85,24 @@ class CatalogsSource(SourceBase):
                     raise DataError(f"{place}: no language {language!r}; the languages are {sorted(known)}")
             found = [path for path in found if iso639_3(_locale(path)) in self.languages]
         return [path for path in found if self.domains is None or path.stem in self.domains]
+
+    def messages(self, name: str, catalog: str) -> Iterator[tuple[str, str]]:
+        """English text and translation of each message that is translated and not fuzzy."""
+        place = f"source {name!r}: package {self.package!r}"
+        path = _located(self.package, catalog, place)
+        try:
+            parsed = _parsed(path)
+            singular = c2py(parsed.plural_expr)(1)
+        except (ValueError, OSError) as error:
+            raise DataError(f"{place}: {catalog}: found a catalog that cannot be read ({error})") from None
+        for message in parsed:
+            if not message.id or message.fuzzy:
+                continue
+            english = _english(message)
+            forms = (message.string,) if isinstance(message.string, str) else message.string
+            text = forms[min(singular, len(forms) - 1)]
+            if english.strip() and text.strip() and text.strip() != english.strip():
+                yield english, text
 
 
 class GettextSource(CatalogsSource):
@@ -98,7 +119,6 @@ class GettextSource(CatalogsSource):
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one catalog; a message without a translation is no row."""
         del bad_row
-        place = f"source {name!r}: package {self.package!r}"
         language = iso639_3(_locale(Path(piece["catalog"])))
         rows = [
             {
@@ -107,11 +127,10 @@ class GettextSource(CatalogsSource):
                 "passage": english,
                 "passage_language": None if language == "eng" else "eng",
             }
-            for english, text in _messages(self.package, piece["catalog"], place)
+            for english, text in self.messages(name, piece["catalog"])
             if not (self.plain and COPIED.search(english))
         ]
-        if rows:
-            yield rows_table(rows, source=name, task=self.task)
+        yield rows_table(rows, source=name, task=self.task)
 
 
 class GettextDomainSource(CatalogsSource):
@@ -132,18 +151,14 @@ class GettextDomainSource(CatalogsSource):
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads all catalogs of one locale."""
         del bad_row
-        place = f"source {name!r}: package {self.package!r}"
         language = iso639_3(piece["locale"])
-        domains = {
-            catalog: {text for _, text in _messages(self.package, catalog, place)} for catalog in piece["catalogs"]
-        }
+        domains = {catalog: {text for _, text in self.messages(name, catalog)} for catalog in piece["catalogs"]}
         rows = [
             {"language": language, "query": query, "passage": passage, "negatives": negatives}
             for domain in domains
             for query, passage, negatives in _pairs(domain, domains, self.negatives)
         ]
-        if rows:
-            yield rows_table(rows, source=name, task=self.task)
+        yield rows_table(rows, source=name, task=self.task)
 
 
 def _pairs(domain: str, domains: dict[str, set[str]], count: int) -> Iterator[tuple[str, str, list[str]]]:
@@ -170,64 +185,29 @@ def _roots(package: str) -> list[Path]:
 
 def _files(package: str, place: str) -> list[Path]:
     """All catalog files, relative to the folders that `_located` looks in."""
-    roots = _roots(package)
-    if roots:
-        return [
-            path.relative_to(root)
-            for root in roots
-            for pattern in ("*.po", "*.mo")
-            for path in root.rglob(f"LC_MESSAGES/{pattern}")
-        ]
+    if roots := _roots(package):
+        return [path.relative_to(root) for root in roots for path in root.rglob("LC_MESSAGES/*.[pm]o")]
+    files = _distribution(package, place).files or ()
+    return [Path(file) for file in files if file.parent.name == "LC_MESSAGES" and file.suffix in {".po", ".mo"}]
+
+
+def _distribution(package: str, place: str) -> metadata.Distribution:
     try:
-        files = metadata.files(package)
+        return metadata.distribution(package)
     except (metadata.PackageNotFoundError, ValueError):
         raise DataError(f"{place}: {not_installed(package, extra='quickstart')}") from None
-    return [Path(file) for file in files or () if file.parent.name == "LC_MESSAGES"]
-
-
-def _catalogs(files: list[Path]) -> list[Path]:
-    """One file per catalog: the .po, which has comments, where both are there."""
-    found: dict[str, Path] = {}
-    for path in sorted(files, key=lambda path: (path.suffix != ".po", path.as_posix())):
-        if path.suffix in {".po", ".mo"}:
-            found.setdefault(path.with_suffix("").as_posix(), path)
-    return [found[catalog] for catalog in sorted(found)]
 
 
 def _located(package: str, catalog: str, place: str) -> Path:
     """A catalog's file on this machine; a piece names it relative to the package, wherever that is here."""
-    roots = _roots(package)
-    if not roots:
-        try:
-            roots = [Path(str(metadata.distribution(package).locate_file("")))]
-        except (metadata.PackageNotFoundError, ValueError):
-            raise DataError(f"{place}: {not_installed(package, extra='quickstart')}") from None
-    for root in roots:
+    for root in _roots(package) or [Path(str(_distribution(package, place).locate_file("")))]:
         if (root / catalog).is_file():
             return root / catalog
     raise DataError(f"{place}: no file {catalog}; the installed version differs between machines")
 
 
 def _locale(catalog: Path) -> str:
-    return PurePosixPath(catalog.as_posix()).parent.parent.name
-
-
-def _messages(package: str, catalog: str, place: str) -> Iterator[tuple[str, str]]:
-    """English text and translation of each message that is translated and not fuzzy."""
-    path = _located(package, catalog, place)
-    try:
-        parsed = _parsed(path)
-        singular = c2py(parsed.plural_expr)(1)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{place}: {catalog}: found a catalog that cannot be read ({error})") from None
-    for message in parsed:
-        if not message.id or message.fuzzy:
-            continue
-        english = _english(message)
-        forms = (message.string,) if isinstance(message.string, str) else message.string
-        text = forms[min(singular, len(forms) - 1)]
-        if english.strip() and text.strip() and text.strip() != english.strip():
-            yield english, text
+    return catalog.parent.parent.name
 
 
 def _parsed(path: Path) -> Any:

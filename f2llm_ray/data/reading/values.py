@@ -117,8 +117,8 @@ def from_cells(cells: Sequence[str | None], column: str, kind: ColumnKind, field
 def from_arrow(values: pa.ChunkedArray, column: str, kind: ColumnKind, field: str | None = None) -> Column:
     """A column of a table, whose type `check_type` has accepted."""
     if kind == "any":
-        return whole(values), {}
-    array = whole(values.cast(TYPES[kind]) if kind in {"text", "texts"} else values)
+        return values.combine_chunks(), {}
+    array = (values.cast(TYPES[kind]) if kind in {"text", "texts"} else values).combine_chunks()
     faults = {}
     try:
         array.validate(full=True)
@@ -137,13 +137,6 @@ def from_arrow(values: pa.ChunkedArray, column: str, kind: ColumnKind, field: st
         return array, faults
     array, wrong = from_python(array.to_pylist(), column, kind, field)
     return array, wrong | faults
-
-
-def whole(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array."""
-    if column.num_chunks == 1:
-        return column.chunk(0)
-    return pa.concat_arrays(column.chunks or [pa.nulls(0, column.type)])
 
 
 def _typed(value: Any, kind: ColumnKind) -> Any:
