@@ -36,6 +36,7 @@ import pyarrow as pa
 import torch
 
 from f2llm_ray.data.batches.table import BatchTable, mix, write_source
+from f2llm_ray.data.keyed import META
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens import store as token_files
@@ -170,7 +171,7 @@ def teach(place: Place, hidden: int, out: Path) -> int:
     for shard, piece, _ in teacher_store.pieces(counts):
         keys_n2 = teacher_store.read_keys(folder, shard, piece)
         encoder.write(keys_n2, folder, teacher_store.piece_file(shard, piece))
-    teacher_store.write_meta(folder, shards=1, texts=counts[0], dims=hidden)
+    folder.write_json(META, {"shards": 1, "texts": counts[0], "dims": hidden})
     return counts[0]
 
 

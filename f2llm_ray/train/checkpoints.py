@@ -16,7 +16,8 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from pyarrow import fs
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.deepspeed import inner_optimizer, link_moments, read_state, set_learning_rate, write_state
+from f2llm_ray.train.deepspeed import link_moments, read_state, set_learning_rate, write_state
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,6 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 RAY_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's list of checkpoints (ray 2.60), beside the checkpoints."""
 PART = re.compile(r"part-(\d+)-of-(\d+)\.json")
-BLOCK = 1 << 24
-"""Bytes read at once for a checksum; SHA-256 does 1.25 GB/s on one core of a small cloud machine."""
 
 History = dict[str, Any]
 
@@ -58,36 +57,18 @@ class Checkpoint:
         return self.folder.path.rsplit("/", 1)[-1]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint whose parts are intact, on a local disk."""
-
-    checkpoint: Checkpoint
-    path: Path
-
-    @property
-    def step(self) -> int:
-        """Steps done when it was written."""
-        return self.checkpoint.step
-
-
 def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: int, history: History) -> None:
-    """Writes this rank's part; every rank must call it.
+    """Writes this rank's part of a checkpoint after `step` steps into an existing folder; every rank must call it.
 
-    Args:
-        engine: the engine after `step` optimizer steps.
-        folder: an existing local folder.
-        rank: this worker.
-        world: number of workers.
-        step: steps done.
-        history: JSON values that belong to the step, the same on all ranks; kept by the first.
+    `history` has JSON values that belong to the step, the same on all ranks; the first one writes them.
     """
     import torch
     from safetensors.torch import save_file
 
     link_moments(engine)
     parameters = list(engine.module.named_parameters())
-    owners = deal([_size(parameter) for _, parameter in parameters], world)
+    # `ds_numel`: of a parameter that ZeRO-3 has partitioned.
+    owners = deal([int(getattr(value, "ds_numel", value.numel())) for _, value in parameters], world)
     tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -104,8 +85,8 @@ def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: 
     (folder / f"{_part(rank, world)}.json").write_text(json.dumps(seal))
 
 
-def restore(engine: DeepSpeedEngine, opened: Opened, *, rank: int, world: int) -> None:
-    """Restores weights, moments, the count of steps and the random state; every rank must call it.
+def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, rank: int, world: int) -> None:
+    """Restores the state of a checkpoint that `opened` has yielded; every rank must call it.
 
     The number of workers may differ from that at the time of writing. Where it is the same, the random state is
     restored too; otherwise it starts from the seed that the worker has set.
@@ -114,16 +95,18 @@ def restore(engine: DeepSpeedEngine, opened: Opened, *, rank: int, world: int) -
     from safetensors import safe_open
 
     _make_state(engine)
-    parts = [_part(number, opened.checkpoint.world) for number in range(opened.checkpoint.world)]
+    path = Path(checkpoint.folder.path)
+    parts = [_part(number, checkpoint.world) for number in range(checkpoint.world)]
     with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(opened.path / f"{part}.safetensors", "pt")) for part in parts]
+        files = [stack.enter_context(safe_open(path / f"{part}.safetensors", "pt")) for part in parts]
         holder = {name: file for file in files for name in file.keys() if not name.startswith("random/")}  # noqa: SIM118
         for name, parameter in engine.module.named_parameters():
             for kind in KINDS:
                 write_state(engine, parameter, kind, holder[f"{kind}/{name}"].get_tensor(f"{kind}/{name}"))
-        for state in inner_optimizer(engine).state.values():
-            state["step"].fill_(opened.step)
-        if opened.checkpoint.world == world:
+        # ZeRO wraps the optimizer.
+        for state in getattr(engine.optimizer, "optimizer", engine.optimizer).state.values():
+            state["step"].fill_(checkpoint.step)
+        if checkpoint.world == world:
             torch.set_rng_state(files[rank].get_tensor("random/cpu"))
             if torch.cuda.is_available() and "random/cuda" in files[rank].keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(files[rank].get_tensor("random/cuda"))
@@ -168,8 +151,8 @@ def listed(folder: Folder) -> list[Checkpoint]:
 @contextmanager
 def opened(
     candidates: Sequence[Checkpoint], *, rank: int, world: int, say: Callable[[str], None]
-) -> Iterator[Opened | None]:
-    """The first of the candidates whose parts are all intact, for as long as the context lasts; None without any.
+) -> Iterator[Checkpoint | None]:
+    """The first of the candidates whose parts are all intact, in a local folder while the context lasts, or None.
 
     Every rank must call it: each reads a share of the parts, and all take the same checkpoint.
 
@@ -180,14 +163,14 @@ def opened(
         say: prints a sentence for each checkpoint that is skipped, on the first rank.
     """
     with ExitStack() as stack:
-        for checkpoint in _of_first(list(candidates), world):
+        for checkpoint in _of_all(list(candidates), world)[0]:
             attempt = stack.enter_context(ExitStack())
             path = attempt.enter_context(_local(checkpoint.folder))
             numbers = range(rank, checkpoint.world, world)
-            flaws = [flaw for number in numbers if (flaw := flaw_of(path, number, checkpoint.world))]
-            flaws = _of_all(flaws, world)
+            own = [flaw for number in numbers if (flaw := flaw_of(path, number, checkpoint.world))]
+            flaws = list(chain(*_of_all(own, world)))
             if not flaws:
-                yield Opened(checkpoint, path)
+                yield replace(checkpoint, folder=Folder.at(str(path)))
                 return
             attempt.close()
             if rank == 0:
@@ -274,37 +257,25 @@ def _local(folder: Folder) -> Iterator[Path]:
         yield Path(path)
 
 
-def _of_first(value: list[Checkpoint], world: int) -> list[Checkpoint]:
+def _of_all(value: Any, world: int) -> list[Any]:
+    """The values of all ranks, in their order."""
     import torch
 
-    values: list[Any] = [value]
-    if world > 1:
-        torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _of_all(value: list[str], world: int) -> list[str]:
-    import torch
-
-    values: list[Any] = [value]
+    values = [value]
     if world > 1:
         values = [None] * world
         torch.distributed.all_gather_object(values, value)
-    return [text for texts in values for text in texts]
+    return values
 
 
 def _part(rank: int, world: int) -> str:
     return f"part-{rank:05d}-of-{world:05d}"
 
 
-def _size(parameter: torch.nn.Parameter) -> int:
-    """Elements of a parameter, also of one that ZeRO-3 has partitioned."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
 def _digest(path: Path) -> str:
+    """SHA-256 of a file: 1.25 GB/s on one core of a small cloud machine."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()

@@ -48,16 +48,12 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
         backbone: Any = module.backbone
         for layer in backbone.layers:  # in place: names of weights stay
             layer.compile(dynamic=True)
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for parameter in module.parameters():
-        # Norm weights are scales around one; pulling them to zero is no regularisation.
-        (decayed if parameter.ndim > 1 else plain).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=stage.lr,
-        betas=stage.betas,
-    )
+    parameters = list(module.parameters())
+    decayed = [p for p in parameters if p.ndim > 1]
+    # Norm weights are scales around one; pulling them to zero is no regularisation.
+    plain = [p for p in parameters if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(stage, world), dist_init_required=False
     )
@@ -92,11 +88,6 @@ def step(engine: DeepSpeedEngine) -> float:
     engine.step()
     norm = engine.get_global_grad_norm() if norm is None else norm
     return math.nan if norm is None else float(norm)
-
-
-def inner_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The torch optimizer inside ZeRO's wrapper."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def link_moments(engine: DeepSpeedEngine) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,9 @@ import pyarrow.compute as pc
 from f2llm_ray.data.batches.table import BatchTable, rank_slice
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.tokens.store import TokenStore
+from f2llm_ray.data.tokens.store import Tokens, TokenStore
 from f2llm_ray.engine.vector_files import Halves
 from f2llm_ray.train.teacher_store import TeacherStore
-
-if TYPE_CHECKING:
-    from f2llm_ray.data.tokens.store import Tokens
 
 # Steps that one loading task prepares, each handed on as it is ready. Ray Data's rounds set the rate: tasks of 4
 # steps gave two consumers on 2 cores 15 to 17 batches/s, tasks of 16 gave 43 to 50 (benchmarks/loader.py).
@@ -82,24 +79,22 @@ def stream(
     """
     import ray
 
-    steps = len(table.order()) - first_step
-    if steps <= 0:
+    steps = len(table.order())
+    if first_step >= steps:
         return iter(())
+    row_of = partial(_collate, table, store, taught, rank, world)
     # No core is booked: looking up is memory-mapped reading, and must not wait for those that trainers hold.
-    feeder = ray.remote(num_cpus=0)(_Feeder).remote(table, store, taught, first_step, rank, world)
-    coming = deque(feeder.next.remote() for _ in range(min(prefetch, steps)))
-    return _take(feeder, coming, steps, table.sources)
+    feeder = ray.remote(num_cpus=0)(_Feeder).remote(row_of, range(first_step, steps))
+    coming = deque(feeder.next.remote() for _ in range(min(prefetch, steps - first_step)))
 
+    def batches() -> Iterator[TrainBatch]:
+        for step in range(first_step, steps):
+            row = ray.get(coming.popleft())
+            if step + prefetch < steps:
+                coming.append(feeder.next.remote())
+            yield _unpack(row, table.sources)
 
-def _take(feeder: Any, coming: deque[Any], steps: int, sources: tuple[str, ...]) -> Iterator[TrainBatch]:
-    import ray
-
-    prefetch = len(coming)
-    for step in range(steps):
-        row = ray.get(coming.popleft())
-        if step + prefetch < steps:
-            coming.append(feeder.next.remote())
-        yield _unpack(row, sources)
+    return batches()
 
 
 def read(
@@ -113,29 +108,21 @@ def read(
 class _Feeder:
     """The actor that runs Ray Data for one rank."""
 
-    def __init__(
-        self, table: BatchTable, store: Path, taught: Path | None, first_step: int, rank: int, world: int
-    ) -> None:
+    def __init__(self, row_of: Callable[[int], pa.Table], steps: range) -> None:
         import ray.data
 
-        steps = len(table.order()) - first_step
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.execution_options.preserve_order = True
         context.custom_execution_callback_classes = [_pausing()]
-        load = partial(
-            _load,
-            steps=steps,
-            table=table,
-            store=store,
-            taught=taught,
-            first_step=first_step,
-            rank=rank,
-            world=world,
-        )
+
+        def load(firsts: pa.Table) -> Iterator[pa.Table]:
+            for first in firsts["item"].to_pylist():
+                yield from map(row_of, range(first, min(first + STEPS_PER_TASK, steps.stop)))
+
         # Not ray.data.range or from_arrow: their tasks book a core each, and trainers may hold all.
-        chunks = range(0, steps, STEPS_PER_TASK)
-        dataset = ray.data.from_items(list(chunks), override_num_blocks=len(chunks)).map_batches(
+        firsts = list(steps[::STEPS_PER_TASK])
+        dataset = ray.data.from_items(firsts, override_num_blocks=len(firsts)).map_batches(
             load,
             batch_format="pyarrow",
             num_cpus=0,
@@ -164,35 +151,9 @@ def _pausing() -> type:
     return Pausing
 
 
-def _load(
-    chunks: pa.Table,
-    *,
-    steps: int,
-    table: BatchTable,
-    store: Path,
-    taught: Path | None,
-    first_step: int,
-    rank: int,
-    world: int,
-) -> Iterator[pa.Table]:
-    for chunk in chunks["item"].to_pylist():
-        for step in range(chunk, min(chunk + STEPS_PER_TASK, steps)):
-            yield _collate(table, store, taught, first_step + step, rank, world)
-
-
-@lru_cache(maxsize=4)
-def _store(folder: Path) -> TokenStore:
-    return TokenStore(folder)
-
-
-@lru_cache(maxsize=4)
-def _vectors(folder: Path) -> TeacherStore:
-    return TeacherStore(folder)
-
-
-@lru_cache(maxsize=4)
-def _order(table: BatchTable) -> np.ndarray[Any, Any]:
-    return table.order()
+_store = lru_cache(maxsize=4)(TokenStore)
+_vectors = lru_cache(maxsize=4)(TeacherStore)
+_order = lru_cache(maxsize=4)(BatchTable.order)
 
 
 def _collate(table: BatchTable, store: Path, taught: Path | None, step: int, rank: int, world: int) -> pa.Table:

@@ -117,7 +117,8 @@ class Worker:
             self.engine = start_engine(module, settings, world)
             self.engine.train()
             if opened is not None:
-                self._restore(opened)
+                checkpoints.restore(self.engine, opened, rank=rank, world=world)
+                self.meters.load(opened.history["meters"])
         self.trackers = list[Tracker]()
         if rank == 0:
             self.trackers = open_trackers(job.training, job.out, first=self.first, say=self._say)
@@ -225,10 +226,6 @@ class Worker:
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
         )
-
-    def _restore(self, opened: checkpoints.Opened) -> None:
-        checkpoints.restore(self.engine, opened, rank=self.rank, world=self.world)
-        self.meters.load(opened.checkpoint.history["meters"])
 
     def _back_to_best(self) -> int:
         """Puts the best checkpoint back, unless the last step is as good."""

@@ -39,10 +39,6 @@ class Parts:
     """The hard-negative term of each dim."""
     in_batch_m: torch.Tensor | None
     """The in-batch term of each dim; None in a batch without it."""
-    hard_negatives_masked: torch.Tensor
-    """Share of the hard negatives that were left out as false."""
-    in_batch_masked: torch.Tensor | None
-    """Share of the in-batch negatives that were left out as false."""
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The further terms by name (train/terms.py)."""
 
@@ -87,10 +83,11 @@ def contrastive(
     positive_mb = [positive_b1[:, 0] for positive_b1 in _cosines(q_bd, p_bd[:, None], dims)]
     negative_mbk = _cosines(q_bd, n_bkd, dims)
 
-    has_bk, keep_bk = _hard_negatives(places)
+    has_bk = places.negative_bk >= 0
+    own_bk = (places.negative_bk == places.passage_b[:, None]) | (places.negative_bk == places.query_b[:, None])
     margins = (settings.absolute_margin, settings.relative_margin)
-    keep_bk = keep_bk & ~too_close(negative_mbk[0], positive_mb[0], *margins)
-    rows, count = per_rank(has_bk.any(1), has_bk, dtype=v_nd.dtype)
+    keep_bk = has_bk & ~own_bk & ~too_close(negative_mbk[0], positive_mb[0], *margins)
+    rows = per_rank(has_bk.any(1), v_nd.dtype)
     hard_m = torch.stack(
         [
             hard_negative_loss(positive_b, negative_bk, keep_bk, temperature).sum() / rows
@@ -99,55 +96,37 @@ def contrastive(
     )
     weight_m = torch.tensor(list(weights.values()), dtype=hard_m.dtype, device=hard_m.device)
     loss = settings.hard_negative_weight * (weight_m @ hard_m)
-    hard_masked = (has_bk & ~keep_bk).sum() / count
     if task != "retrieval":
-        return loss, Parts(hard_m.detach(), None, hard_masked, None)
+        return loss, Parts(hard_m.detach(), None)
 
     p_Bd = gather(p_bd) if settings.gather_gradient else gather(p_bd.detach())
     across_mbB = _cosines(q_bd, p_Bd, dims)
     target_b = torch.arange(len(q_bd), device=q_bd.device) + rank() * len(q_bd)
-    false_bB = _same_text(places) | too_close(across_mbB[0], positive_mb[0], *margins)
+    id_B = gather(places.passage_id_b)
+    same_bB = (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)
+    false_bB = same_bB | too_close(across_mbB[0], positive_mb[0], *margins)
     false_bB = false_bB.scatter(1, target_b[:, None], value=False)
     in_batch_m = torch.stack(
-        [in_batch_loss(across_bB, false_bB, target_b, temperature) for across_bB in across_mbB]
+        [
+            cross_entropy((across_bB / temperature).masked_fill(false_bB, -math.inf), target_b)
+            for across_bB in across_mbB
+        ]
     )
     loss = loss + settings.in_batch_weight * (weight_m @ in_batch_m)
-    masked = false_bB.sum() / max(false_bB.numel() - len(q_bd), 1)
-    return loss, Parts(hard_m.detach(), in_batch_m.detach(), hard_masked, masked)
+    return loss, Parts(hard_m.detach(), in_batch_m.detach())
 
 
 def hard_negative_loss(
     positive_b: torch.Tensor, negative_bk: torch.Tensor, keep_bk: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Cross-entropy of each row's passage against its own negatives; 0 for a row that has none.
+    """Cross-entropy [b] of each row's passage against those of its own negatives that count; 0 for a row without.
 
-    Args:
-        positive_b: cosine of each query and its passage.
-        negative_bk: cosines of each query and its hard negatives.
-        keep_bk: which of them count.
-        temperature: the softmax temperature.
-
-    Returns:
-        The loss of each row [b].
+    Takes the cosines of each query with its passage and its hard negatives.
     """
     negative_bk = negative_bk.masked_fill(~keep_bk, -math.inf)
     logits = torch.cat([positive_b[:, None], negative_bk], dim=1) / temperature
     target_b = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return cross_entropy(logits, target_b, reduction="none")
-
-
-def in_batch_loss(
-    across_bB: torch.Tensor, false_bB: torch.Tensor, target_b: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Cross-entropy of each query's passage against the passages of all rows of all ranks, averaged over rows.
-
-    Args:
-        across_bB: cosines of this rank's queries and all passages.
-        false_bB: passages that are no negatives of a row; its own must not be among them.
-        target_b: place of each row's own passage.
-        temperature: the softmax temperature.
-    """
-    return cross_entropy((across_bB / temperature).masked_fill(false_bB, -math.inf), target_b)
 
 
 def too_close(
@@ -198,26 +177,12 @@ def _over_norm(square: torch.Tensor) -> torch.Tensor:
     return square.clamp(min=1e-24).rsqrt()
 
 
-def _hard_negatives(places: TextPlaces) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which hard negatives there are [b, k], and which of them are neither the row's passage nor its query."""
-    has_bk = places.negative_bk >= 0
-    same_bk = (places.negative_bk == places.passage_b[:, None]) | (places.negative_bk == places.query_b[:, None])
-    return has_bk, has_bk & ~same_bk
-
-
-def _same_text(places: TextPlaces) -> torch.Tensor:
-    """Which passages of all ranks [b, B] read like a row's own passage or like its query."""
-    id_B = gather(places.passage_id_b)
-    return (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)
-
-
-def per_rank(*flags: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-    """For each tensor of flags, the number of true ones per rank, never 0: the divisor of a rank's sums."""
-    counts = torch.stack([flag.sum() for flag in flags]).to(dtype)
-    ranks = world()
+def per_rank(flags: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The number of true flags per rank, never 0: the divisor of a rank's sums."""
+    count, ranks = flags.sum().to(dtype), world()
     if ranks > 1:
-        torch.distributed.all_reduce(counts)
-    return list((counts / ranks).clamp(min=1 / ranks))
+        torch.distributed.all_reduce(count)
+    return (count / ranks).clamp(min=1 / ranks)
 
 
 def rank() -> int:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from deepspeed import DeepSpeedEngine
     from tokenizers import Tokenizer
-    from transformers import PreTrainedModel
 
 
 def export(
@@ -35,11 +34,13 @@ def export(
 
     A model whose vocabulary was cut keeps its map of the prepared tokens, by which later stages read them.
     """
-    state = gathered(engine, engine.module.backbone)
+    state = gathered(engine)
     if rank != 0:
         return
     with (out / "model").writing() as folder:
-        _write(folder, engine.module.backbone, tokenizer, info, token_map, state)
+        save_model(folder, engine.module.backbone, tokenizer, info, state=state)
+        if token_map is not None:
+            save_map(token_map, folder)
     out.write_json("training.json", training)
 
 
@@ -56,18 +57,8 @@ def write_reweighted(
     """
     backbone = load_backbone(model)
     state = {name: weight(name, value) for name, value in backbone.state_dict().items()}
-    _write(folder, backbone, load_tokenizer(model), info, load_map(model), state)
-
-
-def _write(
-    folder: Path,
-    backbone: PreTrainedModel,
-    tokenizer: Tokenizer,
-    info: ModelInfo,
-    token_map: TokenMap | None,
-    state: dict[str, torch.Tensor],
-) -> None:
-    save_model(folder, backbone, tokenizer, info, state=state)
+    save_model(folder, backbone, load_tokenizer(model), info, state=state)
+    token_map = load_map(model)
     if token_map is not None:
         save_map(token_map, folder)
 
@@ -88,10 +79,10 @@ def trained_info(before: ModelInfo, training: Training) -> ModelInfo:
     )
 
 
-def gathered(engine: DeepSpeedEngine, backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
+def gathered(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The backbone's whole state in float32 on the CPU, also when ZeRO-3 keeps it in parts."""
     import deepspeed
 
-    sharded = engine.zero_optimization_stage() == 3
+    backbone, sharded = engine.module.backbone, engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(backbone.parameters()), enabled=sharded):
         return {name: value.detach().float().cpu().clone() for name, value in backbone.state_dict().items()}

@@ -107,7 +107,9 @@ class TrainStage(Section):
     engine: EngineSettings = EngineSettings()
 
     @model_validator(mode="after")
-    def _merges(self) -> TrainStage:
+    def _fits_together(self) -> TrainStage:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
         if self.merge is not None and self.keep_best:
             raise ValueError("merge: takes the last checkpoints, and keep_best keeps others; use one of them")
         if self.merge is not None and self.keep_checkpoints < self.merge.last - 1:
@@ -115,12 +117,6 @@ class TrainStage(Section):
                 f"merge.last: {self.merge.last} with the model itself need keep_checkpoints "
                 f"{self.merge.last - 1} or more; it is {self.keep_checkpoints}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _rates(self) -> TrainStage:
-        if self.min_lr > self.lr:
-            raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
         return self
 
 

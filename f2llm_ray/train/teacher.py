@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,8 @@ from f2llm_ray.train.training import Training, write_batches
 
 if TYPE_CHECKING:
     import torch
+
+    from f2llm_ray.engine.engine import Engine
 
 BATCHES, VECTORS = "batches", "vectors"
 """Folders of the stage: the batch tables of the student's stage, and the store of the teacher's vectors."""
@@ -90,8 +92,15 @@ def teach(
     dims = learned_dims(settings, load_info(teacher).dims[-1], load_info(student).dims[-1])
     own = bool(differences(prepared / "tokenizer", teacher))
     tokens = out / "tokens" if own else prepared / "tokens"
-    if own:
-        _tokenize(instructions, max_tokens, shards, prepared, teacher, tokens)
+    if own and not tokens.exists(META):
+        if not prepared.exists("rows"):
+            raise RunError(
+                f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer than the prepared data and "
+                "needs its texts"
+            )
+        with teacher.as_local() as folder:
+            tokenizer = load_tokenizer(folder)
+        write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens)
         lap("tokens")
     make = partial(PieceEncoder, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
     start = partial(
@@ -113,7 +122,7 @@ def teach(
     done = list(each_on_actors("taught: encode", waiting, actors or start(), counted="texts"))
     lap("encode")
     texts = sum(counts.values())
-    teacher_store.write_meta(out / VECTORS, shards=len(counts), texts=texts, dims=dims)
+    (out / VECTORS).write_json(META, {"shards": len(counts), "texts": texts, "dims": dims})
     encoded = sum(item["texts"] for item in done)
     return {
         "texts": texts,
@@ -130,26 +139,6 @@ def teach(
 def learned_dims(settings: Distill, teacher: int, student: int) -> int:
     """How many of the teacher's dims the student learns from, given how many both have."""
     return min(student, teacher) if settings.teacher_is_cut else teacher
-
-
-def _tokenize(
-    instructions: Mapping[str, str],
-    max_tokens: int,
-    shards: int,
-    prepared: Folder,
-    teacher: Folder,
-    tokens: Folder,
-) -> None:
-    if tokens.exists(META):
-        return
-    if not prepared.exists("rows"):
-        raise RunError(
-            f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer than the prepared data and "
-            "needs its texts"
-        )
-    with teacher.as_local() as folder:
-        tokenizer = load_tokenizer(folder)
-    write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens)
 
 
 def _collect_keys(sources: tuple[str, ...], shards: int, out: Folder) -> dict[int, int]:
@@ -222,43 +211,28 @@ class PieceEncoder:
 # While the student trains.
 
 
-class TeacherVectors(Protocol):
-    """A source of the vectors that the student learns to match."""
+class TeacherVectors:
+    """The vectors that the student learns to match.
 
-    dims: int
+    Args:
+        dims: how many dims they have.
+        engine: a frozen model that runs on the batch's texts, in bf16 on a GPU; without one, vectors that were
+            computed before come with the batch.
+    """
 
-    def __call__(self, batch: TrainBatch) -> torch.Tensor:
-        """Vectors [n, dims] of a batch's texts before normalisation, in float32."""
-
-
-class Cached:
-    """Vectors that were computed before and come with the batch."""
-
-    def __init__(self, dims: int) -> None:
-        self.dims = dims
+    def __init__(self, dims: int, engine: Engine | None = None) -> None:
+        self.dims, self.engine = dims, engine
 
     def __call__(self, batch: TrainBatch) -> torch.Tensor:
-        """Vectors [n, dims] of a batch's texts."""
+        """Vectors [n, dims] of a batch's texts before normalization, in float32."""
         import torch
 
-        assert batch.teacher is not None  # noqa: S101 - the loader was given the store
-        return torch.from_numpy(batch.teacher.astype(np.float32))
-
-
-class Online:
-    """Vectors of a frozen model that runs on the same texts in the same order, in bf16 on a GPU."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine, self.dims = engine, engine.info.dims[-1]
-
-    def __call__(self, batch: TrainBatch) -> torch.Tensor:
-        """Vectors [n, dims] of a batch's texts."""
-        import torch
-
+        if self.engine is None:
+            assert batch.teacher is not None  # noqa: S101 - the loader was given the store
+            return torch.from_numpy(batch.teacher.astype(np.float32))
         longest = self.engine.info.max_tokens
         with torch.no_grad():
-            vectors: torch.Tensor = self.engine.encode([cut(ids, longest) for ids in batch.tokens])
-        return vectors
+            return self.engine.encode([cut(ids, longest) for ids in batch.tokens])
 
 
 def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: int) -> TeacherVectors | None:
@@ -270,22 +244,18 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
         tokens_per_pass: token budget of a forward pass.
     """
     if vectors is not None:
-        return Cached(teacher_store.TeacherStore(vectors).dims)
+        return TeacherVectors(teacher_store.TeacherStore(vectors).dims)
     if model is None:
         return None
     from f2llm_ray.engine.engine import Engine
 
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)
-    return Online(engine)
+    return TeacherVectors(engine.info.dims[-1], engine)
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:
-    """Refuses a teacher that cannot read the tokens of a batch.
-
-    Raises:
-        RunError: it has another tokenizer than the prepared data.
-    """
+    """Raises RunError for a teacher with another tokenizer than the prepared data: it cannot read a batch."""
     other = differences(prepared / "tokenizer", teacher)
     if other:
         raise RunError(

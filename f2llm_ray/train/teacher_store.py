@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from f2llm_ray.data.keyed import META, KeyedStore, read_meta
+from f2llm_ray.data.keyed import KeyedStore, read_meta
 from f2llm_ray.data.keys import Keys, distinct_keys
 from f2llm_ray.engine.vector_files import Halves
 from f2llm_ray.run.folder import Folder
@@ -30,16 +30,9 @@ def piece_file(shard: int, piece: int) -> str:
 
 
 def write_keys(folder: Folder, shard: int, shards: int, parts: Iterable[Keys]) -> int:
-    """Writes the distinct keys of one range.
+    """Writes the distinct keys of range `shard` of `shards`, and returns how many it has.
 
-    Args:
-        folder: the store.
-        shard: which range.
-        shards: number of ranges.
-        parts: sorted keys [2, n] of all ranges, of which the range's own are read.
-
-    Returns:
-        How many it has.
+    Each of `parts` has sorted keys [2, n] of all ranges, of which the range's own are read.
     """
     own = [np.ascontiguousarray(part[:, slice(*_bounds(part, shard, shards))].T) for part in parts]
     keys_n2, _ = distinct_keys(np.concatenate([np.empty((0, 2), np.uint64), *own]))
@@ -67,17 +60,8 @@ def pieces(counts: dict[int, int]) -> Iterator[tuple[int, int, int]]:
             yield shard, first // PIECE, min(PIECE, count - first)
 
 
-def write_meta(folder: Folder, *, shards: int, texts: int, dims: int) -> None:
-    """Writes what a reader must know, when all else is there."""
-    folder.write_json(META, {"shards": shards, "texts": texts, "dims": dims})
-
-
 class TeacherStore:
-    """A finished store on a local disk.
-
-    Raises:
-        RunError: the folder is none.
-    """
+    """A finished store on a local disk; RunError where the folder is none."""
 
     def __init__(self, folder: Path) -> None:
         facts = read_meta(folder, "store of a teacher's vectors")

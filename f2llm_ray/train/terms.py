@@ -92,8 +92,7 @@ def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
     """
     negative = places.negative_bk[places.negative_bk >= 0]
     place = torch.cat([places.query_b, places.passage_b, negative])
-    (count,) = per_rank(torch.ones_like(place), dtype=value_n.dtype)
-    return value_n[place].sum() / count
+    return value_n[place].sum() / per_rank(torch.ones_like(place), value_n.dtype)
 
 
 def _cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:

@@ -30,11 +30,7 @@ def positions(
 ) -> int:
     """Positions of one forward pass over texts: their tokens, and the padding that fills a pass on CPU.
 
-    Args:
-        backbone: the model.
-        tokens: token ids of each text [n].
-        chunks: places of the texts that are encoded together (GradCache), each once.
-        tokens_per_pass: budget of a pass.
+    `chunks` are the places of the texts that are encoded together (GradCache), each once.
     """
     if packs(backbone):
         return sum(map(len, tokens))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
-from f2llm_ray.engine.settings import Compute
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
@@ -52,6 +51,7 @@ def train(
     if taught is None:
         write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
     settings, compute = training.settings, training.compute
+    workers, gpus = compute.workers, compute.gpus_per_worker
     job = TrainJob(
         training=training,
         student=student,
@@ -63,15 +63,19 @@ def train(
     )
     if out.exists(FAILURE):  # of an earlier try
         out.filesystem.delete_file(f"{out.path}/{FAILURE}")
-    out.write_json("deepspeed.json", deepspeed_config(settings, compute.workers))
+    out.write_json("deepspeed.json", deepspeed_config(settings, workers))
     settle(job.checkpoints, settings.keep_checkpoints)
     name_of_best, sign = BEST[settings.best_by]
     best = {"checkpoint_score_attribute": name_of_best, "checkpoint_score_order": "min" if sign > 0 else "max"}
     trainer = ray.train.torch.TorchTrainer(
         work,
         train_loop_config={"job": job},
-        scaling_config=_scaling(compute),
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers if compute.workers_min is None else (compute.workers_min, workers),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=ray.train.RunConfig(
             name=RAY_TRAIN,
             storage_path=out.path,
@@ -94,18 +98,6 @@ def train(
     if training.sets:
         facts["checkpoint_scores"] = out.read_json(SCORES_FILE) if out.exists(SCORES_FILE) else {}
     return {"training": facts}
-
-
-def _scaling(compute: Compute) -> Any:
-    import ray.train
-
-    gpus = compute.gpus_per_worker
-    fewest = compute.workers_min
-    return ray.train.ScalingConfig(
-        num_workers=compute.workers if fewest is None else (fewest, compute.workers),
-        use_gpu=gpus > 0,
-        resources_per_worker={"CPU": compute.cpus_per_worker, **({"GPU": gpus} if gpus else {})},
-    )
 
 
 def _stopper() -> Any:

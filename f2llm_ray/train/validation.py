@@ -22,6 +22,7 @@ from f2llm_ray.evaluate.metrics.ranking import K, metrics
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.train.gradcache import encode_chunks
 from f2llm_ray.train.loader import TrainBatch
+from f2llm_ray.train.losses import gather
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def validate(
             v_nd = encode_chunks(encoder_of(engine, batch), chunks_of(engine, loss.settings, batch))
             losses.append(loss(v_nd, batch)[0])
             if loss.sources[batch.source].task == "retrieval":
-                pairs.append(_pairs(loss.own(v_nd), batch, world))
+                pairs.append(_pairs(loss.own(v_nd), batch))
     engine.train()
     if not losses:
         return None
@@ -81,17 +82,9 @@ def score(id_b2: Ints, v_b2d: Vectors) -> float | None:
     return float(metrics(top_qk, relevant_r2, len(passage_c))["ndcg@10"].mean())
 
 
-def _pairs(v_nd: torch.Tensor, batch: TrainBatch, world: int) -> tuple[Ints, Vectors]:
+def _pairs(v_nd: torch.Tensor, batch: TrainBatch) -> tuple[Ints, Vectors]:
     """Ids [b, 2] and unit vectors [b, 2, d] of the batch's pairs on all ranks."""
     place_b2 = torch.from_numpy(np.column_stack([batch.query, batch.passage])).to(v_nd.device)
     id_b2 = torch.from_numpy(np.column_stack([batch.query_id, batch.passage_id])).to(v_nd.device)
     v_b2d = normalize(v_nd.float(), dim=-1)[place_b2]
-    return _of_all(id_b2, world).cpu().numpy(), _of_all(v_b2d, world).cpu().numpy()
-
-
-def _of_all(value: torch.Tensor, world: int) -> torch.Tensor:
-    if world == 1:
-        return value
-    gathered = [torch.empty_like(value) for _ in range(world)]
-    torch.distributed.all_gather(gathered, value.contiguous())
-    return torch.cat(gathered)
+    return gather(id_b2).cpu().numpy(), gather(v_b2d).cpu().numpy()

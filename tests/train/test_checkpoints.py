@@ -75,7 +75,7 @@ def whole_and_resumed(folder: Path, kind: str, rank: int, world: int, other: int
     history = {"seen": list(losses)}
     checkpoints.save(engine, saved, rank=rank, world=world, step=SAVED, history=history)
     losses += train(engine, range(SAVED, STEPS), rank, world)
-    found = {"losses": losses, "weights": gathered(engine, engine.module.backbone)}
+    found = {"losses": losses, "weights": gathered(engine)}
     for name, of, noise in (("same", world, 0.1), ("quiet", world, 0), ("other", other, 0)):
         place = Folder.at(str(folder / f"{kind}-{of}"))
         until = time.monotonic() + 60
@@ -91,10 +91,10 @@ def whole_and_resumed(folder: Path, kind: str, rank: int, world: int, other: int
             assert opened is not None
             checkpoints.restore(engine, opened, rank=rank, world=world)
             if name == "same":
-                assert opened.checkpoint.history == history
+                assert opened.history == history
         found[name] = {
             "losses": train(engine, range(opened.step, STEPS), rank, world, noise),
-            "weights": gathered(engine, engine.module.backbone),
+            "weights": gathered(engine),
         }
     return found
 

@@ -100,7 +100,7 @@ def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
         for step in steps:
             set_learning_rate(engine, RATE)
             seen.append(train_step(engine, loss, coming, len(step), flops=flops, world=WORLD))
-        found[kind] = {"seen": seen, "weights": gathered(engine, engine.module.backbone)}
+        found[kind] = {"seen": seen, "weights": gathered(engine)}
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")
     torch.distributed.destroy_process_group()

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import BatchTable
+from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
 from f2llm_ray.data.tokens.store import TokenStore
@@ -68,7 +69,7 @@ def test_every_key_finds_its_vector_and_no_other_does(
         np.save(tmp_path / name, np.stack([vector_of[tuple(key)] for key in own.tolist()]))
     with pytest.raises(RunError, match=r"not a finished store.*store\.json"):
         TeacherStore(tmp_path)
-    teacher_store.write_meta(folder, shards=shards, texts=100, dims=5)
+    folder.write_json(META, {"shards": shards, "texts": 100, "dims": 5})
     store = TeacherStore(tmp_path)
     order = np.random.default_rng(1).integers(0, 100, 300)
     np.testing.assert_array_equal(store.lookup(keys[order]), vectors[order])
@@ -277,7 +278,7 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     counts = {shard: np.load(file).shape[1] for shard, file in enumerate(files)}
     for shard, piece, texts in teacher_store.pieces(counts):
         work({"shard": shard, "piece": piece, "texts": texts})
-    teacher_store.write_meta(out, shards=store.shards, texts=store.texts, dims=HIDDEN)
+    out.write_json(META, {"shards": store.shards, "texts": store.texts, "dims": HIDDEN})
     return folder
 
 
