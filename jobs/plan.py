@@ -15,8 +15,7 @@ from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
 from f2llm_ray.pipeline.command_line import main, recipe_of
 from f2llm_ray.plan.stage_work import Cluster, corpus_size, stage_work, training_stages
-from f2llm_ray.plan.summary import stage_numbers
-from f2llm_ray.plan.table import GB, table, totals
+from f2llm_ray.plan.table import GB, stage_numbers, table, totals
 
 UNITS = {"": 1.0, "b": 1.0, "mb": 1e6, "gb": GB, "mib": 2.0**20, "gib": 2.0**30}
 

@@ -57,21 +57,10 @@ def varlen_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each text, as transformers calls it.
+    """Causal attention within each text, as transformers calls it; the output is [1, T, h, e].
 
-    Args:
-        module: the attention layer.
-        q_1hTe: queries.
-        k_1gTe: keys.
-        v_1gTe: values.
-        attention_mask: none is needed.
-        scaling: factor of the scores.
-        starts_n1: first token of each text, and T [n + 1], int32.
-        longest: tokens of the longest text.
-        sliding_window: tokens that a token sees, itself among them; all before it when unset.
-
-    Returns:
-        The output [1, T, h, e].
+    `starts_n1` are the first token of each text, and T [n + 1], int32; `longest` the tokens of the longest text;
+    `sliding_window` the tokens that a token sees, itself among them; all before it when unset.
     """
     del module, attention_mask
     if q_1hTe.device.type != "cuda":

@@ -30,10 +30,6 @@ def plan_passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]
     A pass holds at most `tokens_per_pass` tokens, padding included (a single longer text is a pass of its
     own), and once it holds `FULL_PASS` tokens it takes no text shorter than `SHORTEST` of its longest.
 
-    Args:
-        lengths: tokens of each text [n].
-        tokens_per_pass: the budget.
-
     Returns:
         The indices of the texts of each pass; together they are 0..n-1, each once.
     """
@@ -72,14 +68,10 @@ def passes_of(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pa
 def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
-    Last-token pooling over a causal decoder (paper, use). On CUDA the texts of a pass lie end to end
-    (`engine/attention.py`). On CPU they are of similar lengths and padded on the right, where a causal model never
-    looks from a real token, so no mask is needed: a vector depends on its text alone.
-
-    Args:
-        backbone: a Hugging Face decoder without its language-model head.
-        tokens: token ids of each text, EOS last.
-        tokens_per_pass: token budget of one forward pass.
+    Last-token pooling (paper) over a causal decoder of Hugging Face's without its language-model head; EOS is the
+    last token of each text. On CUDA the texts of a pass lie end to end (`engine/attention.py`). On CPU they are of
+    similar lengths and padded on the right, where a causal model never looks from a real token, so no mask is
+    needed: a vector depends on its text alone.
     """
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)

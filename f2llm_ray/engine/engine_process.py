@@ -30,12 +30,9 @@ FAILED = -1
 
 
 class EngineProcess(TextEngine):
-    """Tokenises here and embeds there; one thread at a time may embed.
+    """Tokenises here and embeds there; one thread at a time may embed. The folder is read before this returns.
 
-    Args:
-        folder: the model; read before this returns.
-        tokens_per_pass: as in `Engine`.
-        gone: called where the process has ended by itself, such as by the system for want of memory.
+    `gone` is called where the process has ended by itself, such as by the system for want of memory.
 
     Raises:
         RunError: the folder is not a model folder, or its calibration is damaged.

@@ -12,12 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from f2llm_ray.data.ragged import Ints, numbered
 
 if TYPE_CHECKING:
-    import torch
-
     from f2llm_ray.model.dims import Vectors
 
 # Measured on two cores: tiles of 1M scores (4 MB) are faster than of 4M, for which the memory must come fresh from
@@ -33,17 +32,9 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 class Nearest:
-    """The k best passages of each query among all that were offered, in whatever tiles and order they came.
-
-    Args:
-        queries: q.
-        k: how many are kept for each.
-        device: where the scores are.
-    """
+    """The k best passages of each query among all that were offered, in whatever tiles and order they came."""
 
     def __init__(self, queries: int, k: int, device: str | torch.device = "cpu") -> None:
-        import torch
-
         self.k = k
         self.key_qk = torch.full((queries, k), NO_RESULT, device=device)
         """Best first."""
@@ -53,14 +44,9 @@ class Nearest:
     def offer(self, score_qp: torch.Tensor, first: int) -> None:
         """Takes what is good enough of one tile.
 
-        After the first tiles few scores reach the floor, and a tile costs one comparison per score.
-
-        Args:
-            score_qp: scores of the tile; -inf and NaN never become results.
-            first: position of the tile's first passage. No passage may come twice.
+        After the first tiles few scores reach the floor, and a tile costs one comparison per score. -inf and NaN
+        never become results. `first` is the position of the tile's first passage; no passage may come twice.
         """
-        import torch
-
         floor_q = self.floor_q
         if bool((floor_q == LOWEST).any()):
             floor_q = torch.maximum(floor_q, group_floor(score_qp, self.k))
@@ -86,8 +72,6 @@ def pack(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
     The bits of a float32 order like integers once the lower bits of negative numbers are flipped.
     """
-    import torch
-
     bits = (score + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into the 0.0 that it equals
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
     return bits.long().bitwise_left_shift_(POSITION_BITS).bitwise_or_(POSITION_MASK - position)
@@ -95,8 +79,6 @@ def pack(score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 def unpack(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The scores and positions in keys; -inf and -1 for `NO_RESULT`."""
-    import torch
-
     ordered = (key >> POSITION_BITS).int()
     score = (ordered ^ (ordered >> 31).bitwise_and_(0x7FFFFFFF)).view(torch.float32)
     none = key == NO_RESULT
@@ -113,8 +95,6 @@ def group_floor(score_qp: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         The bounds; the lowest float32 where there are fewer than k passages.
     """
-    import torch
-
     queries, passages = score_qp.shape
     if passages < k:
         return torch.full((queries,), LOWEST, device=score_qp.device)
@@ -132,8 +112,6 @@ def _reaching(score_qp: torch.Tensor, floor_q: torch.Tensor) -> torch.Tensor:
 
     On a CPU by numpy: 512 x 4096 scores took 3.3 ms there on one core, 6.0 ms in torch.
     """
-    import torch
-
     if not _on_cpu(score_qp):
         return (score_qp >= floor_q[:, None]).view(-1).nonzero()[:, 0]
     return torch.from_numpy(np.flatnonzero(score_qp.numpy() >= floor_q.numpy()[:, None]))
@@ -144,8 +122,6 @@ def _largest(value_qm: torch.Tensor, k: int) -> torch.Tensor:
 
     On a CPU by numpy: of 512 x 250 keys the best 100 took 0.4 ms there on one core, 1.4 ms in torch.
     """
-    import torch
-
     if not _on_cpu(value_qm):
         return value_qm.topk(k, dim=1).values
     return torch.from_numpy(np.sort(value_qm.numpy(), axis=1)[:, : -k - 1 : -1].copy())
@@ -179,8 +155,6 @@ def top_positions(
     Returns:
         [q, min(k, c)]; -1 at the end of a row that has fewer.
     """
-    import torch
-
     if left_out_q is not None and (left_out_q >= 0).any():
         one_more = top_positions(vectors_ud, query_q, corpus_c, k=k + 1, device=device, tile_scores=tile_scores)
         return _without(one_more, left_out_q)[:, :k]

@@ -63,11 +63,9 @@ class Candidates:
 
 
 def number_texts(table: pa.Table, query_column: str) -> Candidates:
-    """Numbers one source.
+    """Numbers one source: its rows with the columns passage_key, query_group, passage_group and the query's.
 
-    Args:
-        table: its rows, columns passage_key, query_group, passage_group and the query's.
-        query_column: query_key, or instructed_key for a model that was trained with instructions.
+    That is query_key, or instructed_key for a model that was trained with instructions.
     """
     rows, names = len(table), (query_column, "passage_key", "query_group", "passage_group")
     queries, passages, query_groups, passage_groups = (key_numbers(table[name]) for name in names)

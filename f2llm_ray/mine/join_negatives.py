@@ -25,13 +25,9 @@ JOIN_ROWS = 65_536
 
 
 def join_source(name: str, prepared: Folder, out: Folder, count: int) -> dict[str, Any]:
-    """Writes `<source>.parquet`: row_key and negative_keys, in the table's row order.
+    """Writes `<source>.parquet`: row_key and up to `count` negative_keys, in the table's row order.
 
-    Args:
-        name: the source.
-        prepared: folder of the prepare stage.
-        out: the mining stage's folder, with every shard of the source in `found/`.
-        count: most negatives per row.
+    `out` is the mining stage's folder, with every shard of the source in `found/`.
 
     Returns:
         `short_rows`, `mean_negatives` and `dropped`.
@@ -65,19 +61,12 @@ def _dropped(shards: Folder) -> dict[str, int]:
 
 
 def join_negatives(given: pa.ListArray, mined: pa.ListArray, found: Candidates, count: int) -> pa.ListArray:
-    """Puts mined negatives behind those that a source brought.
+    """The keys of each row's negatives: those that a source brought, then mined ones, `count` at most.
 
     A given text that comes twice stands once. A candidate is left out where its group has a given one already, as
     far as that is a passage of the source. That no given one is a positive is the table's doing.
 
-    Args:
-        given: keys of the negatives that each row brought.
-        mined: candidates of each row, nearest first.
-        found: the source in numbers.
-        count: most negatives per row.
-
-    Returns:
-        The keys of each row's negatives.
+    `mined` are the candidates of each row, nearest first.
     """
     of_given = np.repeat(np.arange(len(given)), lengths_of(given))
     of_mined = np.repeat(np.arange(len(mined)), lengths_of(mined))

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
@@ -48,15 +49,9 @@ def mine(
 ) -> dict[str, Any]:
     """Mines negatives for every row of some sources, those of the validation split included.
 
-    Args:
-        sources: names of the sources.
-        settings: how deep to look, and what to keep.
-        compute: how many actors encode, and what each task may use.
-        prepared: folder of the prepare stage.
-        model: a model folder that uses the prepared tokenizer.
-        out: the stage's folder. It gets `<source>.parquet` (row_key and negative_keys in the table's order: the
-            negatives that the source brought, then mined ones), and `plan/`, `vectors/` and `found/`.
-        layout: how the work is cut.
+    The model uses the prepared tokenizer. The stage's folder `out` gets `<source>.parquet` (row_key and
+    negative_keys in the table's order: the negatives that the source brought, then mined ones), and `plan/`,
+    `vectors/` and `found/`.
 
     Returns:
         Facts for the manifest. `sources`: per source `rows`, `queries`, `candidates`, `texts`, `short_rows` (fewer
@@ -84,7 +79,10 @@ def mine(
         for name in sources
         for shard in _missing(out / "vectors" / name, plans[name]["texts"], layout.texts, shard_name)
     ]
-    encoded = list(_encode(vectors, compute, prepared, model, out, layout))
+    make = partial(_EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker)
+    # No name for the actors: they must be gone when the search starts.
+    workers = min(compute.workers, len(vectors))
+    encoded = list(each_on_actors("mine: encode", vectors, start_actors(make, workers, **compute.per_worker)))
     lap("encode")
     queries = [
         {"source": name, "shard": shard}
@@ -143,23 +141,6 @@ def _missing(folder: Folder, items: int, per_shard: int, name: Callable[[int], s
     return [shard for shard in range(-(-items // per_shard)) if name(shard) not in there]
 
 
-# Each step on Ray.
-
-
-def _encode(
-    items: list[Item], compute: Compute, prepared: Folder, model: Folder, out: Folder, layout: Layout
-) -> Iterator[Item]:
-    if not items:
-        return
-    make = partial(_EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker)
-    count = min(compute.workers, len(items))
-    actors = start_actors(make, count, **compute.per_worker)
-    yield from each_on_actors("mine: encode", items, actors)
-
-
-# What each task does.
-
-
 def _plan(item: Item, *, prepared: Folder, out: Folder, query: str) -> Item:
     folder = out / "plan" / item["source"]
     if not folder.exists(PLAN):
@@ -186,8 +167,6 @@ class _EncodeShard:
 
 
 def _search(item: Item, *, out: Folder, settings: Mine, layout: Layout, threads: int, device: str) -> Item:
-    import torch
-
     started = time.perf_counter()
     torch.set_num_threads(threads)
     name, shard = item["source"], item["shard"]

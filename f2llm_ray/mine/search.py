@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from f2llm_ray.data.ragged import Ints, list_array
 from f2llm_ray.engine.nearest import Nearest, unpack
@@ -22,9 +22,6 @@ from f2llm_ray.mine.choice import DROPPED, choose
 from f2llm_ray.mine.settings import Mine
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    import torch
 
 FOUND = pa.schema([("row", pa.int64()), ("candidates", pa.list_(pa.uint32()))])
 BLOCK = 1024
@@ -46,23 +43,13 @@ class Layout:
 def search(
     found: Candidates, vectors: Folder, shard: int, settings: Mine, *, layout: Layout, device: str = "cpu"
 ) -> tuple[pa.Table, dict[str, int]]:
-    """Mines for all rows of one shard of queries.
-
-    Args:
-        found: the source in numbers.
-        vectors: its shards of vectors.
-        shard: which queries.
-        settings: how deep to look and what to keep.
-        layout: how both were cut.
-        device: where the products run.
+    """Mines for all rows of one shard of a source's queries, by its shards of vectors.
 
     Returns:
         The rows as `FOUND`, each with up to `count` candidates, nearest first; and how many candidates among the
         nearest fell to each reason of `DROPPED`, over all rows. "positive" are those of the query, the row's own
         included, that are no farther than the last candidate that was looked at.
     """
-    import torch
-
     first_query = shard * layout.queries
     query_qd = gather(vectors, found.queries[first_query : first_query + layout.queries], layout.texts)
     first_row, last_row = np.searchsorted(found.query, [first_query, first_query + len(query_qd)])
@@ -72,15 +59,18 @@ def search(
         _Block(torch.from_numpy(query_qd[at : at + BLOCK]).to(device), first_query + at, settings.top_k)
         for at in range(0, len(query_qd), BLOCK)
     ]
-    room = _Room(layout.texts, query_qd.shape[1], device)
+    # Room for one tile and its scores, allocated once: tiles differ in size, and freed ones leave holes. 80,000
+    # rows of 384 dims on one core: 406 MB at most, 270 of them the libraries.
+    tile_room = torch.empty(layout.texts, query_qd.shape[1], device=device)
+    score_room = torch.empty(BLOCK * layout.texts, device=device)
     for first_text, vectors_td in shards_of(vectors, len(found.number), layout.texts):
         own.add(query_qd, vectors_td, first_text)
         first, last = np.searchsorted(found.candidates, [first_text, first_text + len(vectors_td)])
         if first < last:
-            tile_pd = room.tile_pd[: last - first]
+            tile_pd = tile_room[: last - first]
             tile_pd.copy_(torch.from_numpy(vectors_td[found.candidates[first:last] - first_text]))
             for block in blocks:
-                block.offer(tile_pd, found, first, room.scores)
+                block.offer(tile_pd, found, first, score_room)
     score_qk, number_qk = (part.cpu().numpy() for part in unpack(torch.cat([b.nearest.key_qk for b in blocks])))
     positives_q = np.concatenate([block.near_positives() for block in blocks])
     dropped: Counter[str] = Counter(dict.fromkeys(DROPPED, 0))
@@ -94,19 +84,6 @@ def search(
         lengths.append(mask.sum(axis=1))
     lists = list_array(pa.array(np.concatenate(chosen)), np.concatenate(lengths))
     return pa.table([pa.array(found.row[first_row:last_row]), lists], schema=FOUND), dict(dropped)
-
-
-class _Room:
-    """Memory for one tile and its scores, allocated once: tiles differ in size, and freed ones leave holes.
-
-    80,000 rows of 384 dims on one core: 406 MB at most, 270 of them the libraries.
-    """
-
-    def __init__(self, texts: int, dim: int, device: str) -> None:
-        import torch
-
-        self.tile_pd = torch.empty(texts, dim, device=device)
-        self.scores = torch.empty(BLOCK * texts, device=device)
 
 
 class _OwnScores:
@@ -140,8 +117,6 @@ class _Block:
         The product is torch's on either device: on one core (AVX-512), d 64 to 1024, it made 146 to 164 GFlop/s,
         numpy's 110 to 156.
         """
-        import torch
-
         cells = found.positive_cells(self.first_query, len(self.query_qd), first, first + len(tile_pd))
         row_m, column_m = (torch.from_numpy(part).to(room.device) for part in cells)
         shape = len(self.query_qd), len(tile_pd)
@@ -153,8 +128,6 @@ class _Block:
 
     def near_positives(self) -> Ints:
         """Positives of each query [q] that reach the last of the nearest."""
-        import torch
-
         row_m, score_m = (torch.cat(part) for part in zip(*self._positives, strict=True))
         near_m = row_m[score_m >= self.nearest.floor_q[row_m]]
         return torch.bincount(near_m, minlength=len(self.query_qd)).cpu().numpy()

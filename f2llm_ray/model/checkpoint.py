@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INFO_FILE = "f2llm.json"
 CALIBRATION_FILE = "calibration.safetensors"
-"""Ranges for int8 vectors and the vectors of the self-check (`engine.calibration`)."""
+"""Ranges for int8 vectors and the vectors of the self-check (`engine.text_engine`)."""
 SAMPLE = 1 << 20
 """Bytes at each end of a weight file that are hashed; training changes every weight."""
 
@@ -53,14 +53,10 @@ def save_model(
     *,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes config, safetensors, tokenizer, the sentence-transformers files and our own facts.
+    """Writes a stock config, safetensors, tokenizer, the sentence-transformers files and our own facts.
 
-    Args:
-        folder: a local folder, made when missing.
-        backbone: the model; its config is written as a stock config.
-        tokenizer: one made by `with_eos`.
-        info: name, dims, lengths and prompts.
-        state: weights to write in place of the backbone's own (gathered from ZeRO shards).
+    The folder is local, and made when missing; the tokenizer comes from `with_eos`. `state` has weights to write
+    in place of the backbone's own (gathered from ZeRO shards).
     """
     from transformers.utils.logging import disable_progress_bar
 

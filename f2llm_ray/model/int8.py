@@ -13,7 +13,6 @@ Shapes: T tokens of a pass, i inputs, o outputs, v entries, d hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model-int8.safetensors"
 """Another name than the stock one: a library that knows no scales must not take the numbers for weights."""
+EMBEDDINGS = "embed_tokens"
+"""Name of the input embeddings in the decoders of all families."""
 TOP = 127
 
 
@@ -34,10 +35,6 @@ def quantize_rows(weight_oi: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A matrix as int8 [o, i] and the scales [o] that give it back, each value to half a scale."""
     scale_o = weight_oi.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / TOP
     return torch.round(weight_oi / scale_o[:, None]).to(torch.int8), scale_o
-
-
-EMBEDDINGS = "embed_tokens"
-"""Name of the input embeddings in the decoders of all families."""
 
 
 class Int8Linear(nn.Module):
@@ -111,7 +108,7 @@ def load_quantized(folder: Path) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model with int8 weights: {error}") from None
     backbone = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=_is_int8(state, EMBEDDINGS))
+    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=f"{EMBEDDINGS}.scale" in state)
     try:
         small.load_state_dict(state)
     except RuntimeError as error:
@@ -122,10 +119,6 @@ def load_quantized(folder: Path) -> PreTrainedModel:
 def is_quantized(folder: Path | str) -> bool:
     """Whether a model folder holds int8 weights."""
     return (Path(folder) / WEIGHTS_FILE).is_file()
-
-
-def _is_int8(state: Mapping[str, torch.Tensor], name: str) -> bool:
-    return f"{name}.scale" in state
 
 
 def _with_int8_layers(backbone: PreTrainedModel, *, embeddings: bool) -> PreTrainedModel:

@@ -59,10 +59,10 @@ def choose(importance: Importance, wanted: Prune) -> Kept:
         "ffn": importance.ffn_lf.shape[1],
         "kv_heads": importance.kv_heads_lg.shape[1],
     }
-    count = {
-        name: there if getattr(wanted, name) is None else getattr(wanted, name) for name, there in has.items()
-    }
+    count = {}
     for name, there in has.items():
+        asked = getattr(wanted, name)
+        count[name] = there if asked is None else asked
         if count[name] > there:
             raise RecipeError(f"prune.{name}: {count[name]} wanted, but the parent has {there}")
     layers = _top(importance.layers_l, count["layers"])

@@ -53,10 +53,7 @@ BACKBONES = {f"Qwen/Qwen3-{name.upper()}": name for name in ("0.6b", "1.7b", "4b
 
 
 def checkpoint_shape(path: str) -> tuple[Shape, int]:
-    """Shape and vocabulary of a Qwen3 checkpoint, without downloading anything.
-
-    Args:
-        path: a hub name among `BACKBONES`, or a local folder.
+    """Shape and vocabulary of a Qwen3 checkpoint: a hub name among `BACKBONES`, or a local folder.
 
     Raises:
         RecipeError: another hub name, or a folder of another architecture.

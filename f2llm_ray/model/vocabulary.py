@@ -128,13 +128,10 @@ class Vocabulary:
         return found
 
     def choose(self, counts: Ids, wanted: int | None) -> Ids:
-        """The ids of the tokens to keep, ascending.
+        """The ids of the tokens to keep, ascending: so many of the most used, or all that are used.
 
-        Bytes, special tokens, and the tokens on the way to a kept one stay.
-
-        Args:
-            counts: how often each token is used [V or more].
-            wanted: as many, the most used ones; all that are used when None.
+        Bytes, special tokens, and the tokens on the way to a kept one stay. `counts` is how often each token is
+        used [V or more].
 
         Raises:
             RecipeError: fewer are wanted than must stay, or more than there are.

@@ -42,8 +42,8 @@ def _why(run: Run, stage: Stage, missing: set[str]) -> str:
 
 def _hours(graph: Graph, stage: Stage) -> float | None:
     """Hours of a training on GPUs, where the planner can tell."""
+    from f2llm_ray.plan.cost import stage_hours
     from f2llm_ray.plan.stage_work import Cluster, training_stages
-    from f2llm_ray.plan.summary import stage_hours
 
     recipe = graph.recipe
     if stage.name not in training_stages(recipe):

@@ -137,9 +137,8 @@ def finish_model(
 def _calibrate(model: Folder, prepared: Folder, sources: Sequence[str], seed: int) -> None:
     import torch
 
-    from f2llm_ray.engine.calibration import save_calibration
     from f2llm_ray.engine.engine import Engine
-    from f2llm_ray.engine.text_engine import calibrate
+    from f2llm_ray.engine.text_engine import calibrate, save_calibration
     from f2llm_ray.model.vocabulary import load_map, remap
     from f2llm_ray.shrink.shrink import calibration_tokens
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import Shape, non_embedding_parameters
-from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork
+from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork, corpus_size, stage_work
+from f2llm_ray.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,7 @@ def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
 def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -> float:
     """FLOPs of training per token: backward takes twice the forward, a teacher beside the student its own forward.
 
-    Args:
-        work: the stage's work.
-        text_tokens: mean tokens of a text.
-        worker_tokens: mean tokens of a worker's part of a batch, which decide how many chunks it has.
+    `worker_tokens` are the mean tokens of a worker's part of a batch, which decide how many chunks it has.
     """
     forwards = 3 + extra_forwards(work, text_tokens, worker_tokens)
     own = forward_flops_per_token(work.shape, text_tokens) * forwards
@@ -108,3 +107,18 @@ def _teacher_tokens(work: StageWork, texts: CorpusSize) -> float | None:
     rows = drawn if texts.rows_per_epoch is None else min(drawn, texts.rows_per_epoch)
     text_tokens = texts.tokens_per_row / work.texts_per_row
     return text_tokens * (2 * rows + (work.texts_per_row - 2) * drawn)
+
+
+def stage_hours(recipe: Recipe, stage: str, cluster: Cluster) -> float | None:
+    """Hours that a training stage takes at most, without those of computing a cached teacher's vectors.
+
+    None where they cannot be computed: the recipe trains on CPUs, a model's shape is not known without a download,
+    the GPUs cannot share the batch, or a source has no cap.
+    """
+    if recipe.compute.gpus_per_worker == 0:
+        return None
+    try:
+        work = stage_work(recipe, stage, cluster.world)
+    except RecipeError:
+        return None
+    return cost(work, corpus_size(recipe, work), cluster).hours

@@ -165,9 +165,7 @@ def shape_of(recipe: Recipe, model: str) -> tuple[Shape, int]:
     A pruning that keeps the tokens in use leaves the vocabulary as it is here: only the corpus says how many they
     are.
 
-    Args:
-        recipe: the recipe.
-        model: the name of one of its models, or the path of a model folder, which has a /.
+    The model is the name of one of the recipe's, or the path of a model folder, which has a /.
 
     Raises:
         RecipeError: the shape is not known without a download.
@@ -200,13 +198,9 @@ def _backbone_shape(recipe: Recipe) -> tuple[Shape, int]:
 def corpus_size(
     recipe: Recipe, work: StageWork, *, rows: int | None = None, tokens_per_row: float | None = None
 ) -> CorpusSize:
-    """How much a stage trains on; what is not given is bounded by the sources' caps and the longest text.
+    """How much a stage trains on: rows of one epoch, and mean tokens of a row's texts together.
 
-    Args:
-        recipe: the recipe.
-        work: the stage's work.
-        rows: rows of one epoch.
-        tokens_per_row: mean tokens of a row's texts together.
+    What is not given is bounded by the sources' caps and the longest text.
     """
     sources = [recipe.sources[source] for source in recipe.stage_sources(_settings(recipe, work.stage))]
     capped = [source.cap * source.weight for source in sources if source.cap is not None]

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
-from f2llm_ray.engine.vector_types import EMBEDDING_TYPES, EmbeddingType, Quantized
+from f2llm_ray.model.dims import EMBEDDING_TYPES, EmbeddingType, Quantized
 from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
@@ -298,14 +298,7 @@ def split(given: Inputs) -> tuple[list[str], list[list[int]]]:
 def embeddings_answer(
     forms: Mapping[EmbeddingType, Quantized], *, model: str, tokens: int, encoding: Encoding = "float"
 ) -> bytes:
-    """The body of an `EmbeddingsAnswer`.
-
-    Args:
-        forms: the vectors [n, ...] by type, in the order of the request.
-        model: name of the model.
-        tokens: number of tokens of all inputs.
-        encoding: numbers, or base64 of their bytes.
-    """
+    """The body of an `EmbeddingsAnswer`: vectors [n, ...] by type, and the tokens of all inputs."""
     coded = {kind: _coded(rows, encoding) for kind, rows in forms.items()}
     first = next(iter(coded.values()))
     data = [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(first)]

@@ -49,9 +49,7 @@ class Batcher:
     async def embed(self, tokens: Sequence[Tokens], *, first: bool = False) -> Vectors:
         """Vectors [n, d] of one request; one that is cancelled while it waits is not embedded.
 
-        Args:
-            tokens: the request's token lists.
-            first: go ahead of all waiting requests, so that a health check does not time out under load.
+        `first` goes ahead of all waiting requests, so that a health check does not time out under load.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Vectors] = loop.create_future()

@@ -33,9 +33,7 @@ def answers_http(info: type[BaseModel]) -> Callable[[type[T]], type[T]]:
     """A class decorator: instances of the class, a `RequestHandler`, answer HTTP once Ray Serve deploys it.
 
     The routes are made on the replica: pickled with the class they would lose the types that annotations name.
-
-    Args:
-        info: what GET /info answers.
+    GET /info answers with an `info`.
     """
     return serve.ingress(lambda: web(lambda: serve.get_replica_context().servable_object, info))
 

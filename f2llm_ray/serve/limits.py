@@ -10,8 +10,8 @@ import numpy as np
 
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.tokens.store import cut
-from f2llm_ray.engine.vector_types import EmbeddingType
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo
+from f2llm_ray.model.dims import EmbeddingType
 from f2llm_ray.serve.api import ApiError
 from f2llm_ray.serve.settings import Serving
 

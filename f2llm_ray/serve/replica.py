@@ -11,8 +11,7 @@ from f2llm_ray import __version__
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.engine_process import EngineProcess
 from f2llm_ray.engine.text_engine import self_check
-from f2llm_ray.engine.vector_types import EmbeddingType, Quantized, quantize_vectors
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.model.dims import EmbeddingType, Quantized, cut_dims, quantize_vectors
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.batcher import Batcher
@@ -21,8 +20,8 @@ from f2llm_ray.serve.search import SearchAnswer, SearchCorpus, SearchRequest
 from f2llm_ray.serve.served_model import ServedModel
 
 SHORT = 500
-"""Most characters of a request that is tokenized on the event loop: 0.13 ms, where waking a thread alone takes
-half as long. A megabyte of text would hold up all other requests there."""
+"""Most characters (or token ids) of a request that is tokenized on the event loop: 0.13 ms, where waking a thread
+alone takes half as long. A megabyte of text would hold up all other requests there."""
 
 
 class Replica:
@@ -49,11 +48,7 @@ class Replica:
         self.engine.embed_tokens(self.probe)
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
-        """Answers POST /v1/embeddings, POST /embed or POST /search.
-
-        Args:
-            route: which of them.
-            body: the request's body.
+        """Answers POST /v1/embeddings, POST /embed or POST /search, which is the route.
 
         Raises:
             ApiError: anything wrong with the request.
@@ -131,7 +126,8 @@ class Replica:
         """Vectors [n, ...] by type, the number n of inputs, and the number of their tokens."""
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
-        if _characters(given) <= SHORT:
+        texts, ids = api.split(given)
+        if sum(map(len, texts)) + sum(map(len, ids)) <= SHORT:
             tokens = self._tokenize(ask, given, param)
         else:
             tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
@@ -156,9 +152,3 @@ class Replica:
 def _leave() -> None:
     """Ends a replica whose engine process is gone: Serve replaces it, and HAProxy uses another one meanwhile."""
     os._exit(1)
-
-
-def _characters(given: api.Inputs) -> int:
-    """Length of all inputs; a token id counts as one character."""
-    texts, ids = api.split(given)
-    return sum(map(len, texts)) + sum(map(len, ids))

@@ -86,11 +86,9 @@ async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | No
 
 
 def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp:
-    """Makes the ASGI application of all routes.
+    """Makes the ASGI application of all routes; `RequestHandler.info` returns an `info`.
 
-    Args:
-        handler: returns what answers the requests; called per request, so that it may be made after the routes.
-        info: what `RequestHandler.info` returns.
+    `handler` is called per request, so that what it returns may be made after the routes.
     """
     app = FastAPI(
         title="f2llm_ray", version=__version__, redirect_slashes=False, description=DESCRIPTION, redoc_url=None

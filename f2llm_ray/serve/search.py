@@ -99,10 +99,7 @@ class SearchCorpus:
     def search(self, query_d: Vectors, dims: tuple[int, ...], top: int) -> tuple[dict[int, list[int]], list[Hit]]:
         """The indices of the nearest passages at each dim among the hits, and the hits with scores at all dims.
 
-        Args:
-            query_d: the query's vector.
-            dims: the trained dims, smallest first, d last.
-            top: passages per dim.
+        `dims` are the trained ones, smallest first, d last; `top` is the number of passages per dim.
         """
         scores_kn = cosines_by_dim(self.vectors_nd, query_d, dims)
         best_kt = np.argsort(-scores_kn, axis=1, kind="stable")[:, :top]

@@ -9,8 +9,8 @@ from datetime import datetime
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.engine.vector_types import EMBEDDING_TYPES
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
+from f2llm_ray.model.dims import EMBEDDING_TYPES
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text

@@ -19,9 +19,8 @@ from pyarrow import parquet as pq
 from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.data.tokens.store import Tokens, cut
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.dims import Vectors, quantize_vectors
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.inputs import Unit, UnitReader
 

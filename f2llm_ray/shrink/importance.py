@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,24 +58,16 @@ class Sums:
 
 @torch.no_grad()
 def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> Sums:
-    """Runs calibration texts through a model and sums what its parts do. Padding does not count.
+    """Runs calibration texts, at least one, through a model in evaluation mode and sums what its parts do.
 
-    Skipping a layer runs only those after it, from the inputs that the whole pass left: l / 2 passes for l layers.
-
-    Args:
-        backbone: the model, in evaluation mode.
-        tokens: calibration texts as token lists, at least one.
-        tokens_per_pass: token budget of one forward pass; the inputs of all layers are held for it.
+    Padding does not count. Skipping a layer runs only those after it, from the inputs that the whole pass left:
+    l / 2 passes for l layers. The inputs of all layers are held for a pass of `tokens_per_pass`.
 
     Raises:
         RunError: the model is of a family that cannot be pruned.
     """
     passes = passes_of(backbone, tokens, tokens_per_pass)
-    found = [_Pass(backbone, [tokens[index] for index in indices]).sums() for indices in passes]
-    total = found[0]
-    for more in found[1:]:
-        total = total + more
-    return total
+    return reduce(add, [_Pass(backbone, [tokens[index] for index in indices]).sums() for indices in passes])
 
 
 class _Pass:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,7 @@ def pieces_of(calibration: Sequence[Tokens], tokens: int = TOKENS_PER_PIECE) -> 
 def score(
     parent: Folder, calibration: Sequence[Tokens], settings: Prune, compute: Compute, *, seed: int
 ) -> Importance:
-    """The scores of a parent's parts, of the kind that the settings name.
-
-    Args:
-        parent: the model folder.
-        calibration: texts as token lists, at least one.
-        settings: the kind of scores.
-        compute: how many actors measure, and what each may use.
-        seed: of random scores.
+    """The scores of a parent's parts, of the kind that the settings name, on at least one calibration text.
 
     Raises:
         RunError: the parent's family cannot be pruned.
@@ -81,19 +75,11 @@ def _measured(parent: Folder, pieces: list[list[Tokens]], compute: Compute) -> S
     items = [{"piece": number, "tokens": piece} for number, piece in enumerate(pieces)]
     actors = start_actors(make, min(compute.workers, len(pieces)), **compute.per_worker)
     found = sorted(each_on_actors("importance", items, actors), key=lambda row: row["piece"])
-    total: Sums = found[0]["sums"]
-    for more in found[1:]:
-        total = total + more["sums"]
-    return total
+    return reduce(add, [row["sums"] for row in found])
 
 
 class PieceScorer:
-    """One parent model that measures pieces of text.
-
-    Args:
-        parent: the model folder.
-        threads: torch threads on CPU.
-    """
+    """One parent model that measures pieces of text, with so many torch threads on CPU."""
 
     def __init__(self, parent: Folder, threads: int) -> None:
         import torch

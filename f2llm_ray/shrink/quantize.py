@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -35,16 +34,9 @@ def quantize_model(
     parent: Folder,
     out: Folder,
 ) -> dict[str, Any]:
-    """Makes the int8 copy of a model, inside a Ray task.
+    """Makes the int8 copy of the parent, a model folder with float weights, inside a Ray task.
 
-    Args:
-        sources: names of the sources that give the texts which both models encode.
-        seed: of the drawn texts.
-        embeddings: int8 input embeddings too.
-        model_name: name of the int8 model.
-        prepared: folder of the prepare stage.
-        parent: model folder with float weights.
-        out: the stage's folder; it gets `model/`.
+    The sources give the texts which both models encode. The stage's folder `out` gets `model/`.
 
     Returns:
         Facts for the manifest: bytes of the weights, the cosine of both models' vectors (mean and least), and
@@ -57,10 +49,8 @@ def quantize_model(
     torch.set_num_threads(1)
     with parent.as_local() as before, (out / "model").writing() as after:
         save_quantized(before, after, embeddings=embeddings)
-        info = json.loads((after / INFO_FILE).read_text(encoding="utf-8"))
-        (after / INFO_FILE).write_text(
-            json.dumps({**info, "name": model_name}, indent=2, ensure_ascii=False) + "\n"
-        )
+        made = Folder.at(str(after))
+        made.write_json(INFO_FILE, {**made.read_json(INFO_FILE), "name": model_name})
         tokens = remap(calibration_tokens(sources, seed, prepared, ROWS), load_map(before))
         facts = {
             "bytes_of_weights": {"float": _weights(before), "int8": _weights(after)},

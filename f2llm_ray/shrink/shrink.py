@@ -41,14 +41,7 @@ def score_parts(
 ) -> dict[str, Any]:
     """Scores the parts of the parent model, for any shape it is then pruned to.
 
-    Args:
-        sources: names of the sources that give calibration text.
-        settings: the kind of scores, and how much calibration text.
-        compute: how many actors measure, and what each may use.
-        seed: of the drawn text, and of random scores.
-        prepared: folder of the prepare stage.
-        parent: model folder.
-        out: the stage's folder; it gets importance.safetensors and importance.json.
+    The sources give the calibration text. The stage's folder `out` gets importance.safetensors and .json.
 
     Returns:
         Facts for the manifest: the calibration's texts and tokens, and a summary of the scores.
@@ -70,15 +63,10 @@ def score_parts(
 def shrink(
     settings: Prune, model_name: str, *, prepared: Folder, parent: Folder, scored: Folder, out: Folder
 ) -> dict[str, Any]:
-    """Prunes the parent model to the shape that the settings name.
+    """Prunes the parent model to the shape that the settings name, by the scores in the folder `scored`.
 
-    Args:
-        settings: what stays.
-        model_name: name of the pruned model.
-        prepared: folder of the prepare stage, for the tokens that its texts use.
-        parent: model folder to prune.
-        scored: folder of the importance stage.
-        out: the stage's folder; it gets `model/`, and kept.json with the numbers of the parts that stay.
+    `prepared` has the tokens that the texts use. The stage's folder `out` gets `model/`, and kept.json with the
+    numbers of the parts that stay.
 
     Returns:
         Facts for the manifest: the kept layers and tokens.

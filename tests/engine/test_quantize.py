@@ -11,12 +11,10 @@ from hypothesis import strategies as st
 from sentence_transformers.util import quantize_embeddings
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.engine.calibration import Calibration, load_calibration, save_calibration
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.text_engine import calibrate, self_check
-from f2llm_ray.engine.vector_types import quantize_vectors
+from f2llm_ray.engine.text_engine import Calibration, calibrate, load_calibration, save_calibration, self_check
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from f2llm_ray.run.folder import Folder
 from tests.tiny import LINES, tiny_model
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from f2llm_ray.engine.vector_types import dequantize_int8, quantize_vectors
 from f2llm_ray.evaluate.metrics.by_type import QUERIES, by_type
 from f2llm_ray.evaluate.metrics.ranking import Judgements, metrics
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.model.dims import cut_dims, dequantize_int8, quantize_vectors
 
 DIMS = (8, 12, 32)
 

@@ -11,9 +11,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.engine.calibration import save_calibration
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.text_engine import calibrate
+from f2llm_ray.engine.text_engine import calibrate, save_calibration
 from f2llm_ray.export.publish import hub_upload, publish
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.report.model_card import model_card

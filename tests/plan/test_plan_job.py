@@ -12,9 +12,8 @@ import pytest
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY
-from f2llm_ray.plan.cost import cost
+from f2llm_ray.plan.cost import cost, stage_hours
 from f2llm_ray.plan.stage_work import Cluster, TeacherWork, corpus_size, shape_of, stage_work
-from f2llm_ray.plan.summary import stage_hours
 from f2llm_ray.recipe.files import load_recipe
 
 REPO = Path(__file__).parent.parent.parent

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from f2llm_ray.engine.calibration import save_calibration
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.text_engine import calibrate
+from f2llm_ray.engine.text_engine import calibrate, save_calibration
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.keys import new_key
 from tests.ports import free_port

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from f2llm_ray.engine.vector_types import quantize_vectors
 from f2llm_ray.model.checkpoint import ModelInfo
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
 from f2llm_ray.serve.settings import Serving

@@ -21,10 +21,9 @@ from pyarrow import parquet as pq
 from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.data.reading import tables
 from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.engine.calibration import load_calibration, save_calibration
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.text_engine import calibrate
-from f2llm_ray.engine.vector_types import quantize_vectors
+from f2llm_ray.engine.text_engine import calibrate, load_calibration, save_calibration
+from f2llm_ray.model.dims import quantize_vectors
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.bulk import run
 from f2llm_ray.serve.inputs import UnitReader, units_of

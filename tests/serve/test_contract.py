@@ -13,9 +13,8 @@ import openai
 import pytest
 
 from f2llm_ray import __version__
-from f2llm_ray.engine.calibration import load_calibration
-from f2llm_ray.engine.vector_types import quantize_vectors
-from f2llm_ray.model.dims import cut_dims
+from f2llm_ray.engine.text_engine import load_calibration
+from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from tests.serve.endpoint import KEYED, ROUTER, TEXTS, Server, error_of
 
 SHORT = TEXTS[:4]

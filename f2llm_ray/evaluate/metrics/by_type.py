@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.engine.nearest import top_positions
-from f2llm_ray.engine.vector_types import dequantize_int8, quantize_vectors
 from f2llm_ray.evaluate.metrics.ranking import Judgements, K, metrics
 from f2llm_ray.evaluate.vectors import evenly_drawn
-from f2llm_ray.model.dims import Vectors, cut_dims
+from f2llm_ray.model.dims import Vectors, cut_dims, dequantize_int8, quantize_vectors
 
 QUERIES = 1000
 """At most so many queries, evenly drawn: types are compared with each other on the same ones."""
@@ -43,6 +41,8 @@ def by_type(
         ranges: [2, k] by dim k, for int8; a dim without is not measured as int8.
         device: where to compute.
     """
+    from f2llm_ray.engine.nearest import top_positions
+
     drawn_n = evenly_drawn(len(query_q), QUERIES)
     kept_r = np.isin(judged.relevant_r2[:, 0], drawn_n)
     asked_m, passage_m = judged.relevant_r2[kept_r].T
