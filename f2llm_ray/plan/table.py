@@ -8,9 +8,8 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.model.sizes import non_embedding_parameters, parameters
-from f2llm_ray.plan.advice import USABLE, WORLD, changes, fits, variants
 from f2llm_ray.plan.cost import cost, forward_flops_per_token
-from f2llm_ray.plan.memory import host_bytes, memory
+from f2llm_ray.plan.memory import USABLE, WORLD, changes, fits, host_bytes, memory, variants
 from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork
 
 GB = 1e9

@@ -11,9 +11,9 @@ from typing import Any
 from ray import serve
 
 from f2llm_ray.serve.api import Info
-from f2llm_ray.serve.deploy import answers_http, checked, options
 from f2llm_ray.serve.replica import Replica
-from f2llm_ray.serve.served_model import Arguments, find_model
+from f2llm_ray.serve.routes import answers_http
+from f2llm_ray.serve.served_model import Arguments, checked, find_model, options
 
 
 @answers_http(Info)

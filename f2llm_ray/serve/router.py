@@ -21,10 +21,10 @@ from ray.serve.handle import DeploymentHandle
 from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.deploy import answers_http, checked, options
 from f2llm_ray.serve.middleware import RequestPolicy
+from f2llm_ray.serve.routes import answers_http
 from f2llm_ray.serve.search import SearchRequest
-from f2llm_ray.serve.served_model import Arguments, find_model, with_limits
+from f2llm_ray.serve.served_model import Arguments, checked, find_model, options, with_limits
 from f2llm_ray.serve.settings import Access, Limits, Serving
 
 RETRIES = 2

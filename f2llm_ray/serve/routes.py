@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
+from ray import serve
 from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
@@ -24,6 +25,8 @@ from f2llm_ray.serve.settings import Serving
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
+
+T = TypeVar("T")
 
 EMBEDDINGS, EMBED, SEARCH = "/v1/embeddings", "/embed", "/search"
 ROUTES = frozenset({EMBEDDINGS, EMBED, SEARCH})
@@ -127,6 +130,15 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
         return _json(b'{"status":"ok"}')
 
     return RequestMiddleware(TextRoutes(app, handler), policy=lambda: handler().policy)
+
+
+def answers_http(info: type[BaseModel]) -> Callable[[type[T]], type[T]]:
+    """A class decorator: instances of the class, a `RequestHandler`, answer HTTP once Ray Serve deploys it.
+
+    The routes are made on the replica: pickled with the class they would lose the types that annotations name.
+    GET /info answers with an `info`.
+    """
+    return serve.ingress(lambda: web(lambda: serve.get_replica_context().servable_object, info))
 
 
 PAGE = Path(__file__).with_name("demo.html").read_text(encoding="utf-8")

@@ -1,14 +1,18 @@
-"""The model that is served, found before any replica starts: its folder, its limits and its card."""
+"""The model that is served, found before any replica starts: its folder, limits, card and deployment options."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, TypeVar
 
+from click import ClickException
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from ray.serve.exceptions import RayServeException
 
-from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.model.dims import EMBEDDING_TYPES
 from f2llm_ray.run.folder import Folder
@@ -16,6 +20,20 @@ from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.search import check_corpus
 from f2llm_ray.serve.settings import Access, Limits, Serving
+
+T = TypeVar("T")
+
+SLACK = 256
+"""Requests that Serve hands to a replica beyond those that may wait there, so that it is the replica that refuses
+them, with our 429, and not Serve with a plain 503."""
+
+
+class NotServableError(RunError, RayServeException, ClickException):
+    """The arguments name nothing that can be served; the message is one sentence.
+
+    Ray Serve shows the message alone of its own exceptions and a stack trace of others (a deployed config), and
+    click does the same (`serve run` of an import path).
+    """
 
 
 class Arguments(Access, Limits):
@@ -124,3 +142,28 @@ def _report(root: Folder) -> Report:
         return Report.model_validate(root.read_json("report.json"))
     except ValidationError as error:
         raise RunError(f"{root.uri}/report.json: not the report of a run: {error}") from None
+
+
+def checked(find: Callable[[], T]) -> T:
+    """Returns what `find` returns.
+
+    Raises:
+        NotServableError: `find` met a wrong argument or a missing model.
+    """
+    try:
+        return find()
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors()]
+        raise NotServableError(f"serving arguments: {'; '.join(problems)}") from None
+    except F2LLMError as error:
+        raise NotServableError(str(error)) from None
+
+
+def options(settings: Serving) -> dict[str, Any]:
+    """Options of a deployment; a Serve config may set others.
+
+    A new version starts beside the old one (max_surge_percent), which stops once the new one is ready. Serve's own
+    default stops the old one first: a lone replica would be missing while a model loads, and after a version that
+    fails its self-check nothing would be left.
+    """
+    return {"max_ongoing_requests": settings.max_queued + SLACK, "max_surge_percent": 100}

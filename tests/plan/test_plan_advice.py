@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from f2llm_ray.plan.advice import changes, fits, variants
 from f2llm_ray.plan.cost import flops_per_token
+from f2llm_ray.plan.memory import changes, fits, variants
 from f2llm_ray.plan.stage_work import StageWork, stage_work
 from f2llm_ray.recipe.files import load_recipe
 

@@ -23,7 +23,7 @@ from f2llm_ray.model.sizes import (
     parameters,
     random_backbone,
 )
-from f2llm_ray.plan.advice import fits
+from f2llm_ray.plan.memory import fits
 from f2llm_ray.plan.stage_work import StageWork, shape_of, stage_work, training_stages
 from f2llm_ray.recipe.files import load_recipe
 from tests.corpus import write_corpus, write_recipe

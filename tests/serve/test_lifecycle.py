@@ -18,8 +18,7 @@ from ray import serve
 
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.serve import app, router
-from f2llm_ray.serve.deploy import options
-from f2llm_ray.serve.served_model import Arguments, find_model
+from f2llm_ray.serve.served_model import Arguments, find_model, options
 from tests.serve.conftest import calibrated, free_port
 from tests.serve.endpoint import error_of
 from tests.tiny import tiny_model
