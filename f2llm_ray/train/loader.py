@@ -102,7 +102,7 @@ def read(
 ) -> Iterator[TrainBatch]:
     """One rank's part of every batch, read as it is asked for: for the few batches of a validation."""
     for step in range(len(table.order())):
-        yield _unpack(_collate(table, store, taught, step, rank, world), table.sources)
+        yield _unpack(_collate(table, store, taught, rank, world, step), table.sources)
 
 
 class _Feeder:
@@ -156,7 +156,7 @@ _vectors = lru_cache(maxsize=4)(TeacherStore)
 _order = lru_cache(maxsize=4)(BatchTable.order)
 
 
-def _collate(table: BatchTable, store: Path, taught: Path | None, step: int, rank: int, world: int) -> pa.Table:
+def _collate(table: BatchTable, store: Path, taught: Path | None, rank: int, world: int, step: int) -> pa.Table:
     """One rank's part of a step as one row of flat lists: tokens, places and the teacher's vectors."""
     entry = _order(table)[step]
     batch = table.batch(entry)
