@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm_ray.data.language import CODE
+from f2llm_ray.data.schema import with_column
 from f2llm_ray.data.settings import Data
 
 # Control and format characters that carry no text: C0 and C1 except tab and line ends, the byte-order mark, the
@@ -64,8 +65,7 @@ def clean(rows: pa.Table, settings: Data) -> pa.Table:
             or ("clean: query equals passage" if query_text == passage_text else None)
         )
     for name, values in {"query": queries, "passage": passages, "negatives": negatives, "drop": drops}.items():
-        index = rows.schema.get_field_index(name)
-        rows = rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))
+        rows = with_column(rows, name, values)
     return rows
 
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 from f2llm_ray.data.clean import normalize
 from f2llm_ray.data.near.shingles import Hashes, shingle
 from f2llm_ray.data.ragged import Ints, ranges
+from f2llm_ray.data.schema import with_column
 from f2llm_ray.data.settings import Decontamination
 
 
@@ -63,29 +64,21 @@ class Screen:
 
 def make_screen(sets: Mapping[str, Screened], settings: Decontamination) -> Screen | None:
     """Indexes what sets, by name, ask, and their answers of an n-gram's length; None when there is no text."""
-    names: list[str] = []
     set_of: list[int] = []
     texts: list[str] = []
-    for name, (asked, answers) in sets.items():
+    for place, (asked, answers) in enumerate(sets.values()):
         queries = [normalize(text) for text in asked]
         passages = [normalize(text) for text in answers] if settings.passages else []
         long = shingle(passages, settings.ngram).tokens >= settings.ngram
         kept = [*queries, *(text for text, enough in zip(passages, long, strict=True) if enough)]
-        set_of += [len(names)] * len(kept)
-        names.append(name)
+        set_of += [place] * len(kept)
         texts += kept
     if not texts:
         return None
     hashes, sizes = shingle(texts, settings.ngram).distinct()
     order = np.argsort(hashes, kind="stable")
-    return Screen(
-        settings,
-        tuple(names),
-        np.array(set_of),
-        sizes,
-        hashes[order],
-        np.repeat(np.arange(len(texts)), sizes)[order],
-    )
+    text_of = np.repeat(np.arange(len(texts)), sizes)[order]
+    return Screen(settings, tuple(sets), np.array(set_of), sizes, hashes[order], text_of)
 
 
 def decontaminate(rows: pa.Table, screen: Screen | None) -> pa.Table:
@@ -94,9 +87,8 @@ def decontaminate(rows: pa.Table, screen: Screen | None) -> pa.Table:
         return rows
     query, passage = (screen.find(rows[name].to_pylist()) for name in ("query", "passage"))
     found = np.where(query >= 0, query, passage)
-    index = rows.schema.get_field_index("drop")
     drops = [
         drop or (f"decontaminate: {screen.sets[place]}" if place >= 0 else None)
         for drop, place in zip(rows["drop"].to_pylist(), found.tolist(), strict=True)
     ]
-    return rows.set_column(index, rows.schema.field(index), pa.array(drops, pa.string()))
+    return with_column(rows, "drop", drops)

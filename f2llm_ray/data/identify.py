@@ -22,6 +22,7 @@ from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.optional import not_installed, require
 from f2llm_ray.data.language import CODE, UNKNOWN, iso639_3, macrolanguage
 from f2llm_ray.data.reading.paths import store_errors
+from f2llm_ray.data.schema import with_column
 from f2llm_ray.data.settings import LanguageId
 from f2llm_ray.run.folder import Folder
 
@@ -81,7 +82,7 @@ class Identifier:
             elif verdict == "differs" and self.settings.drop == "mismatch":
                 drops[index] = MISMATCH
         for name, values in {"language": languages, "drop": drops}.items():
-            rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(values, pa.string()))
+            rows = with_column(rows, name, values)
         columns = zip(*found, strict=True) if found else [()] * len(FOUND)
         for field, values in zip(FOUND, columns, strict=True):
             rows = rows.append_column(field, pa.array(values, field.type))

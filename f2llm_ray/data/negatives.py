@@ -80,6 +80,5 @@ def class_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
 
 
 def _with_negatives(ids: pa.Table, negatives: list[list[bytes]]) -> pa.Table:
-    index = ids.schema.get_field_index("negative_keys")
-    field = KEYS.field("negative_keys")
+    index, field = ids.schema.get_field_index("negative_keys"), KEYS.field("negative_keys")
     return ids.set_column(index, field, pa.array(negatives, field.type))

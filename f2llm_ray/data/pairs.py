@@ -12,6 +12,7 @@ from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.near.shingle_store import jaccards
 from f2llm_ray.data.near.shingles import Hashes, shingle
 from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
+from f2llm_ray.data.schema import with_column
 
 # With 24 negatives each about a million characters, whose shingles stay in the cache: all 4,096 rows of a table at
 # once took twice as long, and a gigabyte.
@@ -66,10 +67,9 @@ def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
 
 
 def _without(rows: pa.Table, column: str, dropped: Mask, owner: Ints) -> pa.Table:
-    index = rows.schema.get_field_index(column)
     kept = filter_lists(rows[column].combine_chunks(), ~dropped)
     counts = np.bincount(owner[dropped], minlength=len(rows))
-    rows = rows.set_column(index, rows.schema.field(index), kept.cast(rows.schema.field(index).type))
+    rows = with_column(rows, column, kept.cast(rows[column].type))
     return rows.append_column("dropped_negatives", pa.array(counts, pa.int32()))
 
 

@@ -18,7 +18,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import STEPS
 from f2llm_ray.data.decontaminate import Screened, make_screen
 from f2llm_ray.data.dedup import NEAR
-from f2llm_ray.data.flow import Part, parts_of
+from f2llm_ray.data.flow import parts_of
 from f2llm_ray.data.near.find import find_groups
 from f2llm_ray.data.read import write_rows
 from f2llm_ray.data.reading.base import Piece, SourceBase
@@ -101,7 +101,9 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     )
     clock.lap("tokens", texts)
     if near is not None:
-        near["samples"] = _samples(task, folder, parts)
+        near["samples"] = [
+            sample for name in task.sources for sample in samples(folder, name, NEAR, SAMPLES_PER_SOURCE)
+        ]
     facts = {"texts": texts, "tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}
     counted = account.card()
     card = {**counted, "near_dedup": near, **facts, "seconds": clock.laps}
@@ -154,11 +156,6 @@ def _part_key(task: Preparation) -> Any:
         return seeded_key(shared_key, json.dumps([name, said, content, places], sort_keys=True)).hex()
 
     return key
-
-
-def _samples(task: Preparation, folder: Folder, parts: list[Part]) -> list[dict[str, Any]]:
-    """Near-duplicates that were taken out, for a person to look at."""
-    return [sample for name in task.sources for sample in samples(folder, parts, name, NEAR, SAMPLES_PER_SOURCE)]
 
 
 def _tokenizer(task: Preparation, folder: Folder) -> Tokenizer:

@@ -33,12 +33,8 @@ from f2llm_ray.run.folder import Folder
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-NEGATIVES = pa.schema(
-    [
-        ("given_negatives", pa.int32()),
-        ("dropped_negatives", pa.int32()),  # those that were near-equal to the passage
-    ]
-)
+# Given by the source, and dropped since they were near-equal to the passage.
+NEGATIVES = pa.schema([("given_negatives", pa.int32()), ("dropped_negatives", pa.int32())])
 WRITTEN = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
 # Two texts with this Jaccard say the same where near dedup accepts every candidate.
 NEAR_EQUAL = 0.7
@@ -71,29 +67,20 @@ def write_rows(
     rows: Folder,
     known: Folder,
 ) -> Account:
-    """Writes the rows of every part with all their tags, and counts them.
+    """Writes the rows of every part with all their tags, and counts them; arguments as in `Reading`.
 
     A part that this or another run in the root has written under the same key is not read again.
-
-    Args:
-        sources: the sources by name.
-        settings: cleaning, languages and near-duplicates.
-        parts: the parts of the sources.
-        screen: the texts of the evaluation sets.
-        rows: folder that gets one file per part.
-        known: folder in the root that remembers parts by their keys.
 
     Raises:
         DataError: a malformed file, or a malformed row where `on_bad_row` is "error".
     """
     import ray
 
-    identifier = None if settings.language_id is None else Identifier(settings.language_id)
     task = Reading(
         sources=dict(sources),
         settings=settings,
         screen=ray.put(screen),
-        identifier=identifier,
+        identifier=None if settings.language_id is None else Identifier(settings.language_id),
         rows=rows,
         known=known,
     )
@@ -127,11 +114,10 @@ def _write_part(part: Part, *, task: Reading) -> Tables:
         task.known.write_json(f"{part.key}.json", {"file": f"{task.rows.uri}/{part.file}"})
     columns = ["language", "query", "passage", "drop", *FOUND.names, *NEGATIVES.names]
     account = [part_account(table) for table in task.rows.read_batches(part.file, columns)]
-    if task.settings.on_bad_row == "error" and any(_has_bad_rows(found) for found in account):
-        for _ in _cleaned(
-            part, source, task.settings
-        ):  # it was read while bad rows were skipped: now name the first
-            continue
+    tags = [row for found in account for row in found["rows"]]
+    if task.settings.on_bad_row == "error" and any((drop or "").startswith(BAD) for _, drop, _ in tags):
+        for _ in _cleaned(part, source, task.settings):  # read while bad rows were skipped: now name the first
+            pass
     yield pa.table({"source": [part.source], "account": [json.dumps(account)], "kept": [int(kept)]})
 
 
@@ -149,11 +135,6 @@ def _bring(part: Part, task: Reading) -> bool:
         else:
             found.filesystem.copy_file(f"{found.path}/{name}", temporary)
     return True
-
-
-def _has_bad_rows(account: Mapping[str, object]) -> bool:
-    rows = account["rows"]
-    return isinstance(rows, list) and any(drop is not None and drop.startswith(BAD) for _, drop, _ in rows)
 
 
 def _found(rows: pa.Table, task: Reading) -> pa.Table:
@@ -189,4 +170,5 @@ def _pairs(part: Part, *, source: SourceBase, settings: Data) -> Tables:
 def _cleaned(part: Part, source: SourceBase, settings: Data) -> Tables:
     for piece in part.pieces:
         for table in source.read(part.source, piece, settings.on_bad_row):
-            yield clean(table, settings)
+            if len(table):
+                yield clean(table, settings)

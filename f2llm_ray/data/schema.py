@@ -69,6 +69,13 @@ def key_numbers(keys: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np
     return data.reshape(-1, 2)[array.offset :].astype(np.uint64)
 
 
+def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    """The rows with other values in a column, which keeps its place and type."""
+    index = rows.schema.get_field_index(name)
+    field = rows.schema.field(index)
+    return rows.set_column(index, field, pa.array(values, field.type) if isinstance(values, list) else values)
+
+
 def query_text(text: str, instruction: str) -> str:
     """The query side's input: ``Instruct: {instruction}`` and the query on the next line (paper, use)."""
     return f"Instruct: {instruction}\nQuery: {text}" if instruction else text

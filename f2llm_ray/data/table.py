@@ -15,16 +15,15 @@ import pyarrow.compute as pc
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import Account, count_by
 from f2llm_ray.data.dedup import dedup
-from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts
+from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts, part_file
 from f2llm_ray.data.keys import KEYS, shard_of
 from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import KEY, key_numbers
+from f2llm_ray.data.schema import KEY, key_numbers, with_column
 from f2llm_ray.data.settings import Data
-from f2llm_ray.data.split import is_validation
 from f2llm_ray.run.folder import Folder
 
 READ_COLUMNS = ["source", "language", "passage_language", "label", *KEYS.names]
@@ -93,8 +92,7 @@ def _opened(near: Folder | None, shards: int) -> Iterator[Groups]:
 
 def _read_ids(part: Part, *, labels: frozenset[str], rows: Folder, near: Folder | None, shards: int) -> Tables:
     ids = rows.read_table(part.file, [*READ_COLUMNS, "drop"])
-    constants = {"piece": part.number, "source_rank": part.source_rank}
-    for name, value in constants.items():
+    for name, value in {"piece": part.number, "source_rank": part.source_rank}.items():
         ids = ids.append_column(name, pa.array(np.full(len(ids), value), pa.int64()))
     ids = ids.append_column("position", pa.array(np.arange(len(ids)), pa.int64()))
     ids = ids.filter(pc.is_null(ids["drop"])).drop_columns(["drop"])
@@ -121,8 +119,7 @@ def _write_source(
     left = pc.is_null(ids["drop"])
     if source.cap is not None:  # keys are hashes: the first rows are a random draw
         over = pc.and_(left, pc.greater(pc.cumulative_sum(pc.cast(left, pa.int64())), source.cap))
-        index = ids.schema.get_field_index("drop")
-        ids = ids.set_column(index, "drop", pc.if_else(over, "cap: over the source's cap", ids["drop"]))
+        ids = with_column(ids, "drop", pc.if_else(over, "cap: over the source's cap", ids["drop"]))
         left = pc.is_null(ids["drop"])
     removed = ids.filter(pc.invert(left)).select(REMOVED_COLUMNS)
     (prepared / "removed").write_table(f"{name}.parquet", [removed], removed.schema)
@@ -133,30 +130,31 @@ def _write_source(
         kept = label_negatives(kept, source=name, seed=seed)
     elif source.task == "clustering":
         kept = class_negatives(kept, source=name, seed=seed)
-    split = is_validation(kept["row_key"].combine_chunks(), validation)
-    kept = kept.append_column("validation", split)
+    kept = kept.append_column("validation", is_validation(kept["row_key"].combine_chunks(), validation))
     (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)
-    lost = json.dumps(count_by(removed, "language", "drop"))
-    with_negatives = int(np.count_nonzero(lengths_of(kept["negative_keys"].combine_chunks())))
-    return pa.table(
-        {
-            "source": [name],
-            "lost": [lost],
-            "dropped_negatives": [dropped],
-            "kept": [len(kept)],
-            "with_negatives": [with_negatives],
-        }
-    )
+    facts = {
+        "source": name,
+        "lost": json.dumps(count_by(removed, "language", "drop")),
+        "dropped_negatives": dropped,
+        "kept": len(kept),
+        "with_negatives": int(np.count_nonzero(lengths_of(kept["negative_keys"].combine_chunks()))),
+    }
+    return pa.Table.from_pylist([facts])
 
 
-def samples(prepared: Folder, parts: list[Part], source: str, tag: str, most: int) -> list[dict[str, Any]]:
+def is_validation(row_keys: pa.Array, share: float) -> pa.Array:
+    """Whether each row belongs to the validation split: decided by its key alone, so it never changes sides."""
+    low = key_numbers(row_keys)[:, 1] >> np.uint64(11)
+    return pa.array(low.astype(np.float64) / 2.0**53 < share)
+
+
+def samples(prepared: Folder, source: str, tag: str, most: int) -> list[dict[str, Any]]:
     """Rows of a source that a tag took out, each with the row that stayed for it, for a person to look at."""
     if not (prepared / "removed").exists(f"{source}.parquet"):
         return []
     removed = (prepared / "removed").read_table(f"{source}.parquet")
     removed = removed.filter(pc.equal(removed["drop"], tag)).slice(0, most)
-    files = {part.number: part.file for part in parts}
-    texts = partial(_texts_at, prepared / "rows", files)
+    texts = partial(_texts_at, prepared / "rows")
     return [
         {
             "source": source,
@@ -168,8 +166,8 @@ def samples(prepared: Folder, parts: list[Part], source: str, tag: str, most: in
     ]
 
 
-def _texts_at(rows: Folder, files: dict[int, str], piece: int, position: int) -> dict[str, str]:
-    for table in rows.read_batches(files[piece], ["query", "passage"]):
+def _texts_at(rows: Folder, piece: int, position: int) -> dict[str, str]:
+    for table in rows.read_batches(part_file(piece), ["query", "passage"]):
         if position < len(table):
             return dict(table.slice(position, 1).to_pylist()[0])
         position -= len(table)

@@ -12,7 +12,7 @@ from f2llm_ray.data.keys import add_keys, shard_of
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.reading.base import rows_table
 from f2llm_ray.data.schema import key_numbers, query_text, seeded_key, text_key
-from f2llm_ray.data.split import is_validation
+from f2llm_ray.data.table import is_validation
 
 
 def row(query: str, passage: str, **fields: object) -> dict[str, object]:
