@@ -128,16 +128,17 @@ class Replica:
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
         texts, ids = api.split(given)
         if sum(map(len, texts)) + sum(map(len, ids)) <= SHORT:
-            tokens = self._tokenize(ask, given, param)
+            tokens = self._tokenize(ask, texts, ids, param)
         else:
-            tokens = await asyncio.to_thread(self._tokenize, ask, given, param)
+            tokens = await asyncio.to_thread(self._tokenize, ask, texts, ids, param)
         vectors_nd = cut_dims(await self.batcher.embed(tokens), dim)
         forms = {kind: quantize_vectors(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
         return forms, len(tokens), sum(map(len, tokens))
 
-    def _tokenize(self, ask: api.EmbeddingOptions, given: api.Inputs, param: str) -> list[Tokens]:
+    def _tokenize(
+        self, ask: api.EmbeddingOptions, texts: list[str], ids: list[list[int]], param: str
+    ) -> list[Tokens]:
         prompt = limits.check_prompt(ask.prompt_name, ask.instruction, self.model_info)
-        texts, ids = api.split(given)
         limits.check_inputs(texts or ids, self.settings, param)
         if ids:
             if prompt:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.flow import Item, each_on_actors, start_actors
@@ -82,8 +83,6 @@ class PieceScorer:
     """One parent model that measures pieces of text, with so many torch threads on CPU."""
 
     def __init__(self, parent: Folder, threads: int) -> None:
-        import torch
-
         torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32

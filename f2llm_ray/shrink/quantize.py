@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
@@ -19,6 +20,7 @@ from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.int8 import WEIGHTS_FILE, is_quantized, quantize
 from f2llm_ray.model.vocabulary import MAP_FILE, load_map, remap
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.shrink.shrink import calibration_tokens
 
 ROWS, ROUNDS = 256, 3
 """Training rows whose texts are encoded by both models, and how often, in turn; the facts give medians."""
@@ -42,10 +44,6 @@ def quantize_model(
         Facts for the manifest: bytes of the weights, the cosine of both models' vectors (mean and least), and
         texts per second of each on one thread. The evaluations of both show what it costs in quality.
     """
-    import torch
-
-    from f2llm_ray.shrink.shrink import calibration_tokens
-
     torch.set_num_threads(1)
     with parent.as_local() as before, (out / "model").writing() as after:
         save_quantized(before, after, embeddings=embeddings)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from f2llm_ray.base.progress import say
 from f2llm_ray.data.language import UNKNOWN
-from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.ragged import Ints, numbered
 from f2llm_ray.data.schema import key_numbers, rng
 from f2llm_ray.data.tokens.store import Tokens, TokenStore
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
@@ -25,8 +25,6 @@ from f2llm_ray.shrink import part_scores
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-KEPT_FILE = "kept.json"
 
 
 def score_parts(
@@ -85,7 +83,7 @@ def shrink(
         save_model(path, small, tokenizer, named)
         if table is not None:
             save_map(table, path)
-    out.write_json(KEPT_FILE, {part: getattr(kept, part) for part in ("layers", "hidden", "ffn", "kv_heads")})
+    out.write_json("kept.json", {part: getattr(kept, part) for part in ("layers", "hidden", "ffn", "kv_heads")})
     return {"kept_layers": list(kept.layers), "vocabulary": small.config.vocab_size}
 
 
@@ -128,8 +126,6 @@ def by_turns(groups: Ints, generator: np.random.Generator) -> Ints:
     """All rows in random order, but so that each group has given n before one gives its n + 1-st."""
     order = generator.permutation(len(groups))
     by_group = order[np.argsort(groups[order], kind="stable")]
-    counts = np.bincount(groups)
-    turn = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = np.empty(len(groups), np.int64)
-    place[by_group] = turn
+    place[by_group] = numbered(np.bincount(groups))
     return order[np.argsort(place[order], kind="stable")]
