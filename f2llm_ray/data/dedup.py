@@ -26,8 +26,9 @@ def dedup(ids: pa.Table) -> pa.Table:
     names = ("query_group", "passage_group", "source_rank", "language", "row_key", "piece", "position")
     ids = ids.sort_by([(name, "ascending") for name in names]).combine_chunks()
     first = np.ones(len(ids), bool)
-    changed = [_changed(ids[name].combine_chunks()) for name in names[:2]]
-    first[1:] = changed[0] | changed[1]
+    query, passage = (ids[name].combine_chunks() for name in names[:2])
+    changed = pc.or_(pc.not_equal(query[1:], query[:-1]), pc.not_equal(passage[1:], passage[:-1]))
+    first[1:] = changed.to_numpy(zero_copy_only=False)
     head = pa.array(np.flatnonzero(first)[np.cumsum(first) - 1])
     codes = ids["row_key"].combine_chunks().dictionary_encode().indices.to_numpy()
     again = np.ones(len(ids), bool)
@@ -38,7 +39,3 @@ def dedup(ids: pa.Table) -> pa.Table:
         .append_column("kept_piece", ids["piece"].take(head))
         .append_column("kept_position", ids["position"].take(head))
     )
-
-
-def _changed(keys: pa.Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    return np.asarray(pc.not_equal(keys[1:], keys[:-1]).to_numpy(zero_copy_only=False), bool)

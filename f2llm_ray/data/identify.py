@@ -120,14 +120,10 @@ class _Model:
     """Macrolanguages of the languages that it tells apart."""
 
 
+@lru_cache(maxsize=65_536)
 def _verdict(claimed: str | None, detected: str, path: str) -> str:
     if claimed is None or claimed == UNKNOWN:
         return "filled"
-    return _compared(claimed, detected, path)
-
-
-@lru_cache(maxsize=65_536)
-def _compared(claimed: str, detected: str, path: str) -> str:
     expected = macrolanguage(iso639_3(claimed))
     if expected == macrolanguage(detected):
         return "agrees"

@@ -27,9 +27,8 @@ KEYS = pa.schema(
 def add_keys(rows: pa.Table, instruction: str) -> pa.Table:
     """Adds the columns of `KEYS`. The same query and passage are the same row, whatever the source."""
     queries = rows["query"].to_pylist()
-    passages = rows["passage"].to_pylist()
     query_keys = [text_key(text) for text in queries]
-    passage_keys = [text_key(text) for text in passages]
+    passage_keys = [text_key(text) for text in rows["passage"].to_pylist()]
     columns = {
         "row_key": [seeded_key(*pair) for pair in zip(query_keys, passage_keys, strict=True)],
         "query_key": query_keys,

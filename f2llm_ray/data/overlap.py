@@ -54,8 +54,7 @@ def find_overlap(
         look, batch_size=1, batch_format="pyarrow"
     )
     tables = [table for table in ray.get(found.to_arrow_refs()) if table.num_columns]
-    hits = pa.concat_tables([HIT.empty_table(), *tables])
-    hits = _of_table(hits, prepared / "table")
+    hits = _of_table(pa.concat_tables([HIT.empty_table(), *tables]), prepared / "table")
     rows_found = len(hits.group_by(["piece", "position"]).aggregate([]))
     held = np.zeros(max(len(texts), 1), bool)
     known = hits["text"].to_numpy()

@@ -108,13 +108,8 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     counted = account.card()
     card = {**counted, "near_dedup": near, **facts, "seconds": clock.laps}
     kept = {name: {"rows": account.kept(name)} for name in task.sources}
-    return {
-        "rows": counted["steps"],
-        "languages": account.languages(),
-        "sources": kept,
-        **facts,
-        "step_seconds": clock.laps,
-    }, card
+    summary = {"rows": counted["steps"], "languages": account.languages(), "sources": kept}
+    return {**summary, **facts, "step_seconds": clock.laps}, card
 
 
 class _Clock:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.batches.table import Floats, by_length, epoch_rows, mix, row_rates, write_source
+from f2llm_ray.data.batches.table import by_length, epoch_rows, mix, row_rates, write_source
 from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import SourceFacts, Task, key_numbers, rng
@@ -102,7 +102,10 @@ def _write_epoch(
     if not len(rows):  # a small source may have no held-out rows, and with data.validation 0 none has
         return {**work, "batches": 0}
     seed = f"{seed}/{split}/{epoch}"
-    rates = _rates(rows, facts.weight, plan.language_temperature) if split == "train" else np.ones(len(rows))
+    languages = rows["language"].combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices
+    rates = np.ones(len(rows))
+    if split == "train":
+        rates = row_rates(languages.to_numpy().astype(np.int64), facts.weight, plan.language_temperature)
     order = epoch_rows(rates, rng(seed, source, "order"))
     if plan.length_window > 1:
         with (prepared / "tokens").as_local() as store:
@@ -119,11 +122,6 @@ def _write_epoch(
             seed=seed,
         )
     return {**work, "batches": batches}
-
-
-def _rates(rows: pa.Table, weight: float, temperature: float) -> Floats:
-    languages = rows["language"].combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices
-    return row_rates(languages.to_numpy().astype(np.int64), weight, temperature)
 
 
 def _lengths(rows: pa.Table, store: TokenStore) -> Ints:

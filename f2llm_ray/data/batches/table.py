@@ -107,7 +107,7 @@ def fill_batches(order: Ints, texts: Ints, size: int) -> list[Ints]:
         batches.append(np.array(batch, dtype=np.int64))
     if batches and len(batches[-1]) < size:
         short = batches[-1]
-        filler = np.resize(order, size - len(short)) if len(batches) > 1 else np.resize(short, size - len(short))
+        filler = np.resize(order if len(batches) > 1 else short, size - len(short))
         batches[-1] = np.concatenate([short, filler])
     return batches
 
@@ -158,10 +158,8 @@ def write_source(
     Returns:
         The number of batches.
     """
-    if task == "retrieval":
-        batches = fill_batches(order, _text_ids(rows), size)
-    else:
-        batches = fill_batches(order, np.zeros((len(rows), 0), np.int64), size)
+    unique = _text_ids(rows) if task == "retrieval" else np.zeros((len(rows), 0), np.int64)
+    batches = fill_batches(order, unique, size)
     generator = rng(seed, source, "negatives")
     rows = rows.combine_chunks()
     with pa.ipc.new_file(path, EXAMPLES) as writer:

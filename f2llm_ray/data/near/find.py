@@ -30,7 +30,7 @@ from f2llm_ray.data.settings import NearDedup
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    import ray.data
+    pass
 
 # Texts whose bands one file holds: 90 MB with 14 bands.
 TEXTS_PER_FILE = 200_000
@@ -51,7 +51,7 @@ def find_groups(
     Args:
         settings: how alike two texts must be.
         tasks: the task of each source.
-        parts: the parts of the sources, whose files hold the texts.
+        parts: the parts of the sources.
         prepared: folder with `rows/`.
         shards: key ranges.
 
@@ -62,12 +62,12 @@ def find_groups(
     if near.exists(FACTS):
         return dict(near.read_json(FACTS))
     lsh = PRESETS[settings.preset]
-    say(f"prepare: near-duplicates, {curve_line(settings)}")
-    numbers = [{"part": number} for number in range(len(parts))]
+    chances = ", ".join(f"{lsh.probability(j):.0%} at {j}" for j in (0.5, 0.6, 0.7, 0.8, 0.9))
+    say(f"prepare: near-duplicates, {lsh.bands} bands of {lsh.rows}: pairs found by their Jaccard, {chances}")
     bands = partial(
         _bands, parts=parts, settings=settings, tasks=tasks, rows=prepared / "rows", near=near, shards=shards
     )
-    list(each("prepare: bands", numbers, bands))
+    list(each("prepare: bands", [{"part": number} for number in range(len(parts))], bands))
     tied = [{"shard": shard} for shard in range(shards)]
     tie = partial(_pairs, near=near, shards=shards)
     entries = sum(found["entries"] for found in each("prepare: pairs", tied, tie))
@@ -88,13 +88,6 @@ def find_groups(
     for done in ("bands", "pairs", "shingles"):
         (near / done).clear()
     return found
-
-
-def curve_line(settings: NearDedup) -> str:
-    """The S-curve of a preset in words."""
-    lsh = PRESETS[settings.preset]
-    chances = ", ".join(f"{lsh.probability(j):.0%} at {j}" for j in (0.5, 0.6, 0.7, 0.8, 0.9))
-    return f"{lsh.bands} bands of {lsh.rows}: pairs found by their Jaccard, {chances}"
 
 
 def _documents(part: Part, task: Task, rows: Folder) -> Iterator[tuple[Rows, list[str]]]:
@@ -238,8 +231,14 @@ def _connect_spread(near: Folder, shards: int) -> dict[str, int]:
     files = ray.data.from_items([{"file": name} for name in names], override_num_blocks=len(names))
     read = files.map_batches(partial(_read_edges, folder=edges), batch_size=1, batch_format="pyarrow")
     members = spread(read, shards)
-    map_groups(_keyed(members, "b", shards), "shard", partial(_write_members, near=near)).materialize()
-    sizes = map_groups(_keyed(members, "a", shards), "shard", _sizes).take_all()
+    by_member, by_group = (
+        members.map_batches(
+            partial(_with_shard, column=end, shards=shards), batch_format="pyarrow", batch_size=None
+        )
+        for end in ("b", "a")
+    )
+    map_groups(by_member, "shard", partial(_write_members, near=near)).materialize()
+    sizes = map_groups(by_group, "shard", _sizes).take_all()
     with (near / "groups").writing() as folder:
         for shard in range(shards):  # a key range may be empty
             if not (folder / NAMES[0].format(shard)).exists():
@@ -250,13 +249,6 @@ def _connect_spread(near: Folder, shards: int) -> dict[str, int]:
 def _read_edges(files: pa.Table, *, folder: Folder) -> pa.Table:
     (name,) = files["file"].to_pylist()
     return folder.read_table(name)
-
-
-def _keyed(edges: ray.data.Dataset, column: str, shards: int) -> ray.data.Dataset:
-    """Adds the shard of a column's keys, by which equal ones meet."""
-    return edges.map_batches(
-        partial(_with_shard, column=column, shards=shards), batch_format="pyarrow", batch_size=None
-    )
 
 
 def _with_shard(table: pa.Table, *, column: str, shards: int) -> pa.Table:

@@ -1,9 +1,8 @@
 """Shuffle files: rows of numbers on their way to the task of their shard.
 
 A task that makes rows writes one file, sorted by shard; the task of a shard reads its stretch of every file.
-Nothing is
-held in memory in between, a file that is there need not be written again, and the order of files is the order of
-rows: the result does not depend on who was first.
+Nothing is held in memory in between, a file that is there need not be written again, and the order of files is the
+order of rows: the result does not depend on which task was first.
 
 Shapes: n rows, w numbers of each, s shards.
 """
@@ -21,14 +20,9 @@ SUFFIX = ".rows"
 
 
 def write_rows(folder: Folder, name: str, rows: Rows, shard: np.ndarray[Any, Any], shards: int) -> None:
-    """Writes rows [n, w] of one task, whole or not at all.
+    """Writes rows [n, w] of one task with the shard [n] of each, whole or not at all.
 
-    Args:
-        folder: the shuffle's folder.
-        name: the file, without suffix; files are read in the order of their names.
-        rows: the rows.
-        shard: the shard [n] of each.
-        shards: number of shards.
+    Files, whose names come without suffix, are read in the order of their names.
     """
     # Sorting 16-bit numbers is a radix sort: 20 times as fast as one of 64 bits.
     order = np.argsort(shard.astype(np.uint16), kind="stable")

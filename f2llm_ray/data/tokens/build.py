@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -125,17 +126,15 @@ def _tokenize_part(
     loaded = Tokenizers.from_str(tokenizer)
     file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
     texts = _texts(places, file, instructions[file["source"][0].as_py()])
+    batches = iter(lambda: list(islice(texts, TOKENIZE_ROWS)), [])
     with store.writing() as path:
         lengths = tokens.write_piece(
             path / f"{piece:06d}.bin",
-            (tokens.tokenize(loaded, batch, max_tokens) for batch in _batched(texts, TOKENIZE_ROWS)),
+            (tokens.tokenize(loaded, batch, max_tokens) for batch in batches),
         )
-    return pa.table(
-        {
-            **{name: places[name] for name in ("key", "piece", "shard")},
-            **dict(zip(lengths.column_names, lengths.columns, strict=True)),
-        }
-    )
+    for name in lengths.column_names:
+        places = places.append_column(name, lengths[name])
+    return places.drop_columns(["position", "role"])
 
 
 def _texts(places: pa.Table, file: pa.Table, instruction: str) -> Iterator[str]:
@@ -152,17 +151,6 @@ def _texts(places: pa.Table, file: pa.Table, instruction: str) -> Iterator[str]:
         else:
             query = columns["query"][position].as_py()
             yield query_text(query, instruction) if role == INSTRUCTED else query
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _index_shard(entries: pa.Table, *, store: Folder) -> pa.Table:

@@ -96,10 +96,8 @@ class TokenStore:
         Raises:
             RunError: a key that is not in the store.
         """
-        found = []
-        for piece, length, offset in self._places(keys).tolist():
-            found.append(self._piece(piece)[offset : offset + length])
-        return found
+        places = self._places(keys).tolist()
+        return [self._piece(piece)[offset : offset + length] for piece, length, offset in places]
 
     def lengths(self, keys: Keys) -> Ints:
         """Number of tokens of each key [n, 2].

@@ -131,6 +131,5 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         if left <= 0:
             return
-        line = text[:LINE_CHARS]
-        left -= len(line)
-        yield line
+        yield text[:LINE_CHARS]
+        left -= min(len(text), LINE_CHARS)
