@@ -34,6 +34,14 @@ from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
 
 REPO = Path(__file__).parents[2]
+OUTPUT_STAYS = [
+    "stages.stage1.engine.loader_prefetch=1",
+    "stages.stage1.keep_checkpoints=5",
+    "stages.stage1.checkpoint_every=20",
+    "stages.stage1.validation_rows=16",
+    "evaluation.during_training=false",
+]
+"""Settings whose change does not change a byte of the model."""
 
 
 @pytest.fixture(scope="module")
@@ -246,14 +254,14 @@ def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
 def test_an_undisturbed_run_ends_with_the_same_weights(
     finished: dict[str, Any], folder: Path, recipe: Path, ray_here: None
 ) -> None:
-    """Killed and resumed, or in one go: the same losses and the same weights, to the last bit."""
+    """Killed and resumed, or in one go with other settings that are no output's: equal to the last bit."""
     del ray_here
     root = folder / "undisturbed"
     root.mkdir()
     for stage in ("prepare", "untrained"):
         source = next(finished["root"].glob(f"{stage}-*"))
         shutil.copytree(source, root / source.name)
-    Pipeline(load_recipe(str(recipe)), str(root)).model("stage1")
+    Pipeline(load_recipe(str(recipe), OUTPUT_STAYS), str(root)).model("stage1")
     ours, theirs = weights(root, "stage1"), weights(finished["root"], "stage1")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -263,6 +271,48 @@ def test_an_undisturbed_run_ends_with_the_same_weights(
     steps, batches = len(losses[0]), len(np.load(next(root.glob("stage1-*/batches/train/order.npy"))))
     assert steps == -(-batches // 2)
     assert np.mean([loss for _, loss in losses[0][-5:]]) < np.mean([loss for _, loss in losses[0][:5]])
+
+
+@pytest.mark.timeout(300)
+def test_a_chain_makes_three_sizes_in_one_root(
+    finished: dict[str, Any], folder: Path, recipe: Path, ray_here: None
+) -> None:
+    """Pruned and distilled twice, each from the model before it; what is there is not trained again."""
+    del ray_here
+    root = folder / "chain"
+    root.mkdir()
+    for stage in ("prepare", "untrained", "stage1"):
+        source = next(finished["root"].glob(f"{stage}-*"))
+        shutil.copytree(source, root / source.name, ignore=shutil.ignore_patterns("ray_train"))
+    content = yaml.safe_load(recipe.read_text())
+    learning = {
+        **content.pop("distill"),
+        "kind": "distill",
+        "teacher_vectors": "online",
+        "max_steps": 2,
+        "lr": 1e-3,
+        "keep_best": False,
+    }
+    del content["prune"]
+    content["stages"] |= {
+        "cut": {"kind": "prune", "model": "stage1", "layers": 1, "hidden": 24, "calibration_rows": 30},
+        "middle": {**learning, "model": "cut", "teacher": "stage1"},
+        "cut-again": {"kind": "prune", "model": "middle", "hidden": 16, "ffn": 32, "calibration_rows": 30},
+        "small": {**learning, "model": "cut-again", "teacher": "middle"},
+    }
+    chain = write_recipe(root, content)
+    pipeline = Pipeline(load_recipe(str(chain)), str(root))
+    pipeline.model("small")
+    assert len(list(root.glob("stage1-*"))) == 1
+    sizes = [sum(map(torch.Tensor.numel, weights(root, name).values())) for name in ("stage1", "middle", "small")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+    for cut, taught, teacher in (("cut", "middle", "stage1"), ("cut-again", "small", "middle")):
+        before, after = weights(root, cut), weights(root, taught)
+        assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+        manifest = json.loads(next(root.glob(f"{taught}-*/manifest.json")).read_text())
+        assert manifest["parents"]["teacher"].startswith(f"{teacher}-")
 
 
 @pytest.mark.timeout(300)
