@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.evaluate.metrics.intervals import Difference, Values, difference
-from f2llm_ray.evaluate.metrics.scores import Kind, LanguageGroups, columns, dims_of, rounded, same_units
+from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded, same_units
 from f2llm_ray.evaluate.tasks.registry import main_metric
 
 NAMED = 5
@@ -29,14 +29,8 @@ class Comparison(NamedTuple):
     languages: dict[str, Difference]
 
 
-def compare(kind: Kind, a: pa.Table, b: pa.Table, dims: tuple[int, int]) -> Comparison:
-    """Compares two models by the units that measuring one task returned for each; nothing is encoded.
-
-    Args:
-        kind: of the task.
-        a: the one model's units.
-        b: the other's.
-        dims: the dim of each that is compared.
+def compare(kind: str, a: pa.Table, b: pa.Table, dims: tuple[int, int]) -> Comparison:
+    """Compares two models, each at one of its dims, by the units that measuring a task returned for them.
 
     Raises:
         ValueError: they are not the same units.
@@ -56,7 +50,7 @@ def compare(kind: Kind, a: pa.Table, b: pa.Table, dims: tuple[int, int]) -> Comp
     return Comparison(overall, macro, dict(zip(groups.places, languages, strict=True)))
 
 
-def differences(kinds: Mapping[str, Kind], units: Mapping[str, Mapping[str, pa.Table]]) -> list[dict[str, Any]]:
+def differences(kinds: Mapping[str, str], units: Mapping[str, Mapping[str, pa.Table]]) -> list[dict[str, Any]]:
     """Each further model against the first, at the full dim of each, by paired bootstrap.
 
     Args:

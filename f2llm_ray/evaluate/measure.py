@@ -1,27 +1,23 @@
-"""One model measured on evaluation sets."""
+"""One model measured on evaluation sets, or on the clean part of one; and how long it takes for a query."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded
 from f2llm_ray.evaluate.other_models import open_folder
-from f2llm_ray.evaluate.query_time import query_ms
-from f2llm_ray.evaluate.tasks.registry import read_task
-from f2llm_ray.evaluate.vectors import Embedder, as_queries
+from f2llm_ray.evaluate.tasks.registry import main_metric, read_task
+from f2llm_ray.evaluate.vectors import Embedder, as_queries, evenly_drawn
 from f2llm_ray.run.folder import Folder
 
-
-class Measurement(TypedDict):
-    """What measuring a model folder finds, as JSON values."""
-
-    results: dict[str, dict[str, Any]]
-    """`TaskScores` by set."""
-    query_ms: float
-    """Median milliseconds to embed one query of the first set by itself."""
-    seconds: float
-    """Duration of the whole measurement."""
+QUERIES = 50
+"""At most so many are timed."""
 
 
 def measure(
@@ -30,7 +26,7 @@ def measure(
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """`TaskScores` by set.
+    """`TaskScores` by set, and the `seconds` of each.
 
     Args:
         encoder: the model.
@@ -43,8 +39,9 @@ def measure(
     """
     results: dict[str, dict[str, Any]] = {}
     for name, folder in sets.items():
+        started = time.perf_counter()
         scores, units = read_task(folder).measure(encoder, divisors)
-        results[name] = {**scores}
+        results[name] = {**scores, "seconds": round(time.perf_counter() - started, 2)}
         if out is not None:
             out[name].write_table("units.parquet", [units], units.schema)
     return results
@@ -55,8 +52,11 @@ def measure_folder(
     sets: Mapping[str, Folder],
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
-) -> Measurement:
-    """`measure` for a model folder, inside a Ray task with one thread; also the time that one query takes.
+) -> dict[str, Any]:
+    """`measure` for a model folder, inside a Ray task with one thread.
+
+    Returns:
+        `results`, `TaskScores` by set; `query_ms` over queries of the first set; `seconds` of the whole.
 
     Raises:
         RunError: neither we nor sentence-transformers can load the folder.
@@ -71,3 +71,31 @@ def measure_folder(
     first = read_task(next(iter(sets.values())))
     took = query_ms(encoder, as_queries(encoder, first.screened().asked, first.instruction))
     return {"results": results, "query_ms": took, "seconds": round(time.time() - started, 2)}
+
+
+def query_ms(encoder: Embedder, queries: Sequence[str]) -> float:
+    """Median milliseconds to embed one query by itself, over at most `QUERIES` of them, evenly drawn."""
+    texts = [queries[place] for place in evenly_drawn(len(queries), QUERIES)]
+    encoder.embed_counted(texts[:1])  # the first call also pays for what is made on first use
+    took = []
+    for text in texts:
+        started = time.perf_counter()
+        encoder.embed_counted([text])
+        took.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(took), 3)
+
+
+def clean_scores(kind: str, units: pa.Table, contaminated: np.ndarray) -> dict[str, float]:
+    """The main metric by dim, as `measured` computes it, over the units that were not trained on; {} without any.
+
+    Args:
+        kind: of the task.
+        units: the table that measuring the task returned (`Measured.units`).
+        contaminated: which of its rows hold a text that was trained on, booleans [n].
+    """
+    kept = units.filter(pa.array(~contaminated))
+    if not len(kept):
+        return {}
+    groups, dims = LanguageGroups(kept["language"].to_pylist()), dims_of(kept)
+    score_lm = groups.scores(main_metric(kind), *columns(kept, dims))
+    return {str(dim): rounded(score) for dim, score in zip(dims, groups.weight_l @ score_lm, strict=True)}

@@ -22,7 +22,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.model.checkpoint import ModelInfo, fingerprint, load_backbone, load_info
+from f2llm_ray.model.checkpoint import fingerprint, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.sizes import count_parameters
 from f2llm_ray.run.folder import Folder
@@ -92,24 +92,9 @@ def model_meta(folder: Path) -> ModelMeta:
 class MtebEncoder(AbsEncoder):
     """mteb's encoder over the engine that serves: the same vectors, whatever mteb's batches are."""
 
-    def __init__(
-        self, model_name: str, revision: str | None = None, *, device: str | None = None, **_: Any
-    ) -> None:
-        """Loads the model.
-
-        Args:
-            model_name: path of a model folder.
-            revision: not used; it is the fingerprint of the folder.
-            device: not used; the engine takes the GPU where there is one.
-        """
-        del revision, device
-        self.engine = Engine(Path(model_name))
-        self.mteb_model_meta = model_meta(Path(model_name))
-
-    @property
-    def info(self) -> ModelInfo:
-        """The model's facts."""
-        return self.engine.info
+    def __init__(self, folder: Path) -> None:
+        self.engine = Engine(folder)
+        self.mteb_model_meta = model_meta(folder)
 
     def encode(
         self,
@@ -121,11 +106,11 @@ class MtebEncoder(AbsEncoder):
     ) -> Vectors:
         """Unit vectors [n, d] of the texts of all batches, in their order."""
         texts = [str(text) for batch in inputs for text in batch["text"]]
-        if self.info.instructions:
+        if self.engine.info.instructions:
             instruction = instruction_of(task_metadata, prompt_type)
             texts = [query_text(text, instruction) for text in texts]
         if not texts:
-            return np.empty((0, self.info.dims[-1]), dtype=np.float32)
+            return np.empty((0, self.engine.info.dims[-1]), dtype=np.float32)
         return self.engine.embed(texts)
 
 

@@ -135,7 +135,7 @@ class _Worker:
         from f2llm_ray.evaluate.mteb_model import MtebEncoder
 
         torch.set_num_threads(1)
-        self.model = MtebEncoder(model)
+        self.model = MtebEncoder(Path(model))
         self.cache = mteb.ResultCache(Path(output))
 
     def run(self, task: AbsTask) -> tuple[str, float, str | None]:

@@ -19,7 +19,6 @@ from f2llm_ray.evaluate.vectors import Embedder
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 from f2llm_ray.model.dims import Vectors
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 MODULES_FILE = "modules.json"
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """What sentence-transformers calls the prompt of a document; the first that a model has."""
@@ -56,10 +55,7 @@ class _OtherModel:
 
     def __init__(self, name: str, dim: int, max_tokens: int, prompts: dict[str, str]) -> None:
         self.info = ModelInfo(name=name, dims=(dim,), max_tokens=max_tokens, prompts=prompts, instructions=False)
-
-    @property
-    def ranges(self) -> Mapping[int, Vectors]:
-        return {}
+        self.ranges: Mapping[int, Vectors] = {}
 
 
 class SentenceTransformers(_OtherModel):
@@ -114,7 +110,7 @@ class RemoteModel(_OtherModel):
         if not self.name:
             raise RunError(f"{model}: expected URL#NAME, such as http://127.0.0.1:8000/v1#f2llm-v2-80m")
         self.client = openai.OpenAI(
-            base_url=self.url, api_key=os.environ.get(KEY_VARIABLE) or "none", max_retries=RETRIES
+            base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES
         )
         # Evaluation cuts texts that are too long, and so do servers such as ours and TEI when they are asked to.
         self.extra: dict[str, bool] = {"truncate": True}

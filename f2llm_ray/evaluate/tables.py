@@ -68,19 +68,14 @@ class EvaluationTable:
         return found
 
 
-def read_file(uri: str, known: Collection[str]) -> EvaluationTable:
-    """Reads a file of any format of `tables.SUFFIXES`, and of parquet those columns that have a known name.
+def read_table(folder: Folder, *names: str, known: Collection[str]) -> EvaluationTable:
+    """Reads the first of these files that is there, and of parquet those columns that have a known name.
+
+    A name without suffix may have any of `SUFFIXES`.
 
     Raises:
-        RunError: the URI cannot be opened.
-        DataError: another suffix, no such file, or not what its suffix says.
+        DataError: no such file, another suffix, or not what its suffix says.
     """
-    folder, _, name = uri.rpartition("/")
-    return read_table(Folder.at(folder or "."), name, known=known)
-
-
-def read_table(folder: Folder, *names: str, known: Collection[str]) -> EvaluationTable:
-    """`read_file` for the first of these files that is there; a name without suffix may have any of `SUFFIXES`."""
     every = [name + suffix for name in names for suffix in ([""] if "." in name else SUFFIXES)]
     tables = [TableFile.at(folder / name) for name in every]
     table = next((table for name, table in zip(every, tables, strict=True) if folder.exists(name)), None)

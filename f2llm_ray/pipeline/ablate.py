@@ -17,7 +17,7 @@ from f2llm_ray.base.errors import F2LLMError, RecipeError, plain_error
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.section import Section
 from f2llm_ray.evaluate.differences import differences
-from f2llm_ray.evaluate.metrics.scores import Kind, same_units
+from f2llm_ray.evaluate.metrics.scores import same_units
 from f2llm_ray.pipeline.collect import collect
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
@@ -142,7 +142,7 @@ def _against(first: Units, units: Units) -> dict[str, dict[str, float]]:
     shared = {name: table for name, table in units.items() if name in first and same_units(first[name], table)}
     if first is units or not shared:
         return {}
-    kinds: dict[str, Kind] = dict.fromkeys(shared, "retrieval")
+    kinds = dict.fromkeys(shared, "retrieval")
     rows = differences(kinds, {"first": first, "variant": shared})
     return {row["set"]: {key: row[key] for key in ("difference", "low", "high", "p")} for row in rows}
 

@@ -97,7 +97,7 @@ def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict
 
 def _clean(graph: Graph, run: Run, model: str, name: str) -> dict[str, float]:
     """Scores on the part of a set that is not in the training rows; none where nothing of it is, or all."""
-    from f2llm_ray.evaluate.clean import clean_scores
+    from f2llm_ray.evaluate.measure import clean_scores
 
     overlap, evaluation = graph.overlaps[name], graph.evaluations[model, name]
     facts = run.manifest(overlap)

@@ -72,15 +72,8 @@ def markdown(rows: Sequence[AblationRow]) -> str:
 def cells(rows: Sequence[AblationRow]) -> list[list[str]]:
     """The table's head and its lines."""
     sets = list(dict.fromkeys(name for row in rows for name in row.get("scores", {})))
-    head = [
-        "variant",
-        "outside embeddings",
-        "steps",
-        "tokens",
-        *(f"{METRIC} {name}" for name in sets),
-        "mean",
-        "kept",
-    ]
+    scores = [f"{METRIC} {name}" for name in sets]
+    head = ["variant", "outside embeddings", "steps", "tokens", *scores, "mean", "kept"]
     body = []
     for row in rows:
         if "error" in row:
@@ -136,7 +129,6 @@ def _row(name: str, model: Mapping[str, Any], training: Mapping[str, Any] | None
         "scores": full,
         "mean": _mean(list(full.values())),
         "by_dim": {str(dim): _mean([scores[dim] for scores in by_set.values() if dim in scores]) for dim in dims},
-        "kept": None,
         "against_first": {},
     }
 

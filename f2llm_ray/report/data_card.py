@@ -16,9 +16,9 @@ from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.report import data_card_parts as parts
 from f2llm_ray.report.data_card_parts import Card, Row
 from f2llm_ray.report.page import render_page
+from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED
 from f2llm_ray.run.folder import Folder
 
-LANGUAGES_PLOTTED = 40
 SOURCES_OPEN = 12
 """Sources whose lengths are seen without unfolding them."""
 SAMPLES_OPEN = 5

@@ -6,9 +6,8 @@ It says what the report knows of the model, its weak languages first, and how to
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -26,6 +25,7 @@ from f2llm_ray.report.read_scores import (
     main_metric,
     metrics_of,
     sets_of,
+    source_cells,
 )
 from f2llm_ray.run.folder import Folder
 
@@ -69,13 +69,8 @@ def read_card(path: Path) -> ModelCard:
 
 
 def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
-    """The text of a card.
-
-    Args:
-        report: the report of the run.
-        model: the entry of the model there.
-        info: the facts of its folder.
-    """
+    """The text of a model's card, from its entry in the report of its run and the facts of its folder."""
+    sources = report.get("sources") or {}
     return render_page(
         "model_card.md.jinja",
         front=front_matter(report, model, info).to_yaml(),
@@ -91,27 +86,18 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
             for dim, facts in by_dim(model, name).items()
         ],
         weakest=[_weakest(model, name) for name in sets_of([model]) if by_language(model, name)],
-        sources=[
-            [
-                name,
-                str(facts.get("task") or ""),
-                formatting.count(facts.get("rows")),
-                str(facts.get("licence") or "not stated"),
-            ]
-            for name, facts in trained_on(report, model).items()
-        ],
+        sources=source_cells({name: sources[name] for name in model.get("sources") or () if name in sources}),
     )
 
 
 def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> ModelCardData:
-    """What the hub reads: languages, licence, base model, data sets, tags, metrics and results."""
+    """What the hub reads: languages, licence, base model, tags, metrics and results."""
     hub = require("huggingface_hub", extra="datasets")
     languages = report.get("languages") or {}
     spoken = sorted({tag.split("-")[0] for tag in languages if re.fullmatch(r"[a-z]{2,3}(-.*)?", tag)})
     base = report.get("backbone")
     on_hub = isinstance(base, str) and HUB_NAME.fullmatch(base) and not Path(base).exists()
     tags = ["sentence-transformers", "feature-extraction", "sentence-similarity", "matryoshka"]
-    given = [facts.get("dataset") for facts in trained_on(report, model).values()]
     results = [
         hub.EvalResult(
             task_type="sentence-similarity",
@@ -135,18 +121,11 @@ def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> Model
         pipeline_tag="feature-extraction",
         tags=[*tags, "code"] if any(tag.startswith("code:") for tag in languages) else tags,
         base_model=base if on_hub else None,
-        datasets=sorted({name for name in given if isinstance(name, str) and HUB_NAME.fullmatch(name)}) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
         model_name=info.name if results else None,
         eval_results=results or None,
     )
     return card
-
-
-def trained_on(report: RunReport, model: ModelEntry) -> dict[str, Mapping[str, Any]]:
-    """The sources that a model was trained on, and what the report says of each."""
-    found = report.get("sources") or {}
-    return {name: found[name] for name in model.get("sources") or () if name in found}
 
 
 def _weakest(model: ModelEntry, name: str) -> tuple[str, str, int, list[str]]:

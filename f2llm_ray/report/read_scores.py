@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
+from f2llm_ray.report.page import Cells
 
 RunReport = Mapping[str, Any]
 """What report.json holds."""
@@ -72,20 +73,32 @@ def by_language(model: ModelEntry, name: str) -> Mapping[str, Metrics]:
 
 
 def metrics_of(models: Iterable[ModelEntry], name: str) -> list[str]:
-    """The metrics of a set, the main one first."""
+    """The metrics of a set, the main one first; "score" alone where nothing was measured."""
     full = (scores for model in models for scores in by_dim(model, name).values())
-    return [metric for metric in next(full, {}) if metric not in BESIDE]
+    return [metric for metric in next(full, {}) if metric not in BESIDE] or ["score"]
 
 
 def main_metric(models: Iterable[ModelEntry], name: str) -> str:
-    """The main metric of a set, "score" where nothing was measured."""
-    return next(iter(metrics_of(models, name)), "score")
+    """The main metric of a set."""
+    return metrics_of(models, name)[0]
 
 
-def at_full(model: ModelEntry, name: str, metric: str | None = None) -> float | None:
-    """A metric of a set at the largest dim; the main one by default."""
-    scores = next(iter(by_dim(model, name).values()), {})
-    return scores.get(metric or main_metric([model], name))
+def at_full(model: ModelEntry, name: str) -> float | None:
+    """The main metric of a set at the largest dim."""
+    return next(iter(by_dim(model, name).values()), {}).get(main_metric([model], name))
+
+
+def source_cells(sources: Mapping[str, Mapping[str, Any]]) -> Cells:
+    """Rows of source, task, training rows and licence."""
+    return [
+        [
+            name,
+            str(facts.get("task") or ""),
+            formatting.count(facts.get("rows")),
+            str(facts.get("licence") or "not stated"),
+        ]
+        for name, facts in sources.items()
+    ]
 
 
 def interval(facts: Metrics) -> str:

@@ -28,6 +28,7 @@ from f2llm_ray.report.read_scores import (
     metrics_of,
     reference_of,
     sets_of,
+    source_cells,
 )
 from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.report.resources import by_resources
@@ -83,7 +84,7 @@ def render(report: RunReport, plots: Plots) -> str:
         open_types=TYPES_OPEN,
         plotted=LANGUAGES_PLOTTED,
         steps=[_step(row) for row in report.get("rows") or []],
-        sources=_sources(report),
+        sources=source_cells(report.get("sources") or {}),
         language_count=len(report.get("languages") or {}),
         language_plot=plots.languages,
         training=[_training(*item) for item in (report.get("training") or {}).items()],
@@ -110,17 +111,17 @@ def _asked(report: RunReport, name: str) -> str:
 
 def _scores_head(models: Sequence[ModelEntry], name: str) -> list[str]:
     """The metrics of a set as a table shows them: the main one with its interval, then the others."""
-    main, *others = metrics_of(models, name) or ["score"]
+    main, *others = metrics_of(models, name)
     return [main, "95 % interval", *others]
 
 
 def _scores_cells(models: Sequence[ModelEntry], name: str, facts: Metrics) -> list[str]:
-    main, *others = (formatting.score(facts.get(metric)) for metric in metrics_of(models, name) or ["score"])
+    main, *others = (formatting.score(facts.get(metric)) for metric in metrics_of(models, name))
     return [main, interval(facts), *others]
 
 
 def _overlap(report: RunReport, name: str) -> str:
-    """How much of a set was trained on, where it came after the data were prepared."""
+    """How much of a set was trained on, where the training rows were not screened for it."""
     facts = (report.get("overlap") or {}).get(name)
     if facts is None:
         return ""
@@ -129,7 +130,7 @@ def _overlap(report: RunReport, name: str) -> str:
     found = f"{rows} training rows hold a text of it, {queries} of {of} queries"
     if _clean(models, name):
         found += f"; the clean part's {main_metric(models, name)} is in the column clean"
-    return f"Came after the data were prepared: {found}."
+    return f"The training rows are not screened for it: {found}."
 
 
 def _clean(models: Sequence[ModelEntry], name: str) -> list[Mapping[str, float]]:
@@ -219,19 +220,6 @@ def _resources(model: ModelEntry, report: RunReport, reference: ModelEntry | Non
 def _step(row: Mapping[str, Any]) -> list[str]:
     dropped = formatting.tallied(row.get("dropped") or {})
     return [str(row.get("step")), formatting.count(row.get("in")), formatting.count(row.get("out")), dropped]
-
-
-def _sources(report: RunReport) -> Cells:
-    sources = report.get("sources") or {}
-    return [
-        [
-            name,
-            str(facts.get("task") or ""),
-            formatting.count(facts.get("rows")),
-            str(facts.get("licence") or "not stated"),
-        ]
-        for name, facts in sources.items()
-    ]
 
 
 def _training(stage: str, facts: Mapping[str, Any]) -> list[str]:

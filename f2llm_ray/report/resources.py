@@ -36,10 +36,6 @@ def by_resources(scores: LanguageScores, trained: Mapping[str, int]) -> list[Gro
 
     The languages that were trained on are put into thirds by their training rows, ties in the order of their
     names; "none" are those that never were.
-
-    Args:
-        scores: the languages of the set, with the metrics of each.
-        trained: training rows by language.
     """
     known = sorted(
         (language for language in scores if trained.get(language)), key=lambda name: (-trained[name], name)

@@ -43,7 +43,7 @@ def _terminal_columns(models: Sequence[ModelEntry], name: str) -> Cells:
     found = [by_dim(model, name) for model in models]
     cells = [{max(scores) // dim: facts for dim, facts in scores.items()} for scores in found]
     divisors = sorted({divisor for cell in cells for divisor in cell} - {1})
-    metrics = metrics_of(models, name) or ["score"]
+    metrics = metrics_of(models, name)
     columns = [[metric, *(_brief(cell.get(1), metric) for cell in cells)] for metric in metrics]
     smaller = [[f"d/{n}", *(_brief(cell.get(n), metrics[0]) for cell in cells)] for n in divisors]
     return columns + smaller

@@ -71,7 +71,7 @@ def test_prompts_are_the_tasks_own_or_the_papers(asked: Any, prompt_type: Any, s
 
 
 def test_vectors_are_the_engines(folder: Path) -> None:
-    model, engine = MtebEncoder(str(folder)), Engine(folder)
+    model, engine = MtebEncoder(folder), Engine(folder)
     assert isinstance(model, EncoderProtocol)
     batches = [{"text": LINES[:4]}, {"text": LINES[4:]}]
     queries = model.encode(batches, task_metadata=task("STS"), prompt_type=None)

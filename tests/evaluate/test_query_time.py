@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from f2llm_ray.evaluate.query_time import QUERIES, query_ms
+from f2llm_ray.evaluate.measure import QUERIES, query_ms
 from tests.evaluate.planted import Planted
 
 

@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from f2llm_ray.evaluate.clean import clean_scores
 from f2llm_ray.evaluate.differences import compare
+from f2llm_ray.evaluate.measure import clean_scores
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import bootstrap, interval, mean_of
-from f2llm_ray.evaluate.metrics.scores import Kind, Measured, measured, units_table
+from f2llm_ray.evaluate.metrics.scores import Measured, measured, units_table
 from f2llm_ray.evaluate.tasks.registry import TASKS, main_metric
 from tests.evaluate.paired import paired_bootstrap
 
 
-def measure(kind: Kind, units: pa.Table, value_nm: np.ndarray) -> Measured:
+def measure(kind: str, units: pa.Table, value_nm: np.ndarray) -> Measured:
     metrics = {"main": main_metric(kind), "other": weighted_metrics.mean}
     values = {2 ** (5 - m): {"main": value_n, "other": 1 - value_n} for m, value_n in enumerate(value_nm.T)}
-    return measured(kind, metrics, units, values, corpus=7, tokens=9, started=0.0)
+    return measured(kind, metrics, units, values, corpus=7, tokens=9)
 
 
 def named(languages: list[str]) -> pa.Table:
@@ -111,7 +111,7 @@ def test_other_units_cannot_be_compared() -> None:
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_clean_scores_are_those_of_the_units_that_were_not_trained_on(kind: Kind) -> None:
+def test_clean_scores_are_those_of_the_units_that_were_not_trained_on(kind: str) -> None:
     rng = np.random.default_rng(0)
     target_n = None if main_metric(kind) is weighted_metrics.mean else rng.integers(0, 2, 200).astype(np.float64)
     value_nm = rng.integers(0, 5, (200, 2)).astype(np.float64)

@@ -346,7 +346,7 @@ def test_a_set_that_came_after_the_data_shows_what_is_clean_of_it() -> None:
     report["overlap"] = {"phrases": {"rows": 12, "queries": 8, "of": 400}}
     report["models"][-1]["clean"] = {"phrases": {"192": 0.7012, "96": 0.6}}
     page = render(report)
-    sentence = "Came after the data were prepared: 12 training rows hold a text of it, 8 of 400 queries;"
+    sentence = "The training rows are not screened for it: 12 training rows hold a text of it, 8 of 400 queries;"
     assert page.count(sentence) == 1
     assert "the clean part&#39;s ndcg@10 is in the column clean." in page
     rows = Cells(page).rows

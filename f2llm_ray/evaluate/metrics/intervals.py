@@ -48,14 +48,7 @@ def mean_of(values_nm: Values) -> Statistic:
 
 
 def bootstrap(statistic: Statistic, units: int, seed: str | int, *, resamples: int = RESAMPLES) -> Values:
-    """A statistic over resamples of the units [r, m].
-
-    Args:
-        statistic: what is computed of each resample.
-        units: how many there are.
-        seed: together with the number of units decides the resamples.
-        resamples: how many.
-    """
+    """A statistic over resamples of the units [r, m]; the seed and the number of units decide the resamples."""
     generator = rng("bootstrap", seed, units)
     block = max(1, BLOCK_ENTRIES // units)
     found = []

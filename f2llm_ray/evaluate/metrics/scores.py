@@ -9,7 +9,6 @@ Shapes: n units, m dims, r resamples, l languages.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -18,21 +17,18 @@ import pyarrow as pa
 
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.evaluate.metrics.intervals import Values, bootstrap, interval
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.metrics.weighted_metrics import Builder, Metrics
 
 DIGITS = 6
 FIXED = ["id", "language", "target"]
 """Columns of a table of units; the others are dims."""
 
 
-Kind = str
-"""A kind of task, one of `registry.TASKS`."""
-
-
 class TaskScores(TypedDict):
     """What a model scores on a task, as JSON values; dims are strings."""
 
-    kind: Kind
+    kind: str
+    """One of `registry.TASKS`."""
     metric: str
     """The main metric of this kind."""
     scores: dict[str, dict[str, Any]]
@@ -45,7 +41,6 @@ class TaskScores(TypedDict):
     """How many are scored: queries, or the texts or pairs of a labelled set."""
     corpus: int
     """How many texts these are compared with: passages, translations, candidates or training texts; 0 for none."""
-    seconds: float
     tokens: int
     """Tokens encoded, each distinct text once."""
     types: dict[str, dict[str, float]]
@@ -85,14 +80,13 @@ class LanguageGroups:
 
 
 def measured(
-    kind: Kind,
-    metrics: Mapping[str, Builder],
+    kind: str,
+    metrics: Metrics,
     units: pa.Table,
     values: Mapping[int, Mapping[str, Values]],
     *,
     corpus: int,
     tokens: int,
-    started: float,
 ) -> Measured:
     """Scores of a task.
 
@@ -103,7 +97,6 @@ def measured(
         values: by dim, largest first, and metric: the value of each unit [n].
         corpus: how many texts the units are compared with.
         tokens: how many were encoded.
-        started: `time.perf_counter()` when the work began.
     """
     main = next(iter(metrics))
     target_n = units["target"].to_numpy().astype(np.float64)
@@ -118,7 +111,6 @@ def measured(
         "languages": {},
         "queries": len(units),
         "corpus": corpus,
-        "seconds": 0.0,
         "tokens": tokens,
         "types": {},
     }
@@ -137,7 +129,6 @@ def measured(
             }
             for place, (language, at_k) in enumerate(groups.places.items())
         }
-    scores["seconds"] = round(time.perf_counter() - started, 2)
     for dim, value_n in zip(values, value_nm[main].T, strict=True):
         units = units.append_column(str(dim), pa.array(value_n))
     return Measured(scores, units)

@@ -17,6 +17,8 @@ from f2llm_ray.evaluate.metrics.intervals import Statistic, Values, mean_of
 
 Builder = Callable[[Values, Values], Statistic]
 """From the target of each unit [n] and its value at each dim [n, m]."""
+Metrics = dict[str, Builder]
+"""How each metric of a kind of task is computed from the units, the main metric first."""
 
 # Below this share of the variance over all units, what is left in a resample is rounding.
 NO_VARIANCE = 1e-12
@@ -106,11 +108,7 @@ def macro_f1(target_n: Values, value_nm: Values) -> Statistic:
 
     Classes that no unit has or got are left out, as scikit-learn leaves them out.
     """
-
-    def statistic(weight_bn: Values) -> Values:
-        return np.column_stack([_macro_f1(target_n, value_n, weight_bn) for value_n in value_nm.T])
-
-    return statistic
+    return lambda weight_bn: np.column_stack([_macro_f1(target_n, value_n, weight_bn) for value_n in value_nm.T])
 
 
 def v_measure(target_n: Values, value_nm: Values) -> Statistic:

@@ -20,15 +20,11 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import Kind
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tables import UNKNOWN_LANGUAGE
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.tasks.labelled import Columns, LabelledFile, LabelledSet, Scoring
 from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder, as_documents, as_queries, embed_distinct
 from f2llm_ray.model.dims import Vectors
 
@@ -46,14 +42,14 @@ class BitextSet(LabelledFile):
 class Bitext(LabelledSet):
     """Pairs of a text and its translation."""
 
-    kind: ClassVar[Kind] = "bitext"
+    kind: ClassVar[str] = "bitext"
     section = BitextSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
+    columns: ClassVar[Columns] = {
         "test": {"text_a": "text", "text_b": "text"},
         "others": {"text_b": "text"},
     }
     asked: ClassVar[tuple[str, ...]] = ("text_a", "text_b")
-    metrics: ClassVar[dict[str, Builder]] = {"f1": weighted_metrics.mean, "accuracy": weighted_metrics.mean}
+    metrics: ClassVar[weighted_metrics.Metrics] = {"f1": weighted_metrics.mean, "accuracy": weighted_metrics.mean}
 
     others: pa.Table | None = None
     """Further translations (text_b, language) that are searched and that no text of `test` asks for."""
@@ -108,6 +104,8 @@ class _Search:
 
     def score(self, vectors_ud: Vectors, device: str) -> dict[str, Values]:
         """F1 of each row's class [k], and whether the row is right [k]."""
+        from f2llm_ray.engine.nearest import top_positions
+
         top_k = top_positions(vectors_ud, self.query_k, self.pool_c, k=1, device=device)[:, 0]
         right_k = np.isin(self.query_k * len(self.pool_c) + top_k, self.pairs)
         given_k = np.where(right_k, self.gold_k, top_k)
@@ -124,13 +122,8 @@ def bitext_of_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries
     """Makes a set of a source's pairs: each text against all the translations of its language.
 
     A pair of two equal texts is left out, and each pair counts once, so the order of the rows does not matter.
-
-    Args:
-        pairs: a table with string columns query, passage and language (null where it is not known).
-        name: the set's name in the report.
-        instruction: said before texts to models trained with instructions.
-        max_queries: at most this many texts, drawn by content hash, with all their translations; the others'
-            translations stay in the search.
+    The arguments are those of `retrieval_set.from_pairs`: of the texts at most `max_queries` are drawn, with all
+    their translations, and the others' translations stay in the search.
 
     Raises:
         DataError: no pair is left.

@@ -19,12 +19,9 @@ from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
-from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import Kind
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
+from f2llm_ray.evaluate.tasks.labelled import Columns, LabelledFile, LabelledSet, Scoring, codes
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, embed_distinct
 from f2llm_ray.model.dims import Vectors
 
@@ -47,13 +44,13 @@ class ClassificationSet(LabelledFile):
 class Classification(LabelledSet):
     """Labelled texts to fit on and others whose labels are predicted."""
 
-    kind: ClassVar[Kind] = "classification"
+    kind: ClassVar[str] = "classification"
     section = ClassificationSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
+    columns: ClassVar[Columns] = {
         "test": {"text": "text", "label": "label"},
         "train": {"text": "text", "label": "label"},
     }
-    metrics: ClassVar[dict[str, Builder]] = {
+    metrics: ClassVar[weighted_metrics.Metrics] = {
         "accuracy": weighted_metrics.mean,
         "macro_f1": weighted_metrics.macro_f1,
         "knn_accuracy": weighted_metrics.mean,
@@ -89,7 +86,7 @@ class Classification(LabelledSet):
 
         def score(cut_ud: Vectors) -> dict[str, Values]:
             found = {}
-            for prefix, probe in (("", _logistic()), ("knn_", _nearest(len(train_k)))):
+            for prefix, probe in _probes(len(train_k)).items():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a probe stopped at ITERATIONS is one all the same
                     class_n = probe.fit(cut_ud[train_k], label_k).predict(cut_ud[test_n])
@@ -100,11 +97,11 @@ class Classification(LabelledSet):
         return Scoring(encoded, score, len(train_k), label_n)
 
 
-def _logistic() -> Any:
-    return require("sklearn.linear_model", extra="eval").LogisticRegression(max_iter=ITERATIONS)
-
-
-def _nearest(count: int) -> Any:
-    # Among unit vectors the nearest are those of the highest cosine.
-    probe = require("sklearn.neighbors", extra="eval").KNeighborsClassifier
-    return probe(min(NEIGHBOURS, count), algorithm="brute")
+def _probes(count: int) -> dict[str, Any]:
+    """The two probes for a number of training texts, by the prefix of their metrics."""
+    linear, neighbors = (require(f"sklearn.{name}", extra="eval") for name in ("linear_model", "neighbors"))
+    return {
+        "": linear.LogisticRegression(max_iter=ITERATIONS),
+        # Among unit vectors the nearest are those of the highest cosine.
+        "knn_": neighbors.KNeighborsClassifier(min(NEIGHBOURS, count), algorithm="brute"),
+    }

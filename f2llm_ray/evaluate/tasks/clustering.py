@@ -15,12 +15,9 @@ import numpy as np
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
-from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import Kind
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring, codes
+from f2llm_ray.evaluate.tasks.labelled import Columns, LabelledFile, LabelledSet, Scoring, codes
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, embed_distinct
 from f2llm_ray.model.dims import Vectors
 
@@ -40,10 +37,10 @@ class ClusteringSet(LabelledFile):
 class Clustering(LabelledSet):
     """Texts and the label of each."""
 
-    kind: ClassVar[Kind] = "clustering"
+    kind: ClassVar[str] = "clustering"
     section = ClusteringSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {"test": {"text": "text", "label": "label"}}
-    metrics: ClassVar[dict[str, Builder]] = {"v_measure": weighted_metrics.v_measure}
+    columns: ClassVar[Columns] = {"test": {"text": "text", "label": "label"}}
+    metrics: ClassVar[weighted_metrics.Metrics] = {"v_measure": weighted_metrics.v_measure}
 
     def check(self) -> None:
         """Raises DataError where a language has one label only, so that any clustering fits."""

@@ -6,7 +6,6 @@ where the table has none; languages are scored apart.
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,20 +21,20 @@ from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.scores import Kind, Measured, by_language, measured, units_table
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tables import LANGUAGE, read_file
+from f2llm_ray.evaluate.metrics.scores import Measured, by_language, measured, units_table
+from f2llm_ray.evaluate.metrics.weighted_metrics import Metrics
+from f2llm_ray.evaluate.tables import LANGUAGE, read_table
 from f2llm_ray.evaluate.tasks.task import SetSection
 from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
 
+Columns = dict[str, dict[str, ColumnKind]]
+"""By table, which is also a field of the class: its columns but for the language, and what they hold."""
+
 
 class LabelledFile(SetSection):
-    """A labelled set in tables, .parquet, .jsonl, .csv or .tsv, by path or URI.
-
-    A column `language` (ISO 639-3), where there is one, gives the scores by language.
-    """
+    """A labelled set in tables."""
 
     kind: Output[str]
     """One of `registry.LABELLED`."""
@@ -63,13 +62,11 @@ class LabelledSet(ABC):
         DataError: a table has no rows, or rows that the kind cannot score.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]
     section: ClassVar[type[LabelledFile]]
     """The recipe's entry of such a set; its keys are `kind`, `instruction` and the names of the tables."""
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]]
-    """By table, which is also a field of the class: its columns but for the language, and what they hold."""
-    metrics: ClassVar[dict[str, Builder]]
-    """As `Task.metrics`."""
+    columns: ClassVar[Columns]
+    metrics: ClassVar[Metrics]
     asked: ClassVar[tuple[str, ...]] = ("text",)
     """Columns of the test table whose texts must not be trained on, however short they are."""
 
@@ -103,7 +100,6 @@ class LabelledSet(ABC):
 
     def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`."""
-        started = time.perf_counter()
         scoring = self.scoring(encoder)
         ids = [text_key("\t".join(map(str, row))).hex() for row in self.rows(*self.columns["test"], "language")]
         return measured(
@@ -113,7 +109,6 @@ class LabelledSet(ABC):
             {dim: scoring.score(cut_ud) for dim, cut_ud in scoring.encoded.at_dims(divisors)},
             corpus=scoring.corpus,
             tokens=scoring.encoded.tokens,
-            started=started,
         )
 
     def write(self, folder: Folder) -> None:
@@ -167,13 +162,9 @@ class LabelledSet(ABC):
 
 
 def read_labelled(uri: str, columns: dict[str, ColumnKind]) -> pa.Table:
-    """Reads a user's table, or one of ours, into these columns and `language`.
-
-    Raises:
-        RunError: the URI cannot be opened.
-        DataError: no such file, not what its suffix says, a missing column or a value of another type.
-    """
-    table = read_file(uri, {*columns, *LANGUAGE})
+    """Reads a user's table, or one of ours, into these columns and `language`; raises as `of_files`."""
+    folder, _, file = uri.rpartition("/")
+    table = read_table(Folder.at(folder or "."), file, known={*columns, *LANGUAGE})
     arrays = {name: pa.array(table.values(kind, name), TYPES[kind]) for name, kind in columns.items()}
     return pa.table({**arrays, "language": pa.array(table.languages(), pa.string())})
 

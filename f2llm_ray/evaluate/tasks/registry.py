@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.evaluate.metrics.scores import Kind
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
 from f2llm_ray.evaluate.tasks.bitext import Bitext
 from f2llm_ray.evaluate.tasks.classification import Classification
@@ -15,33 +14,21 @@ from f2llm_ray.evaluate.tasks.task import Task
 from f2llm_ray.evaluate.tasks.text_pairs import PairClassification, Sts
 from f2llm_ray.run.folder import Folder
 
-LABELLED: dict[Kind, type[LabelledSet]] = {
-    task.kind: task
-    for task in (
-        Bitext,
-        Classification,
-        Clustering,
-        Sts,
-        PairClassification,
-        Reranking,
-    )
+LABELLED: dict[str, type[LabelledSet]] = {
+    task.kind: task for task in (Bitext, Classification, Clustering, Sts, PairClassification, Reranking)
 }
 """Kinds whose sets are tables of texts with labels."""
 
-TASKS: dict[Kind, type[Task]] = {RetrievalSet.kind: RetrievalSet, **LABELLED}
+TASKS: dict[str, type[Task]] = {RetrievalSet.kind: RetrievalSet, **LABELLED}
 
 
-def main_metric(kind: Kind) -> Builder:
+def main_metric(kind: str) -> Builder:
     """How the main metric of a kind is computed from its units."""
     return next(iter(TASKS[kind].metrics.values()))
 
 
 def task_of(name: str, setting: FolderSet | LabelledFile) -> Task:
-    """Reads a user's set.
-
-    Args:
-        name: the set's name.
-        setting: its entry in the recipe.
+    """Reads a user's set, by its entry in the recipe.
 
     Raises:
         RunError: a URI cannot be opened.

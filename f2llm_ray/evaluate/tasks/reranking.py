@@ -16,14 +16,11 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
-from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import K
-from f2llm_ray.evaluate.metrics.scores import Kind
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.metrics.weighted_metrics import Metrics, mean
+from f2llm_ray.evaluate.tasks.labelled import Columns, LabelledFile, LabelledSet, Scoring
 from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, cosines, embed_distinct
 
 
@@ -39,13 +36,11 @@ class RerankingSet(LabelledFile):
 class Reranking(LabelledSet):
     """Queries, each with texts that answer it and texts that do not."""
 
-    kind: ClassVar[Kind] = "reranking"
+    kind: ClassVar[str] = "reranking"
     section = RerankingSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
-        "test": {"query": "text", "positive": "texts", "negative": "texts"}
-    }
+    columns: ClassVar[Columns] = {"test": {"query": "text", "positive": "texts", "negative": "texts"}}
     asked: ClassVar[tuple[str, ...]] = ("query",)
-    metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(("map", "mrr@10", "ndcg@10"), weighted_metrics.mean)
+    metrics: ClassVar[Metrics] = dict.fromkeys(("map", "mrr@10", "ndcg@10"), mean)
 
     def check(self) -> None:
         """Raises DataError where a text is both positive and negative of its query."""

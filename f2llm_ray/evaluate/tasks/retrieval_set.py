@@ -7,7 +7,6 @@ Shapes: q queries, c passages of the corpus, r relevant (query, passage) pairs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,13 +21,11 @@ from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
-from f2llm_ray.engine.nearest import top_positions
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.by_type import by_type
 from f2llm_ray.evaluate.metrics.intervals import Values
 from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, metrics
-from f2llm_ray.evaluate.metrics.scores import Kind, Measured, measured, units_table
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.metrics.scores import Measured, measured, units_table
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.tasks.task import SetSection
 from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct
@@ -74,29 +71,25 @@ class RetrievalSet:
     result tables are looked up in at once."""
     grades: Values | None = None
     """[r], above 0: how relevant each pair is; None where all are alike."""
-    kind: ClassVar[Kind] = "retrieval"
-    metrics: ClassVar[dict[str, Builder]] = dict.fromkeys(METRICS, weighted_metrics.mean)
+    kind: ClassVar[str] = "retrieval"
+    metrics: ClassVar[weighted_metrics.Metrics] = dict.fromkeys(METRICS, weighted_metrics.mean)
 
     def write(self, folder: Folder) -> None:
         """As `Task.write`: queries, corpus and qrels as parquet."""
         query_r, passage_r = self.relevant.T
-        corpus_ids = pa.array(self.corpus_ids, pa.string())
-        query_ids = pa.array(self.query_ids, pa.string())
+        query_ids, corpus_ids = pa.array(self.query_ids), pa.array(self.corpus_ids)
         tables = {
-            "queries.parquet": {
-                "id": query_ids,
-                "text": pa.array(self.query_texts, pa.string()),
-                "language": pa.array(self.query_languages, pa.string()),
-            },
-            "corpus.parquet": {"id": corpus_ids, "text": pa.array(self.corpus_texts, pa.string())},
-            "qrels.parquet": {
+            "queries": {"id": query_ids, "text": self.query_texts, "language": self.query_languages},
+            "corpus": {"id": corpus_ids, "text": self.corpus_texts},
+            "qrels": {
                 "query_id": query_ids.take(pa.array(query_r)),
                 "corpus_id": corpus_ids.take(pa.array(passage_r)),
-                SCORE: pa.array(self.judgements.grade_r),
+                SCORE: self.judgements.grade_r,
             },
         }
-        for name, table in ((name, pa.table(columns)) for name, columns in tables.items()):
-            folder.write_table(name, [table], table.schema)
+        for name, columns in tables.items():
+            table = pa.table(columns)
+            folder.write_table(f"{name}.parquet", [table], table.schema)
         folder.write_json("set.json", {"kind": self.kind, "name": self.name, "instruction": self.instruction})
 
     @property
@@ -119,7 +112,8 @@ class RetrievalSet:
 
     def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`: exact search. Queries carry the instruction."""
-        started = time.perf_counter()
+        from f2llm_ray.engine.nearest import top_positions
+
         queries = as_queries(encoder, self.query_texts, self.instruction)
         passages = as_documents(encoder, self.corpus_texts)
         encoded = embed_distinct(encoder, [*queries, *passages])
@@ -140,16 +134,9 @@ class RetrievalSet:
             },
             corpus=len(corpus_c),
             tokens=encoded.tokens,
-            started=started,
         )
         found.scores["types"] = by_type(
-            encoded.vectors_ud,
-            query_q,
-            corpus_c,
-            judged,
-            encoder.info.dims,
-            encoder.ranges,
-            encoder.device,
+            encoded.vectors_ud, query_q, corpus_c, judged, encoder.info.dims, encoder.ranges, encoder.device
         )
         return found
 
@@ -157,7 +144,7 @@ class RetrievalSet:
     def read(cls, folder: Folder) -> RetrievalSet:
         """As `Task.read`."""
         facts = folder.read_json("set.json")
-        return _read(folder, name=facts["name"], instruction=facts["instruction"], max_queries=None)
+        return read_beir(folder.uri, name=facts["name"], instruction=facts["instruction"])
 
 
 def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
@@ -179,7 +166,29 @@ def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None 
         DataError: a missing file or column, a malformed row, an id that is unknown or appears twice, a query
             without relevant passage, or nothing at all.
     """
-    return _read(Folder.at(uri), name=name, instruction=instruction, max_queries=max_queries)
+    folder = Folder.at(uri)
+    table = read_table(folder, "queries", known=KNOWN)
+    texts = list(zip(table.texts(*QUERY_TEXT), table.languages(), strict=True))
+    queries = by_id(table.rows.place, table.values("label", *QUERY_ID), texts)
+
+    table = read_table(folder, "corpus", known=KNOWN)
+    corpus = by_id(table.rows.place, table.values("label", *CORPUS_ID), table.texts(*CORPUS_TEXT))
+
+    table = read_table(folder, "qrels", SPLIT, known=KNOWN)
+    judged, passages = table.values("label", *JUDGED_QUERY), table.values("label", *JUDGED_PASSAGE)
+    scores = table.values("number", SCORE) if table.name_of(SCORE) else [1.0] * len(judged)
+    if table.rows.place.endswith(SPLIT):
+        split = set(judged)
+        queries = {query_id: query for query_id, query in queries.items() if query_id in split}
+    return _assemble(
+        table.rows.place,
+        name=name,
+        instruction=instruction,
+        queries=queries,
+        corpus=corpus,
+        relevant=(found for found in zip(judged, passages, scores, strict=True) if found[2] > 0),
+        max_queries=max_queries,
+    )
 
 
 def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
@@ -224,31 +233,6 @@ def from_pairs(pairs: pa.Table, *, name: str, instruction: str, max_queries: int
     )
 
 
-def _read(folder: Folder, *, name: str, instruction: str, max_queries: int | None) -> RetrievalSet:
-    table = read_table(folder, "queries", known=KNOWN)
-    texts = list(zip(table.texts(*QUERY_TEXT), table.languages(), strict=True))
-    queries = by_id(table.rows.place, table.values("label", *QUERY_ID), texts)
-
-    table = read_table(folder, "corpus", known=KNOWN)
-    corpus = by_id(table.rows.place, table.values("label", *CORPUS_ID), table.texts(*CORPUS_TEXT))
-
-    table = read_table(folder, "qrels", SPLIT, known=KNOWN)
-    judged, passages = table.values("label", *JUDGED_QUERY), table.values("label", *JUDGED_PASSAGE)
-    scores = table.values("number", SCORE) if table.name_of(SCORE) else [1.0] * len(judged)
-    if table.rows.place.endswith(SPLIT):
-        split = set(judged)
-        queries = {query_id: query for query_id, query in queries.items() if query_id in split}
-    return _assemble(
-        table.rows.place,
-        name=name,
-        instruction=instruction,
-        queries=queries,
-        corpus=corpus,
-        relevant=(found for found in zip(judged, passages, scores, strict=True) if found[2] > 0),
-        max_queries=max_queries,
-    )
-
-
 def _assemble(
     place: str,
     *,
@@ -272,23 +256,21 @@ def _assemble(
             raise DataError(f"{place}: passage {passage_id!r} is not in the corpus of {len(corpus)}")
         pair = query_at[query_id], passage_at[passage_id]
         grade_of[pair] = max(grade, grade_of.get(pair, 0.0))
-    pairs_r2 = np.array(sorted(grade_of), dtype=np.int64).reshape(-1, 2)
-    grade_r = np.array([grade_of[pair] for pair in sorted(grade_of)])
-    judged_q = np.zeros(len(queries), dtype=bool)
-    judged_q[pairs_r2[:, 0]] = True
-    if not judged_q.all():
-        first = list(queries)[int(np.argmin(judged_q))]
+    judged = {query for query, _ in grade_of}
+    without = [query_id for query_id, position in query_at.items() if position not in judged]
+    if without:
         raise DataError(
-            f"{place}: {np.sum(~judged_q)} of {len(queries)} queries have no relevant passage, "
-            f"the first of them {first!r}"
+            f"{place}: {len(without)} of {len(queries)} queries have no relevant passage, "
+            f"the first of them {without[0]!r}"
         )
-    kept_k = _draw(queries, len(queries) if max_queries is None else max_queries)
-    place_q = np.full(len(queries), -1, dtype=np.int64)
-    place_q[kept_k] = np.arange(len(kept_k))
-    kept_r = place_q[pairs_r2[:, 0]] >= 0
-    pairs_r2, grade_r = np.column_stack([place_q[pairs_r2[:, 0]], pairs_r2[:, 1]])[kept_r], grade_r[kept_r]
-    ids = list(queries)
-    kept_ids = [ids[position] for position in kept_k]
+    # Drawn are the queries whose content has the smallest hashes; they stay in their order.
+    keys = [(_query_key(*query), query_id) for query_id, query in queries.items()]
+    kept_k = sorted(sorted(range(len(keys)), key=keys.__getitem__)[:max_queries])
+    kept_ids = [keys[position][1] for position in kept_k]
+    place_of = {position: place for place, position in enumerate(kept_k)}
+    kept = {(place_of[query], found): grade for (query, found), grade in grade_of.items() if query in place_of}
+    pairs = sorted(kept)
+    grade_r = np.array([kept[pair] for pair in pairs])
     return RetrievalSet(
         name=name,
         instruction=instruction,
@@ -297,17 +279,9 @@ def _assemble(
         query_languages=[queries[query_id][1] for query_id in kept_ids],
         corpus_ids=list(corpus),
         corpus_texts=list(corpus.values()),
-        relevant=pairs_r2,
+        relevant=np.array(pairs, dtype=np.int64),
         grades=None if (grade_r == grade_r[0]).all() else grade_r,
     )
-
-
-def _draw(queries: Mapping[str, tuple[str, str]], count: int) -> list[int]:
-    """Positions of `count` queries in their own order, the ones whose content has the smallest hashes."""
-    if count >= len(queries):
-        return list(range(len(queries)))
-    keys = [(_query_key(*query), query_id) for query_id, query in queries.items()]
-    return sorted(sorted(range(len(keys)), key=keys.__getitem__)[:count])
 
 
 def _query_key(text: str, language: str) -> str:

@@ -7,8 +7,8 @@ from typing import ClassVar, Protocol
 
 from f2llm_ray.base.section import Neutral, Section
 from f2llm_ray.data.decontaminate import Screened
-from f2llm_ray.evaluate.metrics.scores import Kind, Measured
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
+from f2llm_ray.evaluate.metrics.scores import Measured
+from f2llm_ray.evaluate.metrics.weighted_metrics import Metrics
 from f2llm_ray.evaluate.vectors import Embedder
 from f2llm_ray.run.folder import Folder
 
@@ -24,9 +24,8 @@ class SetSection(Section):
 class Task(Protocol):
     """What a model is measured on."""
 
-    kind: ClassVar[Kind]
-    metrics: ClassVar[dict[str, Builder]]
-    """How each metric is computed from the units, the main metric first."""
+    kind: ClassVar[str]
+    metrics: ClassVar[Metrics]
 
     @property
     def name(self) -> str:

@@ -10,11 +10,8 @@ from typing import ClassVar
 import numpy as np
 
 from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.reading.values import ColumnKind
 from f2llm_ray.evaluate.metrics import weighted_metrics
-from f2llm_ray.evaluate.metrics.scores import Kind
-from f2llm_ray.evaluate.metrics.weighted_metrics import Builder
-from f2llm_ray.evaluate.tasks.labelled import LabelledFile, LabelledSet, Scoring
+from f2llm_ray.evaluate.tasks.labelled import Columns, LabelledFile, LabelledSet, Scoring
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, cosines, embed_distinct
 
 
@@ -61,13 +58,11 @@ class TextPairs(LabelledSet):
 class Sts(TextPairs):
     """Semantic textual similarity: pairs with a grade, higher for more alike, on any scale."""
 
-    kind: ClassVar[Kind] = "sts"
+    kind: ClassVar[str] = "sts"
     section = StsSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
-        "test": {"text_a": "text", "text_b": "text", "score": "number"}
-    }
+    columns: ClassVar[Columns] = {"test": {"text_a": "text", "text_b": "text", "score": "number"}}
     target: ClassVar[str] = "score"
-    metrics: ClassVar[dict[str, Builder]] = {
+    metrics: ClassVar[weighted_metrics.Metrics] = {
         "spearman": weighted_metrics.spearman,
         "pearson": weighted_metrics.pearson,
     }
@@ -83,13 +78,11 @@ class Sts(TextPairs):
 class PairClassification(TextPairs):
     """Pairs that belong together (label 1), as paraphrases do, and pairs that do not (label 0)."""
 
-    kind: ClassVar[Kind] = "pair_classification"
+    kind: ClassVar[str] = "pair_classification"
     section = PairClassificationSet
-    columns: ClassVar[dict[str, dict[str, ColumnKind]]] = {
-        "test": {"text_a": "text", "text_b": "text", "label": "number"}
-    }
+    columns: ClassVar[Columns] = {"test": {"text_a": "text", "text_b": "text", "label": "number"}}
     target: ClassVar[str] = "label"
-    metrics: ClassVar[dict[str, Builder]] = {
+    metrics: ClassVar[weighted_metrics.Metrics] = {
         "ap": weighted_metrics.average_precision,
         "accuracy": weighted_metrics.best_accuracy,
         "f1": weighted_metrics.best_f1,
