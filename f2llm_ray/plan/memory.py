@@ -38,7 +38,7 @@ class Memory:
     gradients_bytes: float
     optimizer_bytes: float
     buffers_bytes: float
-    """DeepSpeed's bucket of gradients on their way, and the weights that ZeRO-3 has gathered."""
+    """From ZeRO-1 on DeepSpeed's bucket of gradients on their way, and the weights that ZeRO-3 has gathered."""
     activations_bytes: float
     teacher_bytes: float
 
@@ -51,11 +51,13 @@ class Memory:
 def memory(work: StageWork) -> Memory:
     """Bytes on one GPU for the batch of the longest texts."""
     count = _count(work)
+    bucket = BUCKET_PARAMETERS if work.zero_stage else 0
+    gathered = min(LIVE_PARAMETERS, count) if work.zero_stage == 3 else 0
     return Memory(
         weights_bytes=work.float_bytes * (count / work.world if work.zero_stage == 3 else count),
         gradients_bytes=gradient_bytes(work),
         optimizer_bytes=0 if work.offload else optimizer_bytes(work),
-        buffers_bytes=buffer_bytes(work),
+        buffers_bytes=work.float_bytes * (bucket + gathered),
         activations_bytes=activation_bytes(work),
         teacher_bytes=teacher_bytes(work),
     )
@@ -98,13 +100,6 @@ def host_bytes(work: StageWork) -> float:
     return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes + sums) * _count(work) / work.world
 
 
-def buffer_bytes(work: StageWork) -> float:
-    """DeepSpeed's buffers: the gradient bucket from ZeRO-1 on, and under ZeRO-3 the gathered weights."""
-    bucket = BUCKET_PARAMETERS if work.zero_stage else 0
-    live = min(LIVE_PARAMETERS, _count(work)) if work.zero_stage == 3 else 0
-    return work.float_bytes * (bucket + live)
-
-
 def teacher_bytes(work: StageWork) -> float:
     """The weights of a teacher beside the student, in bf16 on any GPU; cached vectors come with the batch."""
     if work.teacher is None or work.teacher.cached:
@@ -120,7 +115,8 @@ def activation_bytes(work: StageWork) -> float:
     whole at a time.
     """
     shape, tokens = work.shape, work.longest_chunk_tokens
-    ends = final_bytes_per_token(shape, work.float_bytes)
+    # The last norm saves its input in float32, the normalised input, and its scale.
+    ends = (FLOAT32_BYTES + work.float_bytes) * shape.hidden + FLOAT32_BYTES
     layer = layer_bytes_per_token(shape, work.float_bytes)
     if not work.gradient_checkpointing:
         return tokens * (shape.layers * layer + ends)
@@ -140,11 +136,6 @@ def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     head_norms = (FLOAT32_BYTES + float_bytes) * (queries + keys) + FLOAT32_BYTES * (shape.heads + shape.kv_heads)
     attention = float_bytes * (2 * queries + 2 * keys) + FLOAT32_BYTES * shape.heads
     return layer_norms + head_norms + attention + 4 * float_bytes * shape.ffn
-
-
-def final_bytes_per_token(shape: Shape, float_bytes: int) -> int:
-    """Bytes that the last norm saves: its input in float32, the normalised input, its scale."""
-    return (FLOAT32_BYTES + float_bytes) * shape.hidden + FLOAT32_BYTES
 
 
 def _several_backward(work: StageWork) -> bool:
