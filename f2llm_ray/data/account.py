@@ -28,19 +28,16 @@ def count_by(rows: pa.Table, *columns: str) -> list[list[Any]]:
 
 def part_account(rows: pa.Table) -> dict[str, Any]:
     """What one table of a part's written rows adds to the account, as JSON values."""
-    kept = rows.filter(pc.is_null(rows["drop"]))
+    is_kept = pc.is_null(rows["drop"])
+    kept = rows.filter(is_kept)
+    asked = rows.filter(pc.or_kleene(is_kept, pc.equal(rows["drop"], MISMATCH)))
     return {
         "rows": count_by(rows, "language", "drop"),
         "lengths": {side: _length_bins(kept[side]).tolist() for side in SIDES},
-        "language_check": count_by(_asked(rows), "language", "detected", "verdict"),
+        "language_check": count_by(asked, "language", "detected", "verdict"),
         "given_negatives": _sum(kept, "given_negatives"),
         "near_positives": _sum(kept, "dropped_negatives"),
     }
-
-
-def _asked(rows: pa.Table) -> pa.Table:
-    """Rows whose language was asked about, those that went for it included."""
-    return rows.filter(pc.or_(pc.is_null(rows["drop"]), pc.fill_null(pc.equal(rows["drop"], MISMATCH), False)))
 
 
 def _sum(rows: pa.Table, column: str) -> int:

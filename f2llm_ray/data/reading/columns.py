@@ -1,7 +1,13 @@
-"""Columns of text made into rows: what the sources that read files and tables share."""
+"""Columns of text made into rows: what the sources that read files and tables share.
+
+A field may be made of several columns, by a template such as "{title}: {body}".
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache, reduce
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -13,7 +19,6 @@ from f2llm_ray.base.section import Output, Section
 from f2llm_ray.data.ragged import filter_lists
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
-from f2llm_ray.data.reading.templates import join_columns, template
 from f2llm_ray.data.reading.values import ColumnKind, Fault
 from f2llm_ray.data.schema import ROW
 
@@ -28,6 +33,9 @@ TEXTS = pa.schema(
         ("label", pa.string()),
     ]
 )
+
+Template = tuple[tuple[str, str | None], ...]
+"""Pieces of text, each with the column that follows it, or None."""
 
 
 class Columns(Section):
@@ -66,6 +74,35 @@ class Columns(Section):
         plain = [text for field, text in self if text is not None and (field == "negatives" or not template(text))]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
         return kinds if self.negatives is None else kinds | {self.negatives: "texts"}
+
+
+@lru_cache(maxsize=256)
+def template(text: str) -> Template:
+    """The parts of a template, or () where the text is the name of a column, having no braces.
+
+    Raises:
+        ValueError: a brace without its partner, something else than a column's name between two, or no column.
+    """
+    if "{" not in text and "}" not in text:
+        return ()
+    problem = "expected a column's name in each pair of braces and nothing else, such as {title}"
+    try:
+        parts = tuple(Formatter().parse(text))
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}; {problem}") from None
+    named = [column for _, column, form, conversion in parts if column and not form and not conversion]
+    if not named or len(named) < sum(column is not None for _, column, _, _ in parts):
+        raise ValueError(f"{text!r}: {problem}")
+    return tuple((literal, column) for literal, column, _, _ in parts)
+
+
+def join_columns(columns: Mapping[str, pa.Array], parts: Template) -> pa.Array:
+    """What a template makes of each row of text columns; null in rows without text for any of its columns."""
+    pieces = [piece for literal, column in parts for piece in (literal, columns[column] if column else "")]
+    text = pc.binary_join_element_wise(*pieces, "", null_handling="replace", null_replacement="")
+    lengths = [pc.binary_length(pc.ascii_trim_whitespace(columns[column])) for _, column in parts if column]
+    some = reduce(pc.or_, [pc.greater(pc.fill_null(length, 0), 0) for length in lengths])
+    return pc.if_else(some, text, pa.scalar(None, pa.string()))
 
 
 def texts_of(rows: Rows, columns: Columns) -> pa.Table:

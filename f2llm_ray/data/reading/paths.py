@@ -56,9 +56,7 @@ def _matching(path: str, suffixes: tuple[str, ...]) -> dict[str, InputFile]:
         return {info.base_name: InputFile(folder.uri, info.size)}
     if info.type == fs.FileType.Directory:
         return {name: file for name, file in _below(path) if name.endswith(suffixes)}
-    start, question, options = (
-        path.partition("?") if "://" in path else (path, "", "")
-    )  # "?" begins a URI's options
+    start, question, options = path.partition("?") if "://" in path else (path, "", "")  # "?": a URI's options
     parts = start.split("/")
     wild = next((i for i, part in enumerate(parts) if "*" in part or "[" in part), None)
     if wild is None:
