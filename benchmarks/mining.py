@@ -221,7 +221,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     settings = Mine(model="bench", top_k=arguments.top_k)
-    # Where nothing is skipped, both mean the same by their parameters: see `mine.choice.choose`.
+    # Where nothing is skipped, both mean the same by their parameters: see `mine.search.choose`.
     unskipped = settings.model_copy(update={"skip": 0})
     if arguments.child is not None:
         child(Folder.at(arguments.child), settings)

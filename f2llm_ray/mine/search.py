@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,16 +19,19 @@ from f2llm_ray.data.ragged import Ints, list_array
 from f2llm_ray.engine.nearest import Nearest, unpack
 from f2llm_ray.engine.vector_files import Halves, gather, shards_of
 from f2llm_ray.mine.candidates import Candidates
-from f2llm_ray.mine.choice import DROPPED, choose
 from f2llm_ray.mine.settings import Mine
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 FOUND = pa.schema([("row", pa.int64()), ("candidates", pa.list_(pa.uint32()))])
 BLOCK = 1024
 """Queries per product."""
 ROWS = 8192
 """Rows scored or chosen for at once."""
+DROPPED = ("positive", "skip", "max_score", "margin")
+"""Why a passage among the nearest is no negative of a row."""
 
 
 @dataclass(frozen=True)
@@ -138,3 +142,40 @@ def take_out(score_qp: torch.Tensor, row_m: torch.Tensor, column_m: torch.Tensor
     taken_m = score_qp[row_m, column_m]
     score_qp[row_m, column_m] = -np.inf
     return taken_m
+
+
+def choose(score_nk: Vectors, positive_n: Vectors, settings: Mine) -> tuple[Mask, dict[str, int]]:
+    """Which of the nearest passages are a row's negatives.
+
+    Of the k nearest the first `skip` go, whatever their score; then those above a limit; of what is left the
+    first `count` stay. The limits are those of sentence-transformers' `mine_hard_negatives`, in float32, and what
+    equals a limit stays: a score s is kept where s <= max_score, s <= p - |p| * (1 - relative_margin) and
+    s + absolute_margin <= p, with p the score of the row's own passage. The relative limit is p * relative_margin
+    for every p >= 0; below 0 that product would allow passages nearer than the positive. One thing is different:
+    their `range_min` skips after the limits, our `skip` before, as the ranks in the mined data of the paper's
+    predecessor are counted.
+
+    Args:
+        score_nk: of the nearest passages that are no positives, falling; -inf where there were fewer than k.
+        positive_n: score of each row's own passage.
+        settings: `skip`, `count` and the limits.
+
+    Returns:
+        A mask [n, k], and how many fell to `skip`, `max_score` and `margin`, each by the first that applies.
+    """
+    left = score_nk > -np.inf
+    dropped: dict[str, int] = {}
+
+    def drop(reason: str, out: Mask) -> None:
+        dropped[reason] = dropped.get(reason, 0) + int((left & out).sum())
+        left[out] = False
+
+    drop("skip", np.broadcast_to(np.arange(score_nk.shape[1]) < settings.skip, score_nk.shape))
+    drop("max_score", score_nk > np.float32(settings.max_score))
+    dropped["margin"] = 0
+    if settings.relative_margin is not None:
+        limit_n = positive_n - np.abs(positive_n) * np.float32(1 - settings.relative_margin)
+        drop("margin", score_nk > limit_n[:, None])
+    if settings.absolute_margin is not None:
+        drop("margin", score_nk + np.float32(settings.absolute_margin) > positive_n[:, None])
+    return left & (np.cumsum(left, axis=1) <= settings.count), dropped

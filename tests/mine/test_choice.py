@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.mine.choice import choose
+from f2llm_ray.mine.search import choose
 from f2llm_ray.mine.settings import Mine
 
 
