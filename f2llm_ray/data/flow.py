@@ -74,18 +74,7 @@ def map_parts(parts: list[Part], function: Callable[[Part], Tables]) -> ray.data
     """
     import ray.data
 
-    blocks = [
-        pa.table(
-            {
-                "number": [part.number],
-                "source": [part.source],
-                "source_rank": [part.source_rank],
-                "pieces": [json.dumps(part.pieces)],
-                "key": [part.key],
-            }
-        )
-        for part in parts
-    ]
+    blocks = [pa.Table.from_pylist([{**vars(part), "pieces": json.dumps(part.pieces)}]) for part in parts]
     dataset = ray.data.from_arrow(blocks)
     return dataset.map_batches(partial(_on_part, function=function), batch_size=1, batch_format="pyarrow")
 

@@ -109,17 +109,11 @@ def _star(edges: pa.Table, *, large: bool) -> pa.Table:
     least = other.take(pa.array(first[np.cumsum(changed) - 1]))
     least = pc.if_else(pc.less(node, least), node, least)
     if large:
-        keep = pc.greater(other, node)
-        found = pa.table({"a": least, "b": other}, EDGE).filter(keep)
+        found = pa.table({"a": least, "b": other}, EDGE).filter(pc.greater(other, node))
     else:
         heads = pa.array(first)
-        found = pa.table(
-            {
-                "a": pa.concat_arrays([least, least.take(heads)]),
-                "b": pa.concat_arrays([other, node.take(heads)]),
-            },
-            EDGE,
-        )
+        near = pa.concat_arrays([least, least.take(heads)])
+        found = pa.table({"a": near, "b": pa.concat_arrays([other, node.take(heads)])}, EDGE)
         found = found.filter(pc.not_equal(found["a"], found["b"]))
     return found.group_by(["a", "b"]).aggregate([])
 

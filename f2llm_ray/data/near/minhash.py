@@ -76,6 +76,6 @@ def _blocks(starts: Ints) -> Iterator[tuple[int, int]]:
     first, texts = 0, len(starts) - 1
     while first < texts:
         last = int(np.searchsorted(starts, starts[first] + BLOCK, side="right")) - 1
-        last = min(max(last, first + 1), texts)
+        last = max(last, first + 1)
         yield first, last
         first = last

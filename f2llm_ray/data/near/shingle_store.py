@@ -57,7 +57,7 @@ def jaccards(one: Ragged, other: Ragged) -> np.ndarray[Any, np.dtype[np.float64]
     """Jaccard [n] of the n-th set of one side and the n-th of the other, as `distinct` gives them."""
     (one_hashes, one_lengths), (other_hashes, other_lengths) = one, other
     pair = np.arange(len(one_lengths))
-    owner = np.concatenate([np.repeat(pair, one_lengths), np.repeat(pair, other_lengths)])
+    owner = np.repeat(np.tile(pair, 2), np.concatenate([one_lengths, other_lengths]))
     hashes = np.concatenate([one_hashes, other_hashes])
     order = np.lexsort((hashes, owner))
     owner, hashes = owner[order], hashes[order]

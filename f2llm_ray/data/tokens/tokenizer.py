@@ -105,7 +105,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer as Tokenizers
 
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if not path.is_file():
         raise RunError(f"{folder}: it has no tokenizer.json")
     tokenizer = Tokenizers.from_file(str(path))
