@@ -115,6 +115,6 @@ def _backward(
         "loss": value,
         **{name: value.new_tensor(count, dtype=torch.float64) for name, count in zip(COUNTS, counts, strict=True)},
         **{f"loss_at_{dim}": part for dim, part in zip(dims, parts.total_m, strict=True)},
-        **{f"teacher_{name}": term for name, term in parts.terms.items()},
+        **{f"loss_{name}": term for name, term in parts.terms.items()},
     }
     return {name: found.detach().double() for name, found in seen.items()}
