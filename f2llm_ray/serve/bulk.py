@@ -59,12 +59,8 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
     count, ready = _embed_units(absolute, waiting, len(units), workers)
     seconds, working = time.time() - started, time.time() - ready
-    manifest = {
-        "shards": len(units),
-        **asdict(_totals(output, units)),
-        **output.read_json(SETTINGS),
-        "code_version": __version__,
-    }
+    facts = {"shards": len(units), **asdict(_totals(output, units))}
+    manifest = {**facts, **output.read_json(SETTINGS), "code_version": __version__}
     output.write_json(MANIFEST, manifest)
     for name in output.files():
         if name.startswith(".shard-"):  # half a shard, of a worker that was killed
@@ -132,8 +128,8 @@ def claim(output: Folder, settings: dict[str, Any]) -> None:
     """
     if output.exists(SETTINGS):
         before = output.read_json(SETTINGS)
-        other = [f"{key} (was {_short(before.get(key))}, now {_short(value)})" for key, value in settings.items()
-                 if before.get(key) != value]  # fmt: skip
+        changed = {key: value for key, value in settings.items() if before.get(key) != value}
+        other = [f"{key} (was {_short(before.get(key))}, now {_short(value)})" for key, value in changed.items()]
         if other:
             raise RunError(f"{output.uri}: holds shards made with another {', '.join(other)}; give another output")
     elif output.files(".parquet"):

@@ -35,15 +35,12 @@ def units_of(files: Mapping[str, InputFile], shard_rows: int) -> list[Unit]:
     Raises:
         DataError: a file cannot be read, or has another suffix than those of tables.
     """
-    parts = [
-        (part, name, file.uri)
-        for name, file in files.items()
-        for part in TableFile.at(Folder.at(file.uri)).parts(shard_rows)
-    ]
-    return [
-        Unit(shard=f"shard-{number:06d}.parquet", file=name, uri=uri, **asdict(part))
-        for number, (part, name, uri) in enumerate(parts)
-    ]
+    units: list[Unit] = []
+    for name, file in files.items():
+        for part in TableFile.at(Folder.at(file.uri)).parts(shard_rows):
+            shard = f"shard-{len(units):06d}.parquet"
+            units.append(Unit(shard=shard, file=name, uri=file.uri, **asdict(part)))
+    return units
 
 
 class UnitReader:
