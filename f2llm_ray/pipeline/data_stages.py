@@ -8,6 +8,7 @@ from typing import Any
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
+from f2llm_ray.evaluate.tasks.registry import LABELLED
 from f2llm_ray.evaluate.tasks.retrieval_set import FolderSet
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, place_of, places
@@ -163,7 +164,7 @@ def _set_files(name: str, setting: EvaluationSet) -> list[InputFile]:
                 f"evaluation.sets.{name}: {folder.uri}: found no set there, expected queries and corpus"
             )
         return found
-    paths = [getattr(setting, field) for field in ("train", "test") if getattr(setting, field, None)]
+    paths = filter(None, (getattr(setting, table, None) for table in LABELLED[setting.kind].columns))
     return [InputFile(Folder.at(path).uri, None) for path in paths]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,15 +26,6 @@ from f2llm_ray.train.training import Training
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a step starts from."""
-
-    name: str
-    """The model that the step makes."""
-    parent: Model
-
-
 class ModelStages:
     """Declares every model of a recipe, with mining, importance and cached teachers where they are needed.
 
@@ -55,20 +45,20 @@ class ModelStages:
         before = list(recipe.made_from())
         for name, step in recipe.steps().items():
             self._mine()
-            self._step(Start(name, self.models[step.model or before[before.index(name) - 1]]), step)
+            self._step(name, self.models[step.model or before[before.index(name) - 1]], step)
         self._mine()
         for name in () if recipe.quantize is None else recipe.quantize.models:
             self._model(name + INT8, "int8", self.models[name], (), self._quantized(self.models[name]))
 
-    def _step(self, at: Start, step: TrainStage | Prune) -> None:
+    def _step(self, name: str, parent: Model, step: TrainStage | Prune) -> None:
         if isinstance(step, Prune):
-            self._model(at.name, "prune", at.parent, (), self._pruned(at, step))
+            self._model(name, "prune", parent, (), self._pruned(name, parent, step))
             return
         kind: Kind = "distill" if isinstance(step, Distill) else "train"
         own = tuple(self.recipe.stage_sources(step))
-        made = self._model(at.name, kind, at.parent, own, self._trained(at, step))
+        made = self._model(name, kind, parent, own, self._trained(name, parent, step))
         if step.merge is not None:
-            self._model(at.name + MERGED, "merge", made, (), self._merged(made, step))
+            self._model(name + MERGED, "merge", made, (), self._merged(made, step))
 
     def _model(self, name: str, kind: Kind, parent: Model | None, own: tuple[str, ...], stage: Stage) -> Model:
         seen = {*own, *(() if parent is None else parent.sources)}
@@ -180,19 +170,19 @@ class ModelStages:
         weights = {name: self.recipe.sources[name].weight for name in self.recipe.stage_sources(step)}
         return {**step.identity(counts), "weights": weights, "seed": self.recipe.seed}
 
-    def _trained(self, at: Start, step: TrainStage) -> Stage:
-        parents = {"prepared": self.prepare, "student": at.parent.stage}
+    def _trained(self, name: str, parent: Model, step: TrainStage) -> Stage:
+        parents = {"prepared": self.prepare, "student": parent.stage}
         if self.mined is not None:
             parents["mined"] = self.mined
         sought: dict[str, Sought] = {}
         teacher: Folder | None = None
         if isinstance(step, Distill) and step.uses_teacher:
             if step.teacher_vectors == "cached":
-                parents["taught"] = self._taught(at, step)
+                parents["taught"] = self._taught(name, parent, step)
             else:
                 teacher = self._folder_of(step.teacher)
                 sought = self._teacher(step, parents)
-        training = self._training(at.name, step)
+        training = self._training(name, step)
         measured = tuple(self.sets.values()) if training.sets else ()
 
         def train(out: Folder) -> Facts:
@@ -210,10 +200,10 @@ class ModelStages:
             )
 
         return Stage(
-            name=at.name,
+            name=name,
             job=jobs.DISTILL if isinstance(step, Distill) else jobs.TRAIN,
             settings=self._training_settings(step),
-            inputs=self.inputs.find(at.name, sought),
+            inputs=self.inputs.find(name, sought),
             places=places(sought),
             parents=parents,
             needs=measured,
@@ -227,15 +217,15 @@ class ModelStages:
             return {}
         return {"teacher": Sought(step.teacher, partial(_model_files, "distill.teacher", step.teacher))}
 
-    def _taught(self, at: Start, step: Distill) -> Stage:
+    def _taught(self, name: str, parent: Model, step: Distill) -> Stage:
         parents = {"prepared": self.prepare}
         sought = self._teacher(step, parents)
         if self.mined is not None:
             parents["mined"] = self.mined
         settings = self._training_settings(step, lambda effect: effect.batches)
         # How wide the student is decides how many of the teacher's dims are kept, where only those count.
-        settings["dims"] = self._width(at.parent) if step.teacher_is_cut else None
-        recipe, training = self.recipe, self._training(at.name, step)
+        settings["dims"] = self._width(parent) if step.teacher_is_cut else None
+        recipe, training = self.recipe, self._training(name, step)
 
         def teach(out: Folder) -> Facts:
             from f2llm_ray.train.teacher import teach
@@ -246,7 +236,7 @@ class ModelStages:
                     prepared=self.run.folder(self.prepare),
                     mined=None if "mined" not in parents else self.run.folder(parents["mined"]),
                     teacher=self._folder_of(step.teacher),
-                    student=self.run.folder(at.parent.stage) / "model",
+                    student=self.run.folder(parent.stage) / "model",
                     shards=recipe.data.shards,
                     instructions={name: source.query_instruction for name, source in recipe.sources.items()},
                     max_tokens=recipe.data.max_tokens,
@@ -255,13 +245,13 @@ class ModelStages:
             }
 
         return Stage(
-            name=f"taught-{at.name}",
+            name=f"taught-{name}",
             job=jobs.TEACH,
             settings=settings,
-            inputs=self.inputs.find(f"taught-{at.name}", sought),
+            inputs=self.inputs.find(f"taught-{name}", sought),
             places=places(sought),
             parents=parents,
-            needs=(at.parent.stage,),
+            needs=(parent.stage,),
             implied=True,
             work=teach,
         )
@@ -292,11 +282,10 @@ class ModelStages:
             work=self._made(merge),
         )
 
-    def _pruned(self, at: Start, step: Prune) -> Stage:
-        cut, recipe = step.identity(), self.recipe
-        parent = self.run.folder(at.parent.stage) / "model"
-        prepared = self.run.folder(self.prepare)
-        parents = {"prepared": self.prepare, "parent": at.parent.stage}
+    def _pruned(self, name: str, parent: Model, step: Prune) -> Stage:
+        cut, recipe, model_name = step.identity(), self.recipe, self._model_name(name)
+        prepared, model = self.run.folder(self.prepare), self.run.folder(parent.stage) / "model"
+        parents = {"prepared": self.prepare, "parent": parent.stage}
 
         def score(out: Folder) -> Facts:
             from f2llm_ray.shrink.shrink import score_parts
@@ -307,32 +296,31 @@ class ModelStages:
                 recipe.compute,
                 recipe.seed,
                 prepared=prepared,
-                parent=parent,
+                parent=model,
                 out=out,
             )
 
         # A stage of its own, so that a recipe with another shape in the same root finds the scores.
         importance = Stage(
-            name=f"importance-{at.parent.name}",
+            name=f"importance-{parent.name}",
             job=jobs.PRUNE,
             settings={key: cut[key] for key in ("importance", "calibration_rows")},
             parents=parents,
             implied=True,
             work=score,
         )
-        name = self._model_name(at.name)
 
         def prune(out: Folder) -> Facts:
             from f2llm_ray.shrink.shrink import shrink
 
             scored = self.run.folder(importance)
             facts: Facts = work.on_worker(
-                shrink, step, name, prepared=prepared, parent=parent, scored=scored, out=out
+                shrink, step, model_name, prepared=prepared, parent=model, scored=scored, out=out
             )
             return facts
 
         return Stage(
-            name=at.name,
+            name=name,
             job=jobs.PRUNE,
             settings={part: cut[part] for part in PARTS},
             parents={**parents, "importance": importance},
