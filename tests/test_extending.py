@@ -37,7 +37,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("loss, source and task", ["tests/extended.py"]),
         ("family", ["tests/model/test_prune.py", "-k", "mistral or refused_by_name"]),
-        ("settings", ["tests/base/test_section.py"]),
+        ("settings", ["tests/base/test_section.py", "tests/train/test_terms.py", "-k", "section or every_term"]),
     ],
 )
 def test_what_the_page_adds_keeps_its_laws(extended: Path, of: str, selected: list[str]) -> None:

@@ -77,53 +77,45 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     Raises:
         DataError: a source that cannot be read, or one of which nothing is left.
     """
-    clock, settings, shards = _Clock(), task.settings, _shards(task, folder)
+    settings, shards, started = task.settings, _shards(task, folder), time.monotonic()
+    laps: dict[str, dict[str, float]] = {}
+
+    def lap(step: str, rows: int) -> None:
+        before = sum(done["seconds"] for done in laps.values())
+        laps[step] = {"seconds": round(time.monotonic() - started - before, 2), "rows": rows}
+
     screen = make_screen(task.screened, settings.decontaminate)
     parts = parts_of(task.sources, _part_key(task))
     account = write_rows(task.sources, settings, parts=parts, screen=screen, rows=folder / "rows", known=known)
-    clock.lap("read", account.rows)
+    lap("read", account.rows)
     near = None
     if settings.near_dedup is not None:
         tasks = {name: source.task for name, source in task.sources.items()}
         near = find_groups(settings.near_dedup, tasks, parts, folder, shards)
-        clock.lap("near_dedup", near["documents"])
+        lap("near_dedup", near["documents"])
     left = account.left
     write_table(task.sources, settings, task.seed, parts=parts, prepared=folder, account=account, shards=shards)
     for name in task.sources:
         if not account.kept(name):
             reasons = account.dropped(name) or "it gave no rows"
             raise DataError(f"source {name!r}: no row is left after {', '.join(STEPS)}: {reasons}")
-    clock.lap("dedup", left)
+    lap("dedup", left)
     tokenizer = _tokenizer(task, folder)
-    clock.lap("tokenizer", account.left)
+    lap("tokenizer", account.left)
     texts, tokens = write_store(
         task.instructions, settings.max_tokens, shards, tokenizer, folder, folder / "tokens"
     )
-    clock.lap("tokens", texts)
+    lap("tokens", texts)
     if near is not None:
         near["samples"] = [
             sample for name in task.sources for sample in samples(folder, name, NEAR, SAMPLES_PER_SOURCE)
         ]
     facts = {"texts": texts, "tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}
     counted = account.card()
-    card = {**counted, "near_dedup": near, **facts, "seconds": clock.laps}
+    card = {**counted, "near_dedup": near, **facts, "seconds": laps}
     kept = {name: {"rows": account.kept(name)} for name in task.sources}
     summary = {"rows": counted["steps"], "languages": account.languages(), "sources": kept}
-    return {**summary, **facts, "step_seconds": clock.laps}, card
-
-
-class _Clock:
-    """How long each step took, and the rows or texts that it worked on."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, dict[str, float]] = {}
-        self._last = time.monotonic()
-
-    def lap(self, step: str, rows: int) -> None:
-        """Ends a step."""
-        now = time.monotonic()
-        self.laps[step] = {"seconds": round(now - self._last, 2), "rows": rows}
-        self._last = now
+    return {**summary, **facts, "step_seconds": laps}, card
 
 
 def _shards(task: Preparation, folder: Folder) -> int:

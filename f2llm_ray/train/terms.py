@@ -71,7 +71,9 @@ def similarity_loss(inputs: TermInputs) -> torch.Tensor:
     assert isinstance(settings, Distill)  # noqa: S101 - no other stage has the setting
     assert teacher_nD is not None  # noqa: S101
     student_bB, teacher_bB = (
-        log_softmax(_cosines(vectors, inputs.places, gradient=gradient) / settings.similarity_temperature, dim=1)
+        log_softmax(
+            query_cosines(vectors, inputs.places, gradient=gradient) / settings.similarity_temperature, dim=1
+        )
         for vectors, gradient in ((inputs.v_nd, settings.gather_gradient), (teacher_nD, False))
     )
     return kl_div(student_bB, teacher_bB, reduction="batchmean", log_target=True)
@@ -95,8 +97,8 @@ def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
     return value_n[place].sum() / per_rank(torch.ones_like(place), value_n.dtype)
 
 
-def _cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:
-    """Cosines [b, B] of this rank's queries and all passages."""
+def query_cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:
+    """Cosines [b, B] of this rank's queries and the passages of all ranks; `gradient` is that to the passages."""
     unit_nd = normalize(v_nd, dim=1)
     p_bd = unit_nd[places.passage_b]
     return unit_nd[places.query_b] @ gather(p_bd if gradient else p_bd.detach()).T

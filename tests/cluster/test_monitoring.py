@@ -31,7 +31,7 @@ OURS = {
     "ray_f2llm_progress_rate",
     *(
         f"ray_{name}"
-        for name in re.findall(r'"(f2llm_\w+)"', (ROOT / "f2llm_ray" / "serve" / "metrics.py").read_text())
+        for name in re.findall(r'"(f2llm_\w+)"', (ROOT / "f2llm_ray" / "serve" / "middleware.py").read_text())
     ),
 }
 RAYS = {

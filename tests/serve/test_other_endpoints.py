@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.evaluate.other_models import KEY_VARIABLE, TEXTS_PER_REQUEST, RemoteModel
+from f2llm_ray.evaluate.other_models import TEXTS_PER_REQUEST, RemoteModel
 from tests.serve.endpoint import KEYED, TEXTS, Server
 
 
 def test_vectors_and_tokens_are_those_of_the_engine_behind_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, server.key)
+    monkeypatch.setenv("OPENAI_API_KEY", server.key)
     endpoint = RemoteModel(f"{server.url}{KEYED}/v1#wide")
     assert endpoint.info.dims == (64,)
     texts = [f"{text} {n}" for n in range(TEXTS_PER_REQUEST // 4) for text in TEXTS]
@@ -27,11 +27,11 @@ def test_vectors_and_tokens_are_those_of_the_engine_behind_it(
 
 
 def test_what_it_says_is_told_and_the_key_is_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "sk-wrong")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
     with pytest.raises(RunError, match="wide does not embed") as error:
         RemoteModel(f"{server.url}{KEYED}/v1#wide")
     assert "sk-wrong" not in str(error.value)
-    monkeypatch.delenv(KEY_VARIABLE)
+    monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(RunError, match="nothing does not embed"):
         RemoteModel(f"{server.url}/v1#nothing")
     with pytest.raises(RunError, match="expected URL#NAME"):

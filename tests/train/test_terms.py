@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from f2llm_ray.train.losses import TextPlaces
 from f2llm_ray.train.settings import Distill
-from f2llm_ray.train.terms import TermInputs, added_terms
+from f2llm_ray.train.terms import TERMS, TermInputs, added_terms
 from tests.train.test_losses import D, close, plain_side, side
 
 WIDE, PROJECTED = D + 8, D + 5
@@ -168,3 +168,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
     loss, terms = terms_of(2 * v_nd, 2 * v_nd, v_nd.clone(), places, lesson)
     assert math.isclose(float(loss), float(terms["mse"]), abs_tol=1e-9)
     assert float(loss) > 0.1
+
+
+def test_every_term_has_a_weight_that_is_a_setting() -> None:
+    assert {f"{name}_weight" for name in TERMS} <= Distill.model_fields.keys()
