@@ -246,6 +246,14 @@ def test_the_store_holds_what_the_tokenizer_says(finished: dict[str, Any]) -> No
         assert set(negatives) == labels - {own}
 
 
+def with_stages(root: Path, finished: Path, *stages: str) -> Path:
+    """A new root with some finished stages, without their checkpoints."""
+    for stage in stages:
+        source = next(finished.glob(f"{stage}-*"))
+        shutil.copytree(source, root / source.name, ignore=shutil.ignore_patterns("ray_train"))
+    return root
+
+
 def weights(root: Path, stage: str) -> dict[str, torch.Tensor]:
     return load_file(next(root.glob(f"{stage}-*/model/model.safetensors")))
 
@@ -256,11 +264,7 @@ def test_an_undisturbed_run_ends_with_the_same_weights(
 ) -> None:
     """Killed and resumed, or in one go with other settings that are no output's: equal to the last bit."""
     del ray_here
-    root = folder / "undisturbed"
-    root.mkdir()
-    for stage in ("prepare", "untrained"):
-        source = next(finished["root"].glob(f"{stage}-*"))
-        shutil.copytree(source, root / source.name)
+    root = with_stages(folder / "undisturbed", finished["root"], "prepare", "untrained")
     Pipeline(load_recipe(str(recipe), OUTPUT_STAYS), str(root)).model("stage1")
     ours, theirs = weights(root, "stage1"), weights(finished["root"], "stage1")
     assert ours.keys() == theirs.keys()
@@ -279,11 +283,7 @@ def test_a_chain_makes_three_sizes_in_one_root(
 ) -> None:
     """Pruned and distilled twice, each from the model before it; what is there is not trained again."""
     del ray_here
-    root = folder / "chain"
-    root.mkdir()
-    for stage in ("prepare", "untrained", "stage1"):
-        source = next(finished["root"].glob(f"{stage}-*"))
-        shutil.copytree(source, root / source.name, ignore=shutil.ignore_patterns("ray_train"))
+    root = with_stages(folder / "chain", finished["root"], "prepare", "untrained", "stage1")
     content = yaml.safe_load(recipe.read_text())
     learning = {
         **content.pop("distill"),
@@ -322,11 +322,7 @@ def test_fewer_workers_go_on_from_the_same_checkpoint(
 ) -> None:
     """One worker takes over from two: only the order of sums changes. One cut off later is passed over."""
     del ray_here
-    root = folder / "narrow"
-    root.mkdir()
-    for stage in ("prepare", "untrained"):
-        source = next(finished["root"].glob(f"{stage}-*"))
-        shutil.copytree(source, root / source.name)
+    root = with_stages(folder / "narrow", finished["root"], "prepare", "untrained")
     place = shutil.copytree(finished["left"], root / finished["left"].name)
     sound = checkpoints.listed(Folder.at(str(place / "ray_train")))[0]
     broken = shutil.copytree(sound.folder.path, place / "ray_train" / "checkpoint_later")
@@ -354,11 +350,7 @@ def test_a_loss_that_is_no_number_stops_at_once(
 ) -> None:
     """Told with step, batch and source; not tried again, since it would end the same way."""
     del ray_here
-    root = folder / "diverged"
-    root.mkdir()
-    for stage in ("prepare", "untrained"):
-        source = next(finished["root"].glob(f"{stage}-*"))
-        shutil.copytree(source, root / source.name)
+    root = with_stages(folder / "diverged", finished["root"], "prepare", "untrained")
     pipeline = Pipeline(load_recipe(str(recipe), ["stages.stage1.lr=1e15"]), str(root))
     with pytest.raises(RunError, match=r"stage 'stage1', step \d+: the loss is .* batch \d+ of source '"):
         pipeline.model("stage1")
