@@ -7,7 +7,7 @@ import sys
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import job_parser, main
+from f2llm_ray.pipeline.command_line import dry_run, job_parser, main
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,9 +27,15 @@ def ablate(arguments: argparse.Namespace) -> None:
     """
     from f2llm_ray.base.session import connect
     from f2llm_ray.pipeline.ablate import ablate, load_ablation
+    from f2llm_ray.pipeline.walk import Pipeline
     from f2llm_ray.report.ablation import markdown
 
     ablation = load_ablation(arguments.recipe, arguments.variants, arguments.set)
+    if arguments.dry_run:
+        for name, recipe in ablation.recipes.items():
+            say(f"\nvariant {name}:")
+            dry_run(arguments, Pipeline(recipe, arguments.root))
+        return
     connect()
     told = ablate(ablation, arguments.root, hours=arguments.hours)
     say(f"\n{markdown(told['rows'])}")

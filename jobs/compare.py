@@ -26,8 +26,12 @@ def compare(arguments: argparse.Namespace) -> None:
     """Measures what is not measured yet, and compares."""
     from f2llm_ray.evaluate.differences import table
     from f2llm_ray.pipeline.compare import compare as compared
+    from f2llm_ray.pipeline.compare import dry_run
 
     pipeline = pipeline_of(arguments)
+    if arguments.dry_run:
+        say("\n".join(dry_run(pipeline, arguments.models)))
+        return
     rows = compared(pipeline, arguments.models)
     pipeline.run.root.write_json("compare.json", rows)
     say(f"\n{table(rows)}\n")

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 def embed(arguments: argparse.Namespace) -> None:
     """Embeds what is not embedded yet."""
-    from f2llm_ray.serve.bulk import run
+    from f2llm_ray.serve.bulk import run, survey
     from f2llm_ray.serve.shards import EmbedJob
 
     names = (
@@ -57,6 +57,10 @@ def embed(arguments: argparse.Namespace) -> None:
     )
     keep = tuple(name for name in arguments.keep_columns.split(",") if name)
     job = EmbedJob(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
+    if arguments.dry_run:
+        found = survey(job)
+        say(f"{found.job.output}: {len(found.waiting)} of {len(found.units)} shards would be made")
+        return
     done = run(job, workers=arguments.workers)
     now = done["embedded_now"]
     say(

@@ -41,6 +41,9 @@ def on_mteb(arguments: argparse.Namespace) -> None:
     model = arguments.model or pipeline_of(arguments).served_model().uri
     output = arguments.output or f"{arguments.root}/mteb"
     tasks = find_tasks(arguments.mteb or (), arguments.tasks or (), arguments.languages or ())
+    if arguments.dry_run:
+        say(f"{output}: would run those without a result of {', '.join(task.metadata.name for task in tasks)}")
+        return
     scores = run_mteb(model, tasks, output, workers=arguments.workers)
     say(json.dumps({"results": output, "scores": scores}, indent=2))
 
@@ -53,13 +56,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.recipe is None or arguments.root is None:
         raise RecipeError("give --recipe and --root")
     pipeline = pipeline_of(arguments)
-    if dry_run(arguments, pipeline, "jobs/evaluate.py"):
-        return
-    if arguments.model is not None:
+    if arguments.model is None:
+        if not dry_run(arguments, pipeline, "jobs/evaluate.py"):
+            pipeline.evaluate()
+            say(f"\n{terminal_table(pipeline.report())}\n")
+    elif arguments.dry_run:
+        say(f"{arguments.model}: would be measured on {', '.join(pipeline.graph.sets)}")
+    else:
         say(json.dumps(pipeline.evaluate_folder(arguments.model), indent=2, ensure_ascii=False))
-        return
-    pipeline.evaluate()
-    say(f"\n{terminal_table(pipeline.report())}\n")
 
 
 if __name__ == "__main__":

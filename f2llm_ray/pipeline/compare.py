@@ -33,14 +33,8 @@ def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         RunError: there are fewer than two different ones, or one is not finished, measured or found.
     """
-    if len(set(models)) < 2:
-        raise RunError(f"compare: found {list(models)}, expected two or more different models")
-    graph = pipeline.graph
-    names = list(graph.sets)
-    if not names:
-        raise RunError("compare: the recipe has no evaluation.sets to compare on")
-    places = {model: _places(pipeline, model) for model in dict.fromkeys(models)}
-    sets = pipeline.set_folders()
+    graph, places = pipeline.graph, _all_places(pipeline, models)
+    names, sets = list(graph.sets), pipeline.set_folders()
     _measure(pipeline, sets, {m: place for m, place in places.items() if m not in graph.models})
     kinds = {name: sets[name].read_json("set.json")["kind"] for name in names}
     units = {
@@ -48,6 +42,30 @@ def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
         for model, of_sets in places.items()
     }
     return differences(kinds, units)
+
+
+def dry_run(pipeline: Pipeline, models: Sequence[str]) -> list[str]:
+    """A line for each model: what it would be measured on. Raises as `compare`."""
+    lines = []
+    for model, place in _all_places(pipeline, models).items():
+        new = () if model in pipeline.graph.models else _missing(model, place)
+        names = ", ".join(new)
+        lines.append(f"{model}: would be measured on {names}" if names else f"{model}: measured before")
+    return lines
+
+
+def _all_places(pipeline: Pipeline, models: Sequence[str]) -> dict[str, dict[str, Folder]]:
+    """`_places` of each model."""
+    if len(set(models)) < 2:
+        raise RunError(f"compare: found {list(models)}, expected two or more different models")
+    if not pipeline.graph.sets:
+        raise RunError("compare: the recipe has no evaluation.sets to compare on")
+    return {model: _places(pipeline, model) for model in dict.fromkeys(models)}
+
+
+def _missing(model: str, place: Mapping[str, Folder]) -> dict[str, Folder]:
+    """Where a model from outside the run is to be measured: an endpoint, which may change, on all sets."""
+    return {name: folder for name, folder in place.items() if is_endpoint(model) or not folder.exists(DONE)}
 
 
 def _places(pipeline: Pipeline, model: str) -> dict[str, Folder]:
@@ -79,7 +97,7 @@ def _measure(pipeline: Pipeline, sets: Mapping[str, Folder], places: Mapping[str
     divisors, gpus = pipeline.recipe.evaluation.divisors, 1 if pipeline.recipe.compute.gpus_per_worker else 0
     work, pending = ray.remote(num_cpus=1, num_gpus=gpus)(measure_folder), {}
     for model, place in places.items():
-        new = {name: folder for name, folder in place.items() if is_endpoint(model) or not folder.exists(DONE)}
+        new = _missing(model, place)
         if not new:
             say(f"{model}: measured before")
         elif not is_endpoint(model):

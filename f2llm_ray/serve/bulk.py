@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyarrow import parquet as pq
@@ -31,6 +31,39 @@ SETTINGS = "_settings.json"
 """Like the manifest with an underscore, so that whoever reads the folder as a parquet data set passes over it."""
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What there is to embed, and what was embedded before."""
+
+    job: EmbedJob
+    """With absolute paths: an actor may run in another folder than the one who asked."""
+    settings: dict[str, Any]
+    """As `settings_of`."""
+    units: list[Unit]
+    waiting: list[Unit]
+    """Those without a shard."""
+
+
+def survey(job: EmbedJob) -> Survey:
+    """Checks a job and finds its units; nothing is written.
+
+    Raises:
+        RunError: no such model, a wrong setting, or an output made with other settings.
+        DataError: no input, or a file that cannot be read.
+    """
+    model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
+    if f"{output.path}/".startswith(f"{source.path}/"):
+        raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
+    info = load_info(model)
+    check_settings(job, info, model)
+    files = find_files(source.uri, SUFFIXES, source.uri)
+    settings = settings_of(job, model, info, source, files)
+    check_output(output, settings)
+    units, done = units_of(files, job.shard_rows), set(output.files(".parquet"))
+    absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
+    return Survey(absolute, settings, units, [unit for unit in units if unit.shard not in done])
+
+
 def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     """Embeds all that is not yet embedded and returns the manifest, with this call's rates.
 
@@ -45,19 +78,10 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
         DataError: no input, a file without the column, or a row without text.
     """
     started = time.time()
-    model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
-    if f"{output.path}/".startswith(f"{source.path}/"):
-        raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
-    info = load_info(model)
-    check_settings(job, info, model)
-    files = find_files(source.uri, SUFFIXES, source.uri)
-    claim(output, settings_of(job, model, info, source, files))
-    units = units_of(files, job.shard_rows)
-    done = set(output.files(".parquet"))
-    waiting = [unit for unit in units if unit.shard not in done]
-    # Absolute from here on: an actor may run in another folder than the one who asked.
-    absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
-    count, ready = _embed_units(absolute, waiting, len(units), workers)
+    found, output = survey(job), Folder.at(job.output)
+    units, waiting = found.units, found.waiting
+    claim(output, found.settings)
+    count, ready = _embed_units(found.job, waiting, len(units), workers)
     seconds, working = time.time() - started, time.time() - ready
     facts = {"shards": len(units), **asdict(_totals(output, units))}
     manifest = {**facts, **output.read_json(SETTINGS), "code_version": __version__}
@@ -120,11 +144,11 @@ def settings_of(
     }
 
 
-def claim(output: Folder, settings: dict[str, Any]) -> None:
-    """Marks the output as made with these settings.
+def check_output(output: Folder, settings: Mapping[str, Any]) -> None:
+    """Refuses an output that was made with other settings, which the message names, or of something else.
 
     Raises:
-        RunError: it was made with others; the message names those that differ.
+        RunError: it was.
     """
     if output.exists(SETTINGS):
         before = output.read_json(SETTINGS)
@@ -134,7 +158,11 @@ def claim(output: Folder, settings: dict[str, Any]) -> None:
             raise RunError(f"{output.uri}: holds shards made with another {', '.join(other)}; give another output")
     elif output.files(".parquet"):
         raise RunError(f"{output.uri}: holds parquet files of something else; give another output")
-    else:
+
+
+def claim(output: Folder, settings: Mapping[str, Any]) -> None:
+    """Marks the output as made with these settings."""
+    if not output.exists(SETTINGS):
         output.write_json(SETTINGS, settings)
 
 
