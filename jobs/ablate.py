@@ -37,10 +37,10 @@ def ablate(arguments: argparse.Namespace) -> None:
             dry_run(arguments, Pipeline(recipe, arguments.root))
         return
     connect()
-    told = ablate(ablation, arguments.root, hours=arguments.hours)
-    say(f"\n{markdown(told['rows'])}")
+    table = ablate(ablation, arguments.root, hours=arguments.hours)
+    say(f"\n{markdown(table['rows'])}")
     say(f"table: {arguments.root}/ablation.html")
-    failed = [row["name"] for row in told["rows"] if "error" in row]
+    failed = [row["name"] for row in table["rows"] if "error" in row]
     if failed:
         raise RunError(f"not finished: {', '.join(failed)}; the table says why, and a second run goes on")
 

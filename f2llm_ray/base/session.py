@@ -9,7 +9,7 @@ import os
 def connect() -> None:
     """Connects to the cluster named by RAY_ADDRESS (`ray job submit` sets it), or starts one for this process.
 
-    Steps are told about by our own progress lines, so Ray's logs and bars are kept to errors.
+    Our own progress lines report the steps, so Ray's logs and bars are kept to errors.
     """
     import ray
     import ray.data

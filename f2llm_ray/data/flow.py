@@ -151,7 +151,7 @@ def start_actors(
 
 
 class _Actor:
-    """Makes the function once and runs items through it; what is wrong with making it is told with every item."""
+    """Makes the function once and runs items through it; an error in making it is the outcome of every item."""
 
     def __init__(self, make: Callable[[], Callable[[Item], Item]]) -> None:
         try:
@@ -190,7 +190,7 @@ def each_on_actors(
 
 
 def guarded(item: Item, work: Callable[[Item], Item]) -> Item:
-    """What the work returns, or what was wrong as `ERROR`: so that all errors are told, not only the first."""
+    """What the work returns, or its error as `ERROR`, so that all errors are reported and not only the first."""
     try:
         return work(item)
     except F2LLMError as error:

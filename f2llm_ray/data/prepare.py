@@ -39,7 +39,7 @@ LAYOUT = "layout.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """All that the data steps are told."""
+    """All that the data steps depend on."""
 
     sources: Mapping[str, SourceBase]
     """By name, in the recipe's order: batches are drawn from them in turn."""

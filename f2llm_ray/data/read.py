@@ -45,7 +45,7 @@ BAD = "read: "
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What every task of the reading is told."""
+    """What every reading task depends on."""
 
     sources: Mapping[str, SourceBase]
     settings: Data

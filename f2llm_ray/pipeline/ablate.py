@@ -88,13 +88,13 @@ def load_ablation(recipe: str, variants: str, overrides: list[str]) -> Ablation:
 def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict[str, Any]:
     """Runs the variants one after the other and writes the table after each.
 
-    A second run skips what is finished, as the pipeline does. A variant that fails with an error of ours (a loss
-    that is no number, say) is told in the table, and the others go on.
+    A second run skips what is finished, as the pipeline does. A variant that fails with an error of ours (a NaN
+    loss, say) is reported in the table, and the others go on.
 
     Args:
         ablation: what is run.
         root: the run's folder; it gets `ablation.json`, `ablation.md` and `ablation.html`.
-        hours: no variant is begun after so long; those left out are told in the table.
+        hours: no variant begins after so many hours; the table names those left out.
 
     Returns:
         What ablation.json holds.
@@ -118,10 +118,10 @@ def ablate(ablation: Ablation, root: str, *, hours: float | None = None) -> dict
                 raise
             results[name] = {"error": str(plain)}
             say(f"variant {name}: failed: {plain}")
-        write_ablation(out, _told(ablation, results))
-    told = _told(ablation, results)
-    write_ablation(out, told)
-    return told
+        write_ablation(out, _table(ablation, results))
+    table = _table(ablation, results)
+    write_ablation(out, table)
+    return table
 
 
 def _run(recipe: Recipe, root: str) -> tuple[dict[str, Any], Units]:
@@ -147,7 +147,7 @@ def _against(first: Units, units: Units) -> dict[str, dict[str, float]]:
     return {row["set"]: {key: row[key] for key in ("difference", "low", "high", "p")} for row in rows}
 
 
-def _told(ablation: Ablation, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _table(ablation: Ablation, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "name": ablation.name,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -161,7 +161,7 @@ def _sizes(folder: Folder) -> Facts:
 
 
 def source_labels(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a person is told of each source: its task, licence and instruction."""
+    """Task, licence and instruction of each source, for reports."""
     return {
         name: {"task": source.task, "licence": source.licence, "instruction": source.query_instruction}
         for name, source in sources.items()
