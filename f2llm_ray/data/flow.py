@@ -51,12 +51,7 @@ def part_file(number: int) -> str:
 def parts_of(
     sources: Mapping[str, SourceBase], key: Callable[[str, tuple[Piece, ...]], str] = lambda _, __: ""
 ) -> list[Part]:
-    """The parts of all sources, in the recipe's order.
-
-    Args:
-        sources: by name.
-        key: the key of a part, from the name of its source and its pieces.
-    """
+    """The parts of all sources, in the recipe's order, with keys by the name of the source and its pieces."""
     found: list[Part] = []
     for rank, (name, source) in enumerate(sources.items()):
         pieces, size = source.pieces(name), source.pieces_per_part

@@ -78,12 +78,7 @@ def pipeline_of(arguments: argparse.Namespace) -> Pipeline:
 
 
 def stage_job(file: str, description: str) -> tuple[argparse.ArgumentParser, Job]:
-    """Parser and work of a job that makes the stages which the graph names it for.
-
-    Args:
-        file: the job's own file, such as jobs/prune.py.
-        description: its help.
-    """
+    """Parser and work of a job, by its own file, that makes the stages which the graph names it for."""
     job = f"jobs/{Path(file).name}"
 
     def work(arguments: argparse.Namespace) -> None:
@@ -95,13 +90,7 @@ def stage_job(file: str, description: str) -> tuple[argparse.ArgumentParser, Job
 
 
 def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None = None) -> bool:
-    """Says what would run, where the flags ask only for that; returns whether they do.
-
-    Args:
-        arguments: the flags.
-        pipeline: of the recipe.
-        job: whose stages are asked for; all stages when unset.
-    """
+    """Says which stages of a job, or of all, would run where the flags ask for that; returns whether they do."""
     if not arguments.dry_run:
         return False
     from f2llm_ray.pipeline.dry_run import dry_run as lines_of
@@ -113,13 +102,7 @@ def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None =
 
 
 def main(parser: argparse.ArgumentParser, job: Job, argv: Sequence[str] | None = None) -> int:
-    """Runs a job; an error that a user can mend is printed in one message, and the exit code is 1 then.
-
-    Args:
-        parser: the job's parser.
-        job: its work.
-        argv: the command line, sys.argv's when not given.
-    """
+    """Runs a job; an error that a user can mend is printed in one message, and the exit code is 1 then."""
     arguments = parser.parse_args(argv)
     try:
         job(arguments)

@@ -25,11 +25,7 @@ SCREENED = "screened"
 class DataStages:
     """Declares the evaluation sets, the prepared data, and what both have in common.
 
-    Args:
-        recipe: the recipe.
-        run: its root.
-        inputs: finds what they read.
-        rescreen: screen the rows for all sets, also for those that came after the data were prepared.
+    With `rescreen` rows are screened for all sets, also for those that came after the data were prepared.
     """
 
     def __init__(self, recipe: Recipe, run: Run, inputs: StageInputs, *, rescreen: bool) -> None:

@@ -12,13 +12,7 @@ from f2llm_ray.run.stage import Stage
 
 
 def dry_run(graph: Graph, run: Run, stages: Iterable[Stage]) -> list[str]:
-    """A line for each stage, each after those it needs.
-
-    Args:
-        graph: of the recipe.
-        run: the root.
-        stages: what is asked for; what they need comes with them.
-    """
+    """A line for each of the stages and of those that they need, each after what it needs."""
     wanted = {found.folder_name: found for end in stages for found in (*end.before(), end)}
     missing = {name for name, stage in wanted.items() if run.manifest(stage) is None}
     lines = []

@@ -27,14 +27,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class ModelStages:
-    """Declares every model of a recipe, with mining, importance and cached teachers where they are needed.
-
-    Args:
-        recipe: the recipe.
-        run: its root.
-        inputs: finds what stages read from outside.
-        data: the stages of its data.
-    """
+    """Declares every model of a recipe, with mining, importance and cached teachers where they are needed."""
 
     def __init__(self, recipe: Recipe, run: Run, inputs: StageInputs, data: DataStages) -> None:
         self.recipe, self.run, self.inputs = recipe, run, inputs

@@ -36,11 +36,7 @@ def place_of(section: Section) -> dict[str, Any]:
 
 
 class StageInputs:
-    """Finds the inputs of a run's stages.
-
-    Args:
-        run: the root, whose finished stages say what they were made of.
-    """
+    """Finds the inputs of a run's stages; its finished stages say what they were made of."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.index = run, InputIndex(run.root)

@@ -70,15 +70,7 @@ def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, 
 def make_untrained(
     backbone: Backbone, seed: int, *, model_name: str, max_tokens: int, prepared: Folder, out: Folder
 ) -> Facts:
-    """Writes the model that the first step starts from: the backbone with the prepared tokenizer.
-
-    Args:
-        backbone: a checkpoint, or a shape that gets random weights.
-        seed: of random weights.
-        model_name: name of the model.
-        max_tokens: longest text that it will be trained on.
-        prepared: folder of the prepare stage.
-        out: folder that gets `model/`.
+    """Writes the model that the first step starts from: the backbone, or random weights, with the tokenizer.
 
     Raises:
         RunError: the backbone cannot be loaded or trained, or has fewer entries than the tokenizer.

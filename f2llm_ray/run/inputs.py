@@ -54,11 +54,7 @@ Inputs = Mapping[str, Sequence[KnownInput]]
 
 
 class InputIndex:
-    """Makes inputs known, and remembers in the root what was hashed.
-
-    Args:
-        root: the run's root; None remembers nothing.
-    """
+    """Makes inputs known, and remembers in the root, if there is one, what was hashed."""
 
     def __init__(self, root: Folder | None = None) -> None:
         self.root = root

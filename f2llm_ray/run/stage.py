@@ -78,12 +78,7 @@ def short_hash(content: Any) -> str:
 
 
 def changes(manifest: Facts, stage: Stage) -> list[str]:
-    """Why a finished stage is another one now, in short phrases.
-
-    Args:
-        manifest: of the stage as it was.
-        stage: as it is.
-    """
+    """Why a finished stage, by its manifest, is another one now, in short phrases."""
     before = {
         name: [KnownInput(**entry) for entry in entries] for name, entries in manifest.get("inputs", {}).items()
     }
