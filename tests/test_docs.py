@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
@@ -99,3 +100,10 @@ def test_links_and_files_named_exist(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
     for path in re.findall(r"`((?:f2llm_ray|jobs|serve_configs|cluster|benchmarks|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_name_of_the_reference_is_there() -> None:
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert names
+    for name in names:
+        assert pkgutil.resolve_name(name), name
