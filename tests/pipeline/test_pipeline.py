@@ -297,18 +297,18 @@ def test_a_chain_makes_three_sizes_in_one_root(
     content["stages"] |= {
         "cut": {"kind": "prune", "model": "stage1", "layers": 1, "hidden": 24, "calibration_rows": 30},
         "middle": {**learning, "model": "cut", "teacher": "stage1"},
-        "cut-again": {"kind": "prune", "model": "middle", "hidden": 16, "ffn": 32, "calibration_rows": 30},
-        "small": {**learning, "model": "cut-again", "teacher": "middle"},
+        "recut": {"kind": "prune", "model": "middle", "hidden": 16, "ffn": 32, "calibration_rows": 30},
+        "small": {**learning, "model": "recut", "teacher": "middle"},
     }
     chain = write_recipe(root, content)
     pipeline = Pipeline(load_recipe(str(chain)), str(root))
-    for name in ("cut", "middle", "cut-again", "small"):
+    for name in ("cut", "middle", "recut", "small"):
         pipeline.model(name)
     assert len(list(root.glob("stage1-*"))) == 1
     sizes = [sum(map(torch.Tensor.numel, weights(root, name).values())) for name in ("stage1", "middle", "small")]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
-    for cut, taught, teacher in (("cut", "middle", "stage1"), ("cut-again", "small", "middle")):
+    for cut, taught, teacher in (("cut", "middle", "stage1"), ("recut", "small", "middle")):
         before, after = weights(root, cut), weights(root, taught)
         assert {n: v.shape for n, v in before.items()} == {n: v.shape for n, v in after.items()}
         assert any(not torch.equal(before[name], after[name]) for name in before)
