@@ -128,7 +128,7 @@ def finished(folder: Path, recipe: Path) -> dict[str, Any]:
     second = job("pipeline", "--recipe", recipe, "--root", root)
     until_another_checkpoint(root, second)
     os.kill(workers_of(second)[-1], signal.SIGKILL)
-    output = second.communicate(timeout=280)[0]
+    output = second.communicate(timeout=400)[0]
     assert second.returncode == 0, output
     return {"root": root, "killed": killed, "output": output, "left": left}
 
