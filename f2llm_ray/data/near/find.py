@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,6 @@ from f2llm_ray.data.near.shuffle import Rows, read_shard, write_rows
 from f2llm_ray.data.schema import Task, key_numbers
 from f2llm_ray.data.settings import NearDedup
 from f2llm_ray.run.folder import Folder
-
-if TYPE_CHECKING:
-    pass
 
 # Texts whose bands one file holds: 90 MB with 14 bands.
 TEXTS_PER_FILE = 200_000
