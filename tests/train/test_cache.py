@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +19,7 @@ from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.gradcache import cached_backward, encode_chunks, engine_backward
 from f2llm_ray.train.losses import Parts, TextPlaces, contrastive
 from f2llm_ray.train.settings import EngineSettings, TrainStage
+from tests.train.ranks import on_two_ranks
 from tests.train.test_losses import PAPER, ROWS, D, side
 
 N = 4 * ROWS
@@ -160,12 +159,7 @@ class Kept:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return on_two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def _rank(rank: int, port: int, folder: str) -> None:

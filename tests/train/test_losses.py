@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
 from f2llm_ray.data.schema import Task
 from f2llm_ray.train.losses import Parts, TextPlaces, contrastive, matryoshka_weights
 from f2llm_ray.train.settings import TrainStage
+from tests.train.ranks import on_two_ranks
 
 D = 24
 ROWS = 6
@@ -161,12 +160,7 @@ def test_one_rank_equals_the_reference(name: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     """What each of two ranks found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return on_two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def _rank(rank: int, port: int, folder: str) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from f2llm_ray.train.losses import TextPlaces
 from f2llm_ray.train.settings import Distill
 from f2llm_ray.train.terms import TERMS, TermInputs, added_terms
+from tests.train.ranks import on_two_ranks
 from tests.train.test_losses import D, close, plain_side, side
 
 WIDE, PROJECTED = D + 8, D + 5
@@ -109,12 +108,7 @@ def test_one_rank_equals_the_reference(name: str, *, project: bool) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return on_two_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
 def _rank(rank: int, port: int, folder: str) -> None:
