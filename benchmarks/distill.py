@@ -181,7 +181,7 @@ class Run:
     def __init__(self, place: Place, settings: Distill, hidden: int, teacher: TeacherVectors | None) -> None:
         self.settings = settings
         self.loss = StageLoss(settings, {SOURCE: SourceFacts("retrieval", "")}, hidden, teacher)
-        student = Student(load_backbone(place.root / "student"), settings.engine.tokens_per_pass, None, None)
+        student = Student(load_backbone(place.root / "student"), "last", settings.engine.tokens_per_pass)
         self.engine = start_engine(student, settings, 1)
         self.engine.train()
 
@@ -224,7 +224,10 @@ def student_vectors(run: Run, batch: TrainBatch) -> torch.Tensor:
     """The student's vectors of a batch, without a graph."""
     with torch.no_grad():
         return encode(
-            run.engine.module.backbone, batch.tokens, tokens_per_pass=run.settings.engine.tokens_per_pass
+            run.engine.module.backbone,
+            batch.tokens,
+            pooling="last",
+            tokens_per_pass=run.settings.engine.tokens_per_pass,
         )
 
 

@@ -86,7 +86,7 @@ def exported(small: Any, tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder), small, tokenizer, info)
-        ours = encode(small, tokenize(tokenizer, texts, MAX_TOKENS), tokens_per_pass=4096)
+        ours = encode(small, tokenize(tokenizer, texts, MAX_TOKENS), pooling="last", tokens_per_pass=4096)
         loaded = AutoModel.from_pretrained(folder).float()
         theirs = SentenceTransformer(folder, device="cpu").encode(texts, convert_to_tensor=True)
     return {
@@ -118,18 +118,18 @@ def smollm2(texts: list[str]) -> dict[str, Any]:
     calibration, held = tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :]
     started = time.perf_counter()
     kinds: dict[str, Importance] = {
-        "activation": measure(backbone, calibration, tokens_per_pass=4096).importance(),
+        "activation": measure(backbone, calibration, pooling="last", tokens_per_pass=4096).importance(),
         "magnitude": magnitude(backbone),
         "random": chance(backbone.config, 0),
     }
     importance_s = time.perf_counter() - started
     say(f"importance of {len(calibration)} texts: {importance_s:.0f} s")
-    parent_nd = encode(backbone, held, tokens_per_pass=4096)
+    parent_nd = encode(backbone, held, pooling="last", tokens_per_pass=4096)
     kept: dict[str, dict[str, float]] = {}
     for kind, importance in kinds.items():
         for name, wanted in SMOLLM2.items():
             chosen = choose(importance, wanted)
-            vectors = encode(prune(backbone, chosen), held, tokens_per_pass=4096)
+            vectors = encode(prune(backbone, chosen), held, pooling="last", tokens_per_pass=4096)
             expected = parent_nd[:, list(chosen.hidden)]
             kept.setdefault(name, {})[kind] = round(float(cosine_similarity(vectors, expected).mean()), 4)
         say(f"{kind}: {json.dumps({name: row[kind] for name, row in kept.items()})}")
@@ -154,7 +154,7 @@ def qwen3(texts: list[str]) -> dict[str, Any]:
     build_s = time.perf_counter() - started
     started = time.perf_counter()
     tokens = tokenize(tokenizer, texts[:8], 32)
-    importance = measure(backbone, tokens, tokens_per_pass=1024).importance()
+    importance = measure(backbone, tokens, pooling="last", tokens_per_pass=1024).importance()
     facts: dict[str, Any] = {
         "build_s": round(build_s, 1),
         "importance_s": round(time.perf_counter() - started, 1),

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         help="columns that are copied into the shards, e.g. the text itself",
     )
     parser.add_argument("--dimensions", type=int, help="one of the model's trained dims (default: the largest)")
-    parser.add_argument("--prompt-name", help="a prompt of the model to put before each text, e.g. query")
+    parser.add_argument("--prompt-name", help="the prompt before each text, e.g. query (default: document)")
     parser.add_argument(
         "--dtype",
         default="float32",

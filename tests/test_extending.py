@@ -36,7 +36,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("of", "selected"),
     [
         ("loss, source and task", ["tests/extended.py"]),
-        ("family", ["tests/model/test_prune.py", "-k", "mistral or refused_by_name"]),
+        (
+            "family",
+            ["tests/model/test_prune.py", "tests/engine/test_families.py", "-k", "mistral or refused_by_name"],
+        ),
         ("settings", ["tests/base/test_section.py", "tests/train/test_terms.py", "-k", "section or every_term"]),
     ],
 )

@@ -13,6 +13,9 @@ Beside its peers, one training step: same tiny Qwen3, texts, threads and objecti
   paper's objective. It tokenises as it goes and pads each column by itself.
 - `bare`: passes, losses and backward of `ours` on batches that are in memory; no look-up, engine or optimizer.
 
+With `--backbone FOLDER` the model is that one, without `official`, and the objective is the plain in-batch loss,
+which is the same on both sides: `loss_gap` is how far the two losses are apart at the first step.
+
 Each has a process and one thread; all but `ours_in_ray` run in turns. Rates and ratios are medians over the
 rounds. On a busy machine take `--clock cpu`, by which waiting for a core does not count.
 
@@ -32,13 +35,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.train.peers import CLOCKS
+from benchmarks.train.peers import CLOCKS, Peer, loss_of
 from benchmarks.train.scaling import scaling
 from benchmarks.train.setup import Place, prepare, tokens_of, training_of
-from benchmarks.train.turns import KINDS, streamed, turns
+from benchmarks.train.turns import streamed, turns
 from f2llm_ray.base.session import connect
+from f2llm_ray.engine.encode import encode
+from f2llm_ray.model.checkpoint import load_backbone, load_info
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.loader import read
+from f2llm_ray.train.loader import TrainBatch, read
 from f2llm_ray.train.training import write_batches
 
 
@@ -51,22 +56,31 @@ def worker_counts(text: str) -> list[int]:
     return counts
 
 
-def beside_peers(rows: int, negatives: int, steps: int, rounds: int, clock: str) -> dict[str, Any]:
-    """Rates of all kinds, and the ratios of ours to the others'."""
+def beside_peers(
+    rows: int, negatives: int, steps: int, rounds: int, clock: str, backbone: Path | None = None
+) -> dict[str, Any]:
+    """Rates of all kinds, and the ratios of ours to the others'; `loss_gap` with a backbone alone."""
     import ray
 
     torch.set_num_threads(1)
-    training = training_of(rows, negatives)
+    # The paper's objective is no loss of sentence-transformers; a plain one is the same in both.
+    training = training_of(rows, negatives) if backbone is None else training_of(rows, 0, smallest_dim=1 << 20)
+    negatives = negatives if backbone is None else 0
+    names = {"official": "official", "st": "sentence_transformers", "bare": "bare"}
+    if backbone is not None:
+        del names["official"]
     with tempfile.TemporaryDirectory() as folder:
         root = Folder.at(folder)
         # The turns and the run in Ray, with a step each to warm up.
-        text_of = prepare(Path(folder), 2 * rounds * steps + 2, rows, negatives)
-        place = Place(Path(folder), training.settings, clock, text_of, Path(folder) / "batches")
+        text_of = prepare(Path(folder), 2 * rounds * steps + 2, rows, negatives, backbone)
+        pooling = load_info(Path(folder) / "model").pooling
+        place = Place(Path(folder), training.settings, clock, text_of, Path(folder) / "batches", pooling)
         connect()
         write_batches(training, prepared=root / "prepared", mined=None, out=root / "batches")
         ray.shutdown()
         known = list(read(place.table, place.store, rank=0, world=1))
-        found = turns(place, known, steps, rounds)
+        gap = {} if backbone is None else {"loss_gap": loss_gap(place, known[0])}
+        found = turns(place, known, steps, rounds, ("ours", *names.values()))
         rate, stall = streamed(place, 1 + rounds * steps, rounds * steps)
         ray.shutdown()
         torch.distributed.destroy_process_group()
@@ -74,10 +88,11 @@ def beside_peers(rows: int, negatives: int, steps: int, rounds: int, clock: str)
     rates["ours_in_ray"] = rate
     ratios = {
         name: statistics.median(own / other for own, other in zip(found["ours"], found[kind], strict=True))
-        for name, kind in zip(("official", "st", "bare"), KINDS[1:], strict=True)
+        for name, kind in names.items()
     }
     padded = sum(len(batch.tokens) * max(map(len, batch.tokens)) for batch in known)
     return {
+        **gap,
         **{name: round(rate) for name, rate in rates.items()},
         **{f"ratio_{name}": round(ratio, 3) for name, ratio in ratios.items()},
         "loader_stall": round(stall, 4),
@@ -85,6 +100,14 @@ def beside_peers(rows: int, negatives: int, steps: int, rounds: int, clock: str)
         "tokens_per_step": round(tokens_of(known) / len(known)),
         "clock": clock,
     }
+
+
+def loss_gap(place: Place, batch: TrainBatch) -> float:
+    """How far our loss of a batch is from that of sentence-transformers, both at the weights all start from."""
+    backbone = load_backbone(place.model)
+    with torch.no_grad():
+        v_nd = encode(backbone, batch.tokens, pooling=place.pooling, tokens_per_pass=4096)
+        return abs(float(loss_of(v_nd, batch, place.stage)) - Peer(place).first_loss(batch))
 
 
 def main() -> None:
@@ -96,11 +119,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default: 3, with --workers 1")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="not with --workers")
     parser.add_argument("--workers", type=worker_counts, metavar="1,2,..", help="measures scaling")
+    parser.add_argument(
+        "--backbone",
+        type=Path,
+        help="a sentence-transformers folder in place of the tiny Qwen3; in-batch loss",
+    )
     arguments = parser.parse_args()
     rows, negatives = arguments.rows, arguments.negatives
     steps, rounds = arguments.steps, arguments.rounds
     if arguments.workers is None:
-        result = beside_peers(rows, negatives, steps or 2, rounds or 3, arguments.clock)
+        result = beside_peers(rows, negatives, steps or 2, rounds or 3, arguments.clock, arguments.backbone)
     else:
         result = scaling(arguments.workers, rows=rows, negatives=negatives, steps=steps or 20, rounds=rounds or 1)
     sys.stdout.write(f"{json.dumps({**result, 'rows': rows, 'negatives': negatives, 'threads': 1})}\n")

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.train.setup import SHAPE, Place
+from benchmarks.train.setup import Place
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
+from f2llm_ray.model.families import Pooling, without_dropout
 from f2llm_ray.train.deepspeed import start_engine
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.losses import TextPlaces, contrastive
@@ -32,13 +33,13 @@ def loss_of(v_nd: torch.Tensor, batch: TrainBatch, stage: TrainStage) -> torch.T
 class Encoder(torch.nn.Module):
     """The encoder as the engine sees it."""
 
-    def __init__(self, backbone: Any, tokens_per_pass: int) -> None:
+    def __init__(self, backbone: Any, pooling: Pooling, tokens_per_pass: int) -> None:
         super().__init__()
-        self.backbone, self.tokens_per_pass = backbone, tokens_per_pass
+        self.backbone, self.pooling, self.tokens_per_pass = backbone, pooling, tokens_per_pass
 
     def forward(self, tokens: list[np.ndarray]) -> torch.Tensor:
         """The vectors of the texts."""
-        return encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass)
+        return encode(self.backbone, tokens, pooling=self.pooling, tokens_per_pass=self.tokens_per_pass)
 
 
 def our_step(place: Place) -> Step:
@@ -48,7 +49,8 @@ def our_step(place: Place) -> Step:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{place.root}/group-{os.getpid()}", rank=0, world_size=1
     )
-    engine = start_engine(Encoder(load_backbone(place.model), stage.engine.tokens_per_pass), stage, 1)
+    encoder = Encoder(load_backbone(place.model), place.pooling, stage.engine.tokens_per_pass)
+    engine = start_engine(encoder, stage, 1)
     engine.train()
 
     def step(batch: TrainBatch) -> None:
@@ -66,7 +68,9 @@ def bare_step(place: Place) -> Step:
     def step(batch: TrainBatch) -> None:
         backbone.zero_grad()
         loss_of(
-            encode(backbone, batch.tokens, tokens_per_pass=stage.engine.tokens_per_pass), batch, stage
+            encode(backbone, batch.tokens, pooling=place.pooling, tokens_per_pass=stage.engine.tokens_per_pass),
+            batch,
+            stage,
         ).backward()
 
     return step
@@ -103,8 +107,18 @@ class Peer:
 
         self.model = SentenceTransformer(str(place.model), device="cpu")
         ranking = MultipleNegativesRankingLoss(self.model, scale=1 / place.stage.temperature)
-        self.loss = MatryoshkaLoss(self.model, ranking, [*reversed(matryoshka_dims(SHAPE.hidden))])
+        hidden = self.model.get_sentence_embedding_dimension()
+        dims = matryoshka_dims(int(hidden or 0), place.stage.matryoshka_min_dim)
+        self.loss = ranking if len(dims) == 1 else MatryoshkaLoss(self.model, ranking, [*reversed(dims)])
         self.place = place
+        without_dropout(self.model[0].auto_model)  # as ours is
+
+    def first_loss(self, batch: TrainBatch) -> float:
+        """The loss of a batch before any step."""
+        rows = list(self._rows(batch))
+        features = [self.model.tokenize([row[column] for row in rows]) for column in rows[0]]
+        self.model.train()
+        return float(self.loss(features, torch.zeros(len(rows))).detach())
 
     def seconds(self, batches: list[TrainBatch]) -> float:
         """Seconds that training on these batches takes, from its begin to its end."""

@@ -14,9 +14,12 @@ from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.schema import SourceFacts, key_numbers
 from f2llm_ray.data.tokens import store as store_files
-from f2llm_ray.data.tokens.tokenizer import train_tokenizer
+from f2llm_ray.data.tokens.store import cut
+from f2llm_ray.data.tokens.tokenizer import open_tokenizer, train_tokenizer
 from f2llm_ray.engine.settings import Compute
-from f2llm_ray.model.checkpoint import ModelInfo, matryoshka_dims, save_model
+from f2llm_ray.model.brought import brought_by
+from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
+from f2llm_ray.model.families import Pooling
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.loader import TrainBatch
@@ -39,6 +42,7 @@ class Place:
     clock: str
     text_of: dict[bytes, str]
     batches: Path
+    pooling: Pooling = "last"
 
     @property
     def model(self) -> Path:
@@ -56,7 +60,7 @@ class Place:
         return BatchTable(self.batches / "train", ("pairs",))
 
 
-def training_of(rows: int, negatives: int, workers: int = 1) -> Training:
+def training_of(rows: int, negatives: int, workers: int = 1, *, smallest_dim: int = 8) -> Training:
     """A training on one retrieval source."""
     return Training(
         stage=STAGE,
@@ -65,6 +69,7 @@ def training_of(rows: int, negatives: int, workers: int = 1) -> Training:
         settings=TrainStage(
             global_batch=rows,
             negatives={"retrieval": negatives},
+            matryoshka_min_dim=smallest_dim,
             instructions=False,
             engine=EngineSettings(precision="fp32", tokens_per_pass=4096),
         ),
@@ -113,21 +118,25 @@ def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, h
         store_files.write_meta(folder, shards=SHARDS, texts=len(keys), tokens=total)
 
 
-def prepare(root: Path, batches: int, rows: int, negatives: int) -> dict[bytes, str]:
-    """Writes model and prepared rows for so many batches and one held out; returns the text of each token list."""
+def prepare(root: Path, batches: int, rows: int, negatives: int, backbone: Path | None = None) -> dict[bytes, str]:
+    """Writes model and prepared rows for so many batches and one held out; returns the text of each token list.
+
+    The model is the tiny Qwen3, or the given backbone with its own tokenizer and pooling.
+    """
     texts = texts_of((batches + 1) * rows * (2 + negatives), np.random.default_rng(0))
-    tokenizer = train_tokenizer(texts[:2000], VOCABULARY)
-    tokens = [
-        np.array(found.ids[: LONGEST - 1] + found.ids[-1:], np.uint32) for found in tokenizer.encode_batch(texts)
-    ]
+    tokenizer = train_tokenizer(texts[:2000], VOCABULARY) if backbone is None else open_tokenizer(str(backbone))
+    vocabulary = tokenizer.get_vocab_size()
+    model = random_backbone(SHAPE, vocabulary, 0) if backbone is None else load_backbone(backbone)
+    tokens = [cut(ids, LONGEST) for ids in store_files.tokenize(tokenizer, texts)]
     info = ModelInfo(
         name="bench",
-        dims=matryoshka_dims(SHAPE.hidden),
+        dims=matryoshka_dims(model.config.hidden_size),
         max_tokens=LONGEST,
         prompts={"query": ""},
         instructions=False,
+        pooling="last" if backbone is None else brought_by(str(backbone)).pooling,
     )
-    save_model(root / "model", random_backbone(SHAPE, tokenizer.get_vocab_size(), 0), tokenizer, info)
+    save_model(root / "model", model, tokenizer, info)
     write_prepared(Folder.at(str(root)) / "prepared", tokens, negatives, held_out=rows)
     return {ids.tobytes(): text for ids, text in zip(tokens, texts, strict=True)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -62,18 +62,20 @@ def streamed(place: Place, first: int, steps: int) -> tuple[float, float]:
     return taken / (now() - started), waited / (time.perf_counter() - begun)
 
 
-def turns(place: Place, known: list[TrainBatch], steps: int, rounds: int) -> dict[str, list[float]]:
+def turns(
+    place: Place, known: list[TrainBatch], steps: int, rounds: int, kinds: Sequence[str] = KINDS
+) -> dict[str, list[float]]:
     """Real tokens per second of each peer in each round, after a step that warms up."""
     context = get_context("spawn")
     pipes: dict[str, Connection] = {}
     processes = []
-    for kind in KINDS:
+    for kind in kinds:
         pipes[kind], theirs = context.Pipe()
         processes.append(context.Process(target=work, args=(kind, place, theirs), daemon=True))
         processes[-1].start()
         theirs.close()  # so that the end of a process that fails is seen here
         pipes[kind].recv()
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(-1, rounds):
         first, count = (0, 1) if number < 0 else (1 + number * steps, steps)
         for kind, pipe in pipes.items():

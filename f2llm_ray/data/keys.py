@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.schema import KEY, query_text, seeded_key, text_key
+from f2llm_ray.data.schema import KEY, KEY_BYTES, query_text, seeded_key, text_key
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -39,6 +39,19 @@ def add_keys(rows: pa.Table, instruction: str) -> pa.Table:
     for field in KEYS:
         rows = rows.append_column(field, pa.array(columns[field.name], field.type))
     return rows
+
+
+def prompted(keys: pa.Array, prompt: str) -> pa.Array:
+    """The ids of texts with a prompt before them, from those of the texts: other ones, unless the prompt is empty.
+
+    A query and a passage that read the same have different tokens where their prompts differ. Taken twice, it
+    gives the keys back.
+    """
+    if not prompt:
+        return keys
+    numbers = np.frombuffer(keys.buffers()[1], np.uint8, len(keys) * KEY_BYTES, keys.offset * KEY_BYTES)
+    mixed = numbers.reshape(-1, KEY_BYTES) ^ np.frombuffer(seeded_key("prompt", prompt), np.uint8)
+    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys), [None, pa.py_buffer(mixed.tobytes())])
 
 
 def shard_of(keys: Keys, shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:

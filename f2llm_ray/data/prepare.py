@@ -22,10 +22,10 @@ from f2llm_ray.data.flow import parts_of
 from f2llm_ray.data.near.find import find_groups
 from f2llm_ray.data.read import write_rows
 from f2llm_ray.data.reading.base import Piece, SourceBase
-from f2llm_ray.data.schema import query_text, seeded_key, text_key
+from f2llm_ray.data.schema import TextPrompts, query_text, seeded_key, text_key
 from f2llm_ray.data.settings import Data, TokenizerSection
 from f2llm_ray.data.table import samples, write_table
-from f2llm_ray.data.tokens.build import write_store
+from f2llm_ray.data.tokens.build import write_prompts, write_store
 from f2llm_ray.data.tokens.tokenizer import open_tokenizer, save_tokenizer, train_tokenizer
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import Inputs
@@ -47,6 +47,8 @@ class Preparation:
     tokenizer: TokenizerSection
     backbone: str | None
     """Brings the tokenizer where `tokenizer` says none."""
+    prompts: TextPrompts
+    """What all queries and passages start with."""
     seed: int
     inputs: Inputs
     """Contents of all files that are read, those of a source as "sources.<name>"."""
@@ -67,7 +69,8 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
 
     Args:
         task: what to do.
-        folder: the stage's folder. It gets `rows/`, `near/`, `table/`, `removed/`, `tokenizer/` and `tokens/`.
+        folder: the stage's folder. It gets `rows/`, `near/`, `table/`, `removed/`, `tokenizer/`, `tokens/` and
+            prompts.json.
         known: folder in the root that remembers which parts were read, by their keys.
 
     Returns:
@@ -94,7 +97,17 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
         near = find_groups(settings.near_dedup, tasks, parts, folder, shards)
         lap("near_dedup", near["documents"])
     left = account.left
-    write_table(task.sources, settings, task.seed, parts=parts, prepared=folder, account=account, shards=shards)
+    write_prompts(folder, task.prompts)
+    write_table(
+        task.sources,
+        settings,
+        task.seed,
+        parts=parts,
+        prompts=task.prompts,
+        prepared=folder,
+        account=account,
+        shards=shards,
+    )
     for name in task.sources:
         if not account.kept(name):
             reasons = account.dropped(name) or "it gave no rows"
@@ -103,7 +116,13 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     tokenizer = _tokenizer(task, folder)
     lap("tokenizer", account.left)
     texts, tokens = write_store(
-        task.instructions, settings.max_tokens, shards, tokenizer, folder, folder / "tokens"
+        task.instructions,
+        settings.max_tokens,
+        shards,
+        tokenizer,
+        folder,
+        folder / "tokens",
+        prompts=task.prompts,
     )
     lap("tokens", texts)
     if near is not None:
@@ -158,6 +177,7 @@ def _tokenizer(task: Preparation, folder: Folder) -> Tokenizer:
 def _texts(task: Preparation, folder: Folder) -> Iterator[str]:
     """Distinct texts of the corpus, the files in a fixed mixed order so that a sample sees every source."""
     yield from (query_text("", instruction) for instruction in task.instructions.values())
+    yield from filter(None, (task.prompts.query, task.prompts.document))
     rows, seen = folder / "rows", set[bytes]()
     for name in sorted(rows.files(".parquet"), key=text_key):
         table = rows.read_table(name, ["drop", "query", "passage"])

@@ -43,6 +43,14 @@ class SourceFacts:
     """How often a row is seen per epoch."""
 
 
+@dataclass(frozen=True)
+class TextPrompts:
+    """What all queries and all passages of prepared data start with."""
+
+    query: str = ""
+    document: str = ""
+
+
 def text_key(text: str) -> bytes:
     """The 128-bit id of a text: blake2b of its UTF-8 bytes, the same on every machine and in every run."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=KEY_BYTES).digest()

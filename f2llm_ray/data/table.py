@@ -16,13 +16,13 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.account import Account, count_by
 from f2llm_ray.data.dedup import dedup
 from f2llm_ray.data.flow import Part, Tables, map_groups, map_parts, part_file
-from f2llm_ray.data.keys import KEYS, shard_of
+from f2llm_ray.data.keys import KEYS, prompted, shard_of
 from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import KEY, key_numbers, with_column
+from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, with_column
 from f2llm_ray.data.settings import Data
 from f2llm_ray.run.folder import Folder
 
@@ -39,6 +39,7 @@ def write_table(
     seed: int,
     *,
     parts: list[Part],
+    prompts: TextPrompts,
     prepared: Folder,
     account: Account,
     shards: int,
@@ -50,6 +51,7 @@ def write_table(
         settings: of near-duplicates and of the split.
         seed: of the negatives that are drawn from labels.
         parts: the parts of the sources.
+        prompts: what all queries and passages start with; the table has the ids of texts with their prompts.
         prepared: folder with `rows/`, and `near/` where near-duplicates were looked for.
         account: gets the rows and negatives that were taken out.
         shards: key ranges.
@@ -65,7 +67,12 @@ def write_table(
         unique,
         "source",
         partial(
-            _write_source, sources=dict(sources), validation=settings.validation, seed=seed, prepared=prepared
+            _write_source,
+            sources=dict(sources),
+            validation=settings.validation,
+            seed=seed,
+            prompts=prompts,
+            prepared=prepared,
         ),
     )
     for row in written.iter_rows():
@@ -111,7 +118,13 @@ def _settle(ids: pa.Table, *, near: Folder | None, shards: int) -> pa.Table:
 
 
 def _write_source(
-    ids: pa.Table, *, sources: Mapping[str, SourceBase], validation: float, seed: int, prepared: Folder
+    ids: pa.Table,
+    *,
+    sources: Mapping[str, SourceBase],
+    validation: float,
+    seed: int,
+    prompts: TextPrompts,
+    prepared: Folder,
 ) -> pa.Table:
     name = ids["source"][0].as_py()
     source = sources[name]
@@ -130,6 +143,7 @@ def _write_source(
         kept = label_negatives(kept, source=name, seed=seed)
     elif source.task == "clustering":
         kept = class_negatives(kept, source=name, seed=seed)
+    kept = with_prompts(kept, prompts)
     kept = kept.append_column("validation", is_validation(kept["row_key"].combine_chunks(), validation))
     (prepared / "table").write_table(f"{name}.parquet", [kept], kept.schema)
     facts = {
@@ -140,6 +154,20 @@ def _write_source(
         "with_negatives": int(np.count_nonzero(lengths_of(kept["negative_keys"].combine_chunks()))),
     }
     return pa.Table.from_pylist([facts])
+
+
+def with_prompts(ids: pa.Table, prompts: TextPrompts) -> pa.Table:
+    """The ids of texts with their prompts before them, in place of those of the texts.
+
+    Those of queries with an instruction stay: it is said instead of the prompt.
+    """
+    ids = ids.combine_chunks()
+    for name, prompt in {"query_key": prompts.query, "passage_key": prompts.document}.items():
+        ids = with_column(ids, name, prompted(ids[name].combine_chunks(), prompt))
+    lists = ids["negative_keys"].combine_chunks()
+    flat = prompted(lists.flatten().cast(KEY), prompts.document)
+    offsets = np.append(0, np.cumsum(lengths_of(lists))).astype(np.int32)
+    return with_column(ids, "negative_keys", pa.ListArray.from_arrays(pa.array(offsets), flat))
 
 
 def is_validation(row_keys: pa.Array, share: float) -> pa.Array:

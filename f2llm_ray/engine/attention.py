@@ -57,17 +57,21 @@ def varlen_attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each text, as transformers calls it; the output is [1, T, h, e].
+    """Attention within each text, as transformers calls it; the output is [1, T, h, e].
 
-    `starts_n1` are the first token of each text, and T [n + 1], int32; `longest` the tokens of the longest text;
-    `sliding_window` the tokens that a token sees, itself among them; all before it when unset.
+    The module's `is_causal` says whether a token sees only those before it. `starts_n1` are the first token of
+    each text, and T [n + 1], int32; `longest` the tokens of the longest text; `sliding_window` the tokens that a
+    token sees to a side, itself among them; all when unset.
     """
-    del module, attention_mask
+    del attention_mask
+    causal = bool(module.is_causal)
     if q_1hTe.device.type != "cuda":
-        return _by_groups(q_1hTe, k_1gTe, v_1gTe, scaling, starts_n1.tolist(), sliding_window), None
+        starts = starts_n1.tolist()
+        return _by_groups(q_1hTe, k_1gTe, v_1gTe, scaling, starts, sliding_window, causal=causal), None
     from torch.nn.attention.varlen import varlen_attn
 
     q_The, k_Tge, v_Tge = (x[0].transpose(0, 1) for x in (q_1hTe, k_1gTe, v_1gTe))
+    reach = -1 if sliding_window is None else sliding_window - 1
     out_The = varlen_attn(
         q_The,
         k_Tge,
@@ -77,7 +81,7 @@ def varlen_attention(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        window_size=(reach, 0 if causal else reach),
         enable_gqa=q_The.shape[1] != k_Tge.shape[1],
     )
     return cast(torch.Tensor, out_The)[None], None
@@ -90,6 +94,8 @@ def _by_groups(
     scaling: float,
     starts: Sequence[int],
     sliding_window: int | None,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
     found = []
     for first, last in _groups(starts):
@@ -97,19 +103,41 @@ def _by_groups(
         here = slice(starts[first], starts[last])
         q_whte, k_wgte, v_wgte = (_pad(x_1hTe[0, :, here], lengths) for x_1hTe in (q_1hTe, k_1gTe, v_1gTe))
         longest = q_whte.shape[2]
-        seen = None
-        if sliding_window is not None and sliding_window < longest:
-            place = torch.arange(longest, device=q_1hTe.device)
-            behind = place[:, None] - place[None, :]
-            seen = (behind >= 0) & (behind < sliding_window)
+        seen = _seen(lengths, sliding_window, causal=causal, device=q_1hTe.device)
         out_whte = scaled_dot_product_attention(
-            q_whte, k_wgte, v_wgte, attn_mask=seen, is_causal=seen is None, scale=scaling, enable_gqa=True
+            q_whte,
+            k_wgte,
+            v_wgte,
+            attn_mask=seen,
+            is_causal=causal and seen is None,
+            scale=scaling,
+            enable_gqa=True,
         )
         out_wthe = out_whte.transpose(1, 2)
         uneven = min(lengths) < longest
         rows = [text[:length] for text, length in zip(out_wthe, lengths, strict=True)] if uneven else [out_wthe]
         found += [row.reshape(-1, *row.shape[-2:]) for row in rows]
     return torch.cat(found)[None]
+
+
+def _seen(
+    lengths: Sequence[int], sliding_window: int | None, *, causal: bool, device: torch.device
+) -> torch.Tensor | None:
+    """Which tokens [1 or w, 1, t, t] each token of a group sees; None where the flag `is_causal` says it all.
+
+    Padding is on the right, where no causal attention looks from a real token.
+    """
+    longest = max(lengths)
+    place = torch.arange(longest, device=device)
+    seen: torch.Tensor | None = None
+    if sliding_window is not None and sliding_window < longest:
+        behind = place[:, None] - place[None, :]
+        seen = ((behind >= 0) & (behind < sliding_window) if causal else behind.abs() < sliding_window)[None, None]
+    if not causal and min(lengths) < longest:
+        real = (place < torch.tensor(lengths, device=device)[:, None])[:, None, None]
+        # What a padded place sees is no matter, but it must see something: softmax of nothing is NaN.
+        seen = real if seen is None else seen & real | (place[:, None] == place)
+    return seen
 
 
 def _groups(starts: Sequence[int]) -> list[tuple[int, int]]:
@@ -125,7 +153,7 @@ def _groups(starts: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _pad(x_hTe: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """The texts of a group [w, h, t, e], padded on the right, where no causal attention looks."""
+    """The texts of a group [w, h, t, e], padded on the right."""
     if min(lengths) == lengths[0]:
         return x_hTe.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1)
     texts = x_hTe.transpose(0, 1).split(list(lengths))

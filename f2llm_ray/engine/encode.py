@@ -14,6 +14,8 @@ import torch
 
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
+from f2llm_ray.engine.pooling import Places, pool
+from f2llm_ray.model.families import Pooling, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,51 +67,68 @@ def passes_of(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pa
     return (plan_packs if packs(backbone) else plan_passes)(lengths, tokens_per_pass)
 
 
-def encode(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> torch.Tensor:
+def encode(
+    backbone: PreTrainedModel, tokens: Sequence[Tokens], *, pooling: Pooling, tokens_per_pass: int
+) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
-    Last-token pooling (paper) over a causal decoder of Hugging Face's without its language-model head; EOS is the
-    last token of each text. On CUDA the texts of a pass lie end to end (`engine/attention.py`). On CPU they are of
-    similar lengths and padded on the right, where a causal model never looks from a real token, so no mask is
-    needed: a vector depends on its text alone.
+    The backbone is one of Hugging Face's without its language-model head, of a family in `model.families`. On CUDA
+    the texts of a pass lie end to end (`engine/attention.py`). On CPU they are of similar lengths and padded on
+    the right. There a causal model never looks from a real token, so no mask is needed; another one gets a mask
+    where lengths differ. Either way a vector depends on its text alone.
     """
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
     passes = passes_of(backbone, tokens, tokens_per_pass)
-    vectors = [encode_pass(backbone, [tokens[index] for index in indices]) for indices in passes]
+    vectors = [encode_pass(backbone, [tokens[index] for index in indices], pooling) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]
 
 
-def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
+def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling) -> torch.Tensor:
     """The vectors [n, d] of the texts of one pass: packed into one row, or padded on the right."""
-    return (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens)
+    hidden = (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens)
+    return pool(hidden.flatten(0, 1), places_of(backbone, tokens), pooling)
+
+
+def places_of(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> Places:
+    """Where the texts of one pass lie in it."""
+    lengths_n = torch.tensor([len(text) for text in tokens], device=backbone.device)
+    return Places.packed(lengths_n) if packs(backbone) else Places.padded(lengths_n)
 
 
 def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
     lengths = np.array([len(text) for text in tokens])
     starts = np.append(0, np.cumsum(lengths))
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
+    first = family_of(backbone.config).first_position(backbone.config)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + first
 
     def tensor(values: np.ndarray[Any, Any], dtype: type = np.int64) -> torch.Tensor:
         return torch.from_numpy(values.astype(dtype)).to(backbone.device)
 
-    hidden_1Td = backbone(
+    hidden_1Td: torch.Tensor = backbone(
         input_ids=tensor(np.concatenate(tokens))[None],
         position_ids=tensor(positions)[None],
         use_cache=False,
         starts_n1=tensor(starts, np.int32),
         longest=int(lengths.max()),
     ).last_hidden_state
-    return hidden_1Td[0, tensor(starts[1:] - 1)]
+    return hidden_1Td
 
 
 def _padded_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
     lengths = np.array([len(text) for text in tokens])
-    padded = np.zeros((len(tokens), lengths.max()), dtype=np.int64)
+    family, longest = family_of(backbone.config), int(lengths.max())
+    padded = np.zeros((len(tokens), longest), dtype=np.int64)
     for row, text in zip(padded, tokens, strict=True):
         row[: len(text)] = text
-    input_ids_nt = torch.from_numpy(padded).to(backbone.device)
-    hidden_ntd = backbone(input_ids=input_ids_nt, use_cache=False).last_hidden_state
-    last_n = torch.from_numpy(lengths - 1).to(backbone.device)
-    return hidden_ntd[torch.arange(len(tokens), device=backbone.device), last_n]
+    device, keywords = backbone.device, dict[str, torch.Tensor]()
+    if not family.causal and lengths.min() < longest:
+        keywords["attention_mask"] = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
+    first = family.first_position(backbone.config)
+    if first:  # else the class would take every token with the id of padding for padding
+        keywords["position_ids"] = torch.arange(first, first + longest, device=device)[None].expand(padded.shape)
+    hidden_ntd: torch.Tensor = backbone(
+        input_ids=torch.from_numpy(padded).to(device), use_cache=False, **keywords
+    ).last_hidden_state
+    return hidden_ntd

@@ -20,8 +20,8 @@ from mteb.types import PromptType
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
-from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.evaluate.vectors import as_documents, as_queries
 from f2llm_ray.model.checkpoint import fingerprint, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.sizes import count_parameters
@@ -40,13 +40,11 @@ BY_TYPE: dict[str, str] = {
 """Instructions by mteb's type of task, where the task has none of its own (paper)."""
 
 
-def instruction_of(task: TaskMetadata, prompt_type: PromptType | None) -> str:
-    """The instruction before the texts of a task: the task's own prompt, else that of its type; "" for documents.
+def instruction_of(task: TaskMetadata) -> str:
+    """The instruction before the queries of a task: the task's own prompt, else that of its type.
 
     A type without an instruction in the paper gets the one for similar text.
     """
-    if prompt_type is not None and prompt_type.value == "document":
-        return ""
     own = task.prompt
     if isinstance(own, Mapping):
         own = own.get("query")
@@ -105,10 +103,11 @@ class MtebEncoder(AbsEncoder):
         **_: Any,
     ) -> Vectors:
         """Unit vectors [n, d] of the texts of all batches, in their order."""
-        texts = [str(text) for batch in inputs for text in batch["text"]]
-        if self.engine.info.instructions:
-            instruction = instruction_of(task_metadata, prompt_type)
-            texts = [query_text(text, instruction) for text in texts]
+        texts, info = [str(text) for batch in inputs for text in batch["text"]], self.engine.info
+        if prompt_type is not None and prompt_type.value == "document":
+            texts = as_documents(self.engine, texts)
+        else:
+            texts = as_queries(self.engine, texts, instruction_of(task_metadata) if info.instructions else "")
         if not texts:
             return np.empty((0, self.engine.info.dims[-1]), dtype=np.float32)
         return self.engine.embed(texts)

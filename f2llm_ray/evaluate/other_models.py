@@ -16,12 +16,11 @@ import numpy as np
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.evaluate.vectors import Embedder
+from f2llm_ray.model.brought import DOCUMENT_PROMPTS
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 from f2llm_ray.model.dims import Vectors
 
 MODULES_FILE = "modules.json"
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""What sentence-transformers calls the prompt of a document; the first that a model has."""
 TEXTS_PER_REQUEST = 64
 REQUESTS = 4
 """Requests at once; one that a busy endpoint refuses is sent again."""

@@ -75,7 +75,7 @@ def as_queries(encoder: Embedder, texts: Sequence[str], instruction: str) -> lis
 
 
 def as_documents(encoder: Embedder, texts: Sequence[str]) -> list[str]:
-    """Texts as passages: with the model's prompt for documents where it has one; our own models have none."""
+    """Texts as passages: with the model's prompt for documents, which many do not have."""
     prompt = encoder.info.prompts.get("document", "")
     return [prompt + text for text in texts]
 

@@ -9,17 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.tokenizer import save_tokenizer
+from f2llm_ray.model.families import POOLINGS, Pooling, family_of, without_dropout
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 INFO_FILE = "f2llm.json"
+CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.safetensors"
 """Ranges for int8 vectors and the vectors of the self-check (`engine.text_engine`)."""
+POOLING_FLAGS: dict[Pooling, str] = {
+    "last": "pooling_mode_lasttoken",
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+}
+"""What sentence-transformers calls them."""
 SAMPLE = 1 << 20
 """Bytes at each end of a weight file that are hashed; training changes every weight."""
 
@@ -34,9 +43,11 @@ class ModelInfo:
     max_tokens: int
     """Longest text it was trained on, EOS included."""
     prompts: dict[str, str]
-    """Text put before a query, by prompt name; "query" is the default one, "" where queries have none."""
+    """Text put before a text, by prompt name: "query" before a query, "document" before a passage, "" where the
+    model was trained without; the others before queries of one kind."""
     instructions: bool
     """Whether it was trained with an instruction before queries (`schema.query_text`)."""
+    pooling: Pooling = "last"
 
 
 def matryoshka_dims(hidden: int, smallest: int = 8) -> tuple[int, ...]:
@@ -63,7 +74,7 @@ def save_model(
     disable_progress_bar()  # a bar per file of a model that loads in a second only hides our own lines
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_pretrained(folder, state_dict=state)
-    save_tokenizer(folder, tokenizer, info.max_tokens)
+    save_tokenizer(folder, tokenizer, info.max_tokens, pad=pad_token(backbone.config, tokenizer))
     files: dict[str, Any] = {
         INFO_FILE: asdict(info),
         "modules.json": [
@@ -73,14 +84,13 @@ def save_model(
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": backbone.config.hidden_size,
-            "pooling_mode_lasttoken": True,
-            "pooling_mode_mean_tokens": False,
+            **{flag: info.pooling == pooling for pooling, flag in POOLING_FLAGS.items()},
             "include_prompt": True,
         },
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": info.max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": {**info.prompts, "document": ""},
+            "prompts": {"document": "", **info.prompts},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
         },
@@ -95,28 +105,57 @@ def load_info(folder: Folder | Path) -> ModelInfo:
     """The facts of a model folder anywhere, without its weights.
 
     Raises:
-        RunError: not a model folder of ours, or its facts are not those of a model.
+        RunError: not a model folder of ours, its facts are not those of a model, or the model is of a family that
+            is not known here.
     """
     place = folder if isinstance(folder, Folder) else Folder.at(str(folder))
     if not place.exists(INFO_FILE):
         raise RunError(f"{place.uri}: not a model folder: it has no {INFO_FILE}")
     facts = place.read_json(INFO_FILE)
     try:
-        return ModelInfo(**{**facts, "dims": tuple(facts["dims"])})
-    except (ValueError, TypeError, KeyError) as error:
+        prompts = {**facts["prompts"], "document": facts["prompts"].get("document", "")}
+        info = ModelInfo(**{**facts, "dims": tuple(facts["dims"]), "prompts": prompts})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{place.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
+    if info.pooling not in POOLINGS:
+        raise RunError(
+            f"{place.uri}/{INFO_FILE}: pooling is {info.pooling!r}, expected one of {', '.join(POOLINGS)}"
+        )
+    check_family(place)
+    return info
+
+
+def prompts_of(info: ModelInfo, data: TextPrompts) -> TextPrompts:
+    """What a model wants its texts to start with, beside prepared data whose texts start with `data`.
+
+    A model that was trained with instructions has no other prompt for queries: there they are the same.
+    """
+    query = data.query if info.instructions else info.prompts.get("query", "")
+    return TextPrompts(query, info.prompts.get("document", ""))
+
+
+def check_family(folder: Folder) -> None:
+    """Raises RunError where a folder's config.json names a family that is not known here."""
+    if folder.exists(CONFIG_FILE):
+        family_of(folder.read_json(CONFIG_FILE), f"{folder.uri}/{CONFIG_FILE}")
+
+
+def pad_token(config: PreTrainedConfig, tokenizer: Tokenizer) -> str | None:
+    """The token that an encoder pads with; None for a decoder, whose padding nothing looks at."""
+    number = getattr(config, "pad_token_id", None)
+    return None if family_of(config).causal or number is None else tokenizer.id_to_token(number)
 
 
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The decoder of a model folder (or any local Hugging Face checkpoint), in float32 by default.
+    """The backbone of a model folder (or any local Hugging Face checkpoint), in float32 by default.
 
-    Int8 weights stay int8, whatever the dtype (`model.int8`).
+    It has no dropout (`families.without_dropout`). Int8 weights stay int8, whatever the dtype (`model.int8`).
 
     Raises:
-        RunError: no config or no safetensors weights there.
+        RunError: no config or no safetensors weights there, or of a family that is not known here.
     """
     import torch
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
     from transformers.utils.logging import disable_progress_bar
 
     from f2llm_ray.model.int8 import is_quantized, load_quantized
@@ -125,11 +164,18 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     if is_quantized(folder):
         return load_quantized(Path(folder))
     try:
-        return AutoModel.from_pretrained(
-            folder, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        family = family_of(config, str(folder))
+        backbone = AutoModel.from_pretrained(
+            folder,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **family.options,
         )
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model: {error}") from None
+    return without_dropout(backbone)
 
 
 def fingerprint(model: Folder) -> str:

@@ -20,14 +20,13 @@ import torch
 from torch import nn
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.model.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS_FILE = "model-int8.safetensors"
 """Another name than the stock one: a library that knows no scales must not take the numbers for weights."""
-EMBEDDINGS = "embed_tokens"
-"""Name of the input embeddings in the decoders of all families."""
 TOP = 127
 
 
@@ -77,7 +76,7 @@ class Int8Embedding(nn.Module):
 
 
 def quantize(backbone: PreTrainedModel, *, embeddings: bool = True) -> PreTrainedModel:
-    """A copy of a float32 decoder with int8 linear layers, and int8 input embeddings where asked for."""
+    """A copy of a float32 backbone with int8 linear layers, and int8 input embeddings where asked for."""
     small = _with_int8_layers(copy.deepcopy(backbone), embeddings=embeddings)
     float_state, state = backbone.state_dict(), small.state_dict()
     for name in state:
@@ -86,13 +85,15 @@ def quantize(backbone: PreTrainedModel, *, embeddings: bool = True) -> PreTraine
             state[weight], state[name] = quantize_rows(float_state[weight])
     if embeddings:
         # Gemma's embedding multiplies what it looks up; the int8 one has that in its scales.
-        state[f"{EMBEDDINGS}.scale"] *= getattr(backbone.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        state[f"{family_of(backbone.config).embeddings}.scale"] *= getattr(
+            backbone.get_input_embeddings(), "scalar_embed_scale", 1.0
+        )
     small.load_state_dict(state)
     return small.eval()
 
 
 def load_quantized(folder: Path) -> PreTrainedModel:
-    """The decoder of a folder made by `shrink.quantize.save_quantized`, on CPU.
+    """The backbone of a folder made by `shrink.quantize.save_quantized`, on CPU.
 
     Raises:
         RunError: a file is missing or damaged, or holds other weights than the config says.
@@ -107,8 +108,9 @@ def load_quantized(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model with int8 weights: {error}") from None
-    backbone = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=f"{EMBEDDINGS}.scale" in state)
+    family = family_of(config, str(folder))
+    backbone = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **family.options)
+    small: PreTrainedModel = _with_int8_layers(backbone, embeddings=f"{family.embeddings}.scale" in state)
     try:
         small.load_state_dict(state)
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.model.families import Axis, DecoderFamily, axis_sizes, family_of
+from f2llm_ray.model.families import Axis, Family, Part, axis_sizes, check_cut, family_of, kv_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -47,8 +47,13 @@ class Kept:
     """Tokens; all when None."""
 
 
-def choose(importance: Importance, wanted: Prune) -> Kept:
+def choose(importance: Importance, wanted: Prune, *, first_layer_stays: bool = False) -> Kept:
     """The most important parts, as many of each as wanted; all where it says nothing, and all tokens.
+
+    Args:
+        importance: the scores of the parent's parts.
+        wanted: how many of each stay.
+        first_layer_stays: keep the first layer whatever its score (`Family.first_layer_stays`).
 
     Raises:
         RecipeError: more of something is wanted than the parent has.
@@ -65,7 +70,10 @@ def choose(importance: Importance, wanted: Prune) -> Kept:
         count[name] = there if asked is None else asked
         if count[name] > there:
             raise RecipeError(f"prune.{name}: {count[name]} wanted, but the parent has {there}")
-    layers = _top(importance.layers_l, count["layers"])
+    layers_l = importance.layers_l.clone()
+    if first_layer_stays:
+        layers_l[0] = math.inf
+    layers = _top(layers_l, count["layers"])
     return Kept(
         layers=layers,
         hidden=_top(importance.hidden_d, count["hidden"]),
@@ -76,22 +84,35 @@ def choose(importance: Importance, wanted: Prune) -> Kept:
 
 @torch.no_grad()
 def prune(backbone: PreTrainedModel, kept: Kept) -> PreTrainedModel:
-    """The pruned copy of a decoder; the parent is left as it is, and keeping all returns its weights bit for bit.
+    """The pruned copy of a backbone; the parent is left as it is, and keeping all returns its weights bit for bit.
 
     Raises:
-        RunError: the model is of a family that cannot be pruned.
+        RunError: the model is of a family that cannot lose such a part.
         RecipeError: the family has no model of this shape.
     """
     parent = backbone.config
     family = family_of(parent)
-    small = type(backbone)(_config(parent, kept)).to(backbone.dtype).eval()
+    check_cut(parent, _parts_cut(parent, kept))
+    small: PreTrainedModel = type(backbone)(_config(parent, kept), **family.options).to(backbone.dtype).eval()
     scale = math.sqrt(len(kept.hidden) / parent.hidden_size)
     old = backbone.state_dict()
     for name, target in small.state_dict().items():
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
-        source = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{kept.layers[layer]}.", 1)
+        layer = family.layer_of(name)
+        source = name
+        if layer is not None:
+            source = name.replace(f"{family.layers}.{layer}.", f"{family.layers}.{kept.layers[layer]}.", 1)
         target.copy_(_cut(old[source], name, family, _places(parent, kept, layer), scale))
     return small
+
+
+def _parts_cut(parent: PreTrainedConfig, kept: Kept) -> dict[Part, bool]:
+    return {
+        "layers": len(kept.layers) < parent.num_hidden_layers,
+        "hidden": len(kept.hidden) < parent.hidden_size,
+        "ffn": len(kept.ffn[0]) < parent.intermediate_size,
+        "kv_heads": len(kept.kv_heads[0]) < kv_heads(parent),
+        "vocabulary": kept.vocabulary is not None,
+    }
 
 
 def _config(parent: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
@@ -99,17 +120,25 @@ def _config(parent: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:
 
     config = copy.deepcopy(parent)
     sizes = axis_sizes(parent)
-    config.head_dim = sizes["head_dim"]
     config.num_hidden_layers = len(kept.layers)
     config.hidden_size = len(kept.hidden)
     config.intermediate_size = len(kept.ffn[0])
-    config.num_key_value_heads = len(kept.kv_heads[0])
-    config.num_attention_heads = len(kept.kv_heads[0]) * sizes["heads"] // sizes["kv_heads"]
+    if hasattr(parent, "num_key_value_heads"):
+        config.head_dim = sizes["head_dim"]
+        config.num_key_value_heads = len(kept.kv_heads[0])
+        config.num_attention_heads = len(kept.kv_heads[0]) * sizes["heads"] // sizes["kv_heads"]
     if kept.vocabulary is not None:
         config.vocab_size = len(kept.vocabulary)
         new = {old: number for number, old in enumerate(kept.vocabulary)}
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        encoder_only = [name for name in ("cls_token_id", "sep_token_id") if hasattr(parent, name)]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", *encoder_only):
             setattr(config, name, _renumbered(getattr(parent, name, None), new))
+        family = family_of(parent)
+        if family.first_position(config) != family.first_position(parent):
+            raise RecipeError(
+                "prune.vocabulary: the padding token's number would change, from which "
+                f"{parent.model_type} counts positions; its tokenizer must have it before all tokens that can go"
+            )
     if getattr(parent, "layer_types", None) is not None:
         config.layer_types = [parent.layer_types[layer] for layer in kept.layers]
     try:
@@ -135,7 +164,9 @@ def _places(parent: PreTrainedConfig, kept: Kept, layer: int | None) -> dict[Axi
         sizes = axis_sizes(parent)
         heads_per_group = sizes["heads"] // sizes["kv_heads"]
         groups = torch.tensor(kept.kv_heads[layer])
-        places["ffn"] = torch.tensor(kept.ffn[layer])
+        ffn = torch.tensor(kept.ffn[layer])
+        places["ffn"] = ffn
+        places["ffn_pair"] = torch.cat([ffn, ffn + sizes["ffn"]])
         places["kv_heads"] = _spans(groups, sizes["head_dim"])
         places["heads"] = _spans(groups, sizes["head_dim"] * heads_per_group)
     return places
@@ -147,7 +178,7 @@ def _spans(blocks: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _cut(
-    value: torch.Tensor, name: str, family: DecoderFamily, places: dict[Axis, torch.Tensor], scale: float
+    value: torch.Tensor, name: str, family: Family, places: dict[Axis, torch.Tensor], scale: float
 ) -> torch.Tensor:
     """The kept part of one weight, of the size that fits the hidden size."""
     weight = family.weight(name)

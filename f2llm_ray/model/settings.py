@@ -7,18 +7,33 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from f2llm_ray.base.section import Content, Neutral, Output, Section
+from f2llm_ray.model.families import Pooling
 from f2llm_ray.model.sizes import Shape
 
 PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
 """What pruning can cut."""
 
 
+class Prompts(Section):
+    """What every query and every passage starts with, such as "query: " and "passage: " of E5.
+
+    The backbone's own where unset. A stage with instructions puts those before its queries instead.
+    """
+
+    query: Output[str | None] = None
+    document: Output[str | None] = None
+
+
 class Backbone(Section):
     """The model that training starts from: a checkpoint, or a random one of a given shape."""
 
     path: Content[str | None] = None
-    """Hub name or local folder of a decoder checkpoint."""
+    """Hub name or local folder of a checkpoint, of a family in `model/families.py`: bare, of
+    sentence-transformers, or a model folder of ours."""
     shape: Shape | None = None
+    pooling: Output[Pooling | None] = None
+    """How a vector comes of a text's tokens: the last one, their mean, or the first one ("cls"). The backbone's
+    own where unset, else that of its family: last for decoders, mean for encoders."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Backbone:
@@ -48,9 +63,11 @@ class Prune(Section):
     ffn: Output[int | None] = Field(default=None, ge=8)
     """Channels of each layer's FFN."""
     kv_heads: Output[int | None] = Field(default=None, ge=1)
-    """Key-value heads of each layer; the query heads that share one go with it."""
+    """Key-value heads of each layer; the query heads that share one go with it. Neither these nor `hidden` can be
+    cut in BERT, XLM-RoBERTa and ModernBERT (`model/families.py` says why)."""
     vocabulary: Output[Literal["used"] | Annotated[int, Field(ge=1)] | None] = None
-    """Tokens: those that the training texts use, or so many of the most used; bytes and special tokens stay."""
+    """Tokens: those that the training texts use, or so many of the most used; bytes or characters and special
+    tokens stay."""
     importance: Output[Literal["activation", "magnitude", "random"]] = "activation"
     """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
     calibration_rows: Output[int] = Field(default=512, ge=1)

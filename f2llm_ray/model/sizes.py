@@ -107,9 +107,13 @@ def parameters(shape: Shape, vocabulary: int = VOCABULARY) -> int:
 
 
 def count_parameters(backbone: PreTrainedModel) -> tuple[int, int]:
-    """All parameters of a model, and those outside its input embeddings."""
+    """All parameters of a model, and those outside its embeddings (of tokens, and of positions if it has them)."""
+    import torch
+
     total = sum(parameter.numel() for parameter in backbone.parameters())
-    return total, total - backbone.get_input_embeddings().weight.numel()
+    tables = {module for module in backbone.modules() if isinstance(module, torch.nn.Embedding)}
+    tables.add(backbone.get_input_embeddings())  # the int8 one is of another class
+    return total, total - sum(table.weight.numel() for table in tables)
 
 
 def random_backbone(shape: Shape, vocabulary: int, seed: int) -> PreTrainedModel:

@@ -7,14 +7,16 @@ from functools import partial
 from typing import Any
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
 from f2llm_ray.evaluate.tasks.registry import LABELLED
 from f2llm_ray.evaluate.tasks.retrieval_set import FolderSet
+from f2llm_ray.model.settings import Prune
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, place_of, places
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.inputs import InputFile, Inputs, digests, files_of, tokenizer_inputs
+from f2llm_ray.run.inputs import InputFile, Inputs, digests, files_of, prompt_inputs, tokenizer_inputs
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Facts, Stage, short_hash
 
@@ -68,6 +70,7 @@ class DataStages:
             "seed": recipe.seed,
             "data": data.identity(),
             "tokenizer": recipe.tokenizer.identity(),
+            "prompts": recipe.prompts.identity(),
             "sources": {name: source.identity() for name, source in recipe.sources.items()},
             # Batches are drawn from them in turn, and the first one's instruction is the model's default prompt.
             "order": list(recipe.sources),
@@ -97,6 +100,9 @@ class DataStages:
         if recipe.tokenizer.train_vocab is None:
             path = str(recipe.tokenizer.path or recipe.backbone.path)
             sought["tokenizer"] = Sought(path, lambda: tokenizer_inputs(path))
+        brings = recipe.backbone.path
+        if brings is not None and None in (recipe.prompts.query, recipe.prompts.document):
+            sought["prompts"] = Sought(brings, lambda: prompt_inputs(str(brings)))
         model = None if recipe.data.language_id is None else recipe.data.language_id.model
         if model is not None:
             file = InputFile(Folder.at(model).uri, None)
@@ -118,11 +124,17 @@ class DataStages:
         from f2llm_ray.report.data_card import write_card
 
         recipe = self.recipe
+        prunes = {name: step for name, step in recipe.steps().items() if isinstance(step, Prune)}
+        brought = work.check_backbone(recipe.backbone, recipe.data.max_tokens, prunes)
         task = Preparation(
             sources=recipe.sources,
             settings=recipe.data,
             tokenizer=recipe.tokenizer,
             backbone=recipe.backbone.path,
+            prompts=TextPrompts(
+                query=brought.query if recipe.prompts.query is None else recipe.prompts.query,
+                document=brought.document if recipe.prompts.document is None else recipe.prompts.document,
+            ),
             seed=recipe.seed,
             inputs=inputs,
             screened={name: read_task(self.run.folder(stage)).screened() for name, stage in needed.items()},

@@ -10,6 +10,7 @@ from typing import Any
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Effect
 from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.model.checkpoint import check_family
 from f2llm_ray.model.settings import PARTS, Prune
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.data_stages import DataStages
@@ -354,8 +355,11 @@ def _model_files(key: str, path: str) -> list[InputFile]:
 
     Raises:
         DataError: there are none.
+        RunError: its family is not known here.
     """
     files = model_inputs(path)
     if not files or (files[0].version and not HUB_NAME.fullmatch(path)):
         raise DataError(f"{key}: {path}: found no model there, expected config.json and safetensors weights")
+    if not files[0].version:
+        check_family(Folder.at(path))
     return files

@@ -6,18 +6,22 @@ Whole models are loaded in Ray tasks, where there is memory for them, never in t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.settings import Data, Decontamination
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
 from f2llm_ray.evaluate.tasks.task import Task
-from f2llm_ray.model.settings import Backbone
+from f2llm_ray.model.settings import Backbone, Prune
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.stage import Facts
+
+if TYPE_CHECKING:
+    from f2llm_ray.model.brought import Brought
 
 CALIBRATION_ROWS = 512
 CONTAMINATED = "contaminated.npy"
@@ -67,6 +71,33 @@ def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, 
     return {"rows": overlap.rows, "queries": int(overlap.units.sum()), "of": len(overlap.units)}
 
 
+def check_backbone(
+    backbone: Backbone, max_tokens: int, prunes: Mapping[str, Prune] = MappingProxyType({})
+) -> Brought:
+    """What the backbone brings, with the pooling that the recipe names in place of its own.
+
+    Args:
+        backbone: the recipe's.
+        max_tokens: of the longest text.
+        prunes: what prunes it later on, by where the recipe says it.
+
+    Raises:
+        RunError: the engine cannot run it, it has no positions for so many tokens, or cannot lose what is pruned.
+    """
+    from f2llm_ray.model.brought import Brought, brought_by
+
+    brought = Brought("last") if backbone.path is None else brought_by(backbone.path)
+    if brought.max_tokens is not None and max_tokens > brought.max_tokens:
+        raise RunError(
+            f"data.max_tokens: {max_tokens}, but {backbone.path} has positions for {brought.max_tokens} tokens"
+        )
+    for place, step in prunes.items():
+        for part, why in brought.cannot_cut.items():
+            if getattr(step, part) is not None:
+                raise RunError(f"{place}.{part}: {backbone.path} cannot lose any: {why}")
+    return brought if backbone.pooling is None else replace(brought, pooling=backbone.pooling)
+
+
 def make_untrained(
     backbone: Backbone, seed: int, *, model_name: str, max_tokens: int, prepared: Folder, out: Folder
 ) -> Facts:
@@ -75,6 +106,7 @@ def make_untrained(
     Raises:
         RunError: the backbone cannot be loaded or trained, or has fewer entries than the tokenizer.
     """
+    from f2llm_ray.data.tokens.build import read_prompts
     from f2llm_ray.data.tokens.tokenizer import load_tokenizer
     from f2llm_ray.model.checkpoint import (
         INFO_FILE,
@@ -87,7 +119,7 @@ def make_untrained(
     from f2llm_ray.model.int8 import is_quantized
     from f2llm_ray.model.sizes import random_backbone
 
-    path = backbone.path
+    path, brought, prompts = backbone.path, check_backbone(backbone, max_tokens), read_prompts(prepared)
     with (prepared / "tokenizer").as_local() as tokens:
         tokenizer = load_tokenizer(tokens)
     vocabulary = tokenizer.get_vocab_size()
@@ -107,12 +139,15 @@ def make_untrained(
         name=model_name,
         dims=matryoshka_dims(model.config.hidden_size),
         max_tokens=max_tokens,
-        prompts={"query": ""},
+        prompts=asdict(prompts),
         instructions=False,
+        pooling=brought.pooling,
     )
     if path is not None and (Path(path) / INFO_FILE).is_file():
         # A model of another run: it keeps the dims and prompts that it was trained with.
-        info = replace(load_info(Path(path)), name=info.name, max_tokens=info.max_tokens)
+        before = load_info(Path(path))
+        kept = info.prompts if not before.instructions else {**before.prompts, "document": prompts.document}
+        info = replace(before, name=info.name, max_tokens=max_tokens, prompts=kept, pooling=brought.pooling)
     with (out / "model").writing() as folder:
         save_model(folder, model, tokenizer, info)
     return {}

@@ -12,7 +12,7 @@ from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.settings import Backbone, Prune, Quantize
+from f2llm_ray.model.settings import Backbone, Prompts, Prune, Quantize
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
@@ -47,6 +47,7 @@ class Recipe(Section):
     data: Data = Data()
     tokenizer: TokenizerSection = TokenizerSection()
     backbone: Backbone
+    prompts: Prompts = Prompts()
     mine: Mine | None = None
     stages: dict[Name, Step]
     """What makes the run's models, in order. Each goes on from the model before it, or from the one it names, and

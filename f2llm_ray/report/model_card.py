@@ -79,6 +79,7 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
         model=model,
         placeholder=PLACEHOLDER,
         query=repr(info.prompts.get("query", "") + "Passwort ändern"),
+        document_prompt=repr(info.prompts.get("document", "")),
         quality=[
             [name, str(dim), metric, formatting.score(facts.get(metric)), interval(facts)]
             for name in sets_of([model])

@@ -117,6 +117,13 @@ def tokenizer_inputs(path: str) -> list[InputFile]:
     return [file for file in files if file.uri.rpartition("/")[2].startswith(TOKENIZER_STARTS)]
 
 
+def prompt_inputs(path: str) -> list[InputFile]:
+    """What says which prompts a backbone brings: the files of a folder, or a name on the hub."""
+    found = model_inputs(path)
+    said = ("modules.json", "config_sentence_transformers.json", "f2llm.json")
+    return [file for file in found if file.version or file.uri.rpartition("/")[2] in said]
+
+
 def digests(inputs: Inputs) -> dict[str, list[str]]:
     """The part of inputs that counts: their contents in order, wherever they lie."""
     return {name: [entry.digest for entry in entries] for name, entries in sorted(inputs.items())}

@@ -139,7 +139,7 @@ def settings_of(
         "keep": list(job.keep),
         "dimensions": job.dimensions or info.dims[-1],
         "dtype": job.dtype,
-        "prompt_name": job.prompt_name,
+        "prompt_name": job.prompt_name or "document",
         "shard_rows": job.shard_rows,
     }
 

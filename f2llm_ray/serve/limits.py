@@ -107,13 +107,16 @@ def check_inputs(inputs: Sequence[str] | Sequence[Sequence[int]], limits: Servin
             raise _wrong(f"{param}[{i}]", "empty_input", "it is empty")
 
 
-def check_ids(inputs: Sequence[Sequence[int]], *, vocabulary: int, eos: int, param: str) -> list[Tokens]:
-    """Token lists with EOS last, given or not; raises 422 for an id that the model does not have."""
+def check_ids(
+    inputs: Sequence[Sequence[int]], *, vocabulary: int, prefix: list[int], eos: int, param: str
+) -> list[Tokens]:
+    """Token lists with the template's prefix first and EOS last, given or not; raises 422 for an unknown id."""
     for i, ids in enumerate(inputs):
         for bad in (min(ids), max(ids)):
             if not 0 <= bad < vocabulary:
                 raise _wrong(f"{param}[{i}]", "invalid_token", f"token id {bad} is not in 0..{vocabulary - 1}")
-    return [np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.uint32) for ids in inputs]
+    started = (ids if list(ids[: len(prefix)]) == prefix else [*prefix, *ids] for ids in inputs)
+    return [np.array(ids if ids[-1] == eos else [*ids, eos], dtype=np.uint32) for ids in started]
 
 
 def longest_text(info: ModelInfo, limits: Serving) -> int:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from f2llm_ray import __version__
 from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.data.tokens.tokenizer import template_of
 from f2llm_ray.engine.engine_process import EngineProcess
 from f2llm_ray.engine.text_engine import self_check
 from f2llm_ray.model.dims import EmbeddingType, Quantized, cut_dims, quantize_vectors
@@ -44,7 +45,7 @@ class Replica:
         self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.policy.metrics.batch)
         self.vocabulary = self.engine.vocabulary
         self.probe = self.engine.tokenize(["ready"])
-        self.eos = int(self.probe[0][-1])
+        self.prefix, self.eos = template_of(self.engine.tokenizer)
         self.engine.embed_tokens(self.probe)
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
@@ -144,7 +145,9 @@ class Replica:
             if prompt:
                 message = f"{param}: a prompt goes before texts, not before token ids"
                 raise api.ApiError(422, "invalid_prompt", message, param=param)
-            tokens = limits.check_ids(ids, vocabulary=self.vocabulary, eos=self.eos, param=param)
+            tokens = limits.check_ids(
+                ids, vocabulary=self.vocabulary, prefix=self.prefix, eos=self.eos, param=param
+            )
         else:
             tokens = self.engine.tokenize(texts, prompt=prompt)
         return limits.check_lengths(tokens, max_tokens=self.card.max_tokens, truncate=ask.truncate, param=param)

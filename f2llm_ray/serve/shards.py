@@ -43,6 +43,7 @@ class EmbedJob:
     dimensions: int | None = None
     dtype: Dtype = "float32"
     prompt_name: str | None = None
+    """The model's prompt for passages when unset."""
     shard_rows: int = 16_384
     """Rows of a shard: what is lost when a worker dies, and the share of work that a worker takes at a time."""
     batch_rows: int = 1024
@@ -90,7 +91,7 @@ class ShardWriter:
             self.engine = Engine(folder)
         info = self.engine.info
         self.dim = job.dimensions or info.dims[-1]
-        self.prompt = "" if job.prompt_name is None else info.prompts[job.prompt_name]
+        self.prompt = info.prompts.get(job.prompt_name or "document", "")
         self.ranges = self.engine.ranges.get(self.dim)
         if job.dtype == "int8" and self.ranges is None:
             raise RunError(f"{job.model}: no int8 ranges for {self.dim} dims in {CALIBRATION_FILE}")

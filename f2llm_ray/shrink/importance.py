@@ -18,9 +18,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine.attention import packs
-from f2llm_ray.engine.encode import encode_pass, passes_of
-from f2llm_ray.model.families import axis_sizes, family_of
+from f2llm_ray.engine.encode import encode_pass, passes_of, places_of
+from f2llm_ray.engine.pooling import pool
+from f2llm_ray.model.families import Pooling, axis_sizes, family_of, kv_heads
 from f2llm_ray.model.prune import Importance
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Sums:
 
 
 @torch.no_grad()
-def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_pass: int) -> Sums:
+def measure(
+    backbone: PreTrainedModel, tokens: Sequence[Tokens], *, pooling: Pooling, tokens_per_pass: int
+) -> Sums:
     """Runs calibration texts, at least one, through a model in evaluation mode and sums what its parts do.
 
     Padding does not count. Skipping a layer runs only those after it, from the inputs that the whole pass left:
@@ -67,29 +69,25 @@ def measure(backbone: PreTrainedModel, tokens: Sequence[Tokens], *, tokens_per_p
         RunError: the model is of a family that cannot be pruned.
     """
     passes = passes_of(backbone, tokens, tokens_per_pass)
-    return reduce(add, [_Pass(backbone, [tokens[index] for index in indices]).sums() for indices in passes])
+    texts = ([tokens[index] for index in indices] for indices in passes)
+    return reduce(add, [_Pass(backbone, some, pooling).sums() for some in texts])
 
 
 class _Pass:
     """One forward pass with what its parts do seen, and the inputs of its layers held."""
 
-    def __init__(self, backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> None:
-        self.backbone = backbone
-        lengths = torch.tensor([len(text) for text in tokens], device=backbone.device)
-        self.texts, self.tokens = len(lengths), int(lengths.sum())
-        # Of all places of the pass, padding included: those of real tokens, and those of each text's last.
-        self.real_T = torch.ones(self.tokens, dtype=torch.bool, device=lengths.device)
-        self.ends_n = lengths.cumsum(0) - 1
-        if not packs(backbone):
-            places = torch.arange(int(lengths.max()), device=lengths.device)
-            self.real_T = (places < lengths[:, None]).flatten()
-            self.ends_n = torch.arange(self.texts, device=lengths.device) * len(places) + lengths - 1
+    def __init__(self, backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling) -> None:
+        self.backbone, self.family, self.pooling = backbone, family_of(backbone.config), pooling
+        self.layers = self.family.layers_of(backbone)
+        self.places = places_of(backbone, tokens)
+        self.texts, self.tokens = len(tokens), sum(map(len, tokens))
+        self.real_T = self.places.tokens
         self.hidden: list[torch.Tensor] = []
         self.ffn: list[torch.Tensor] = []
         self.kv_heads: list[torch.Tensor] = []
-        self.calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with self._watching():
-            self.whole_nd = encode_pass(backbone, tokens)
+            self.whole_nd = encode_pass(backbone, tokens, pooling)
 
     def sums(self) -> Sums:
         return Sums(
@@ -103,26 +101,31 @@ class _Pass:
 
     def _moved(self, skipped: int) -> torch.Tensor:
         """How far the vectors turn when a layer passes its input on unchanged."""
-        x_ntd, after = self.calls[skipped][0], slice(skipped + 1, None)
-        for layer, (_, keywords) in zip(self.backbone.layers[after], self.calls[after], strict=True):
-            x_ntd = layer(x_ntd, **keywords)
-        without_nd = self.backbone.norm(x_ntd).flatten(0, -2)[self.ends_n]
+        x_ntd, after = self.calls[skipped][0][0], slice(skipped + 1, None)
+        for layer, (others, keywords) in zip(self.layers[after], self.calls[after], strict=True):
+            x_ntd = layer(x_ntd, *others[1:], **keywords)
+        if self.family.norm is not None:
+            x_ntd = self.backbone.get_submodule(self.family.norm)(x_ntd)
+        without_nd = pool(x_ntd.flatten(0, -2), self.places, self.pooling)
         return (1 - cosine_similarity(self.whole_nd.double(), without_nd.double(), dim=-1)).sum()
 
     def _watching(self) -> ExitStack:
         """Hooks on all that is scored; closing them takes them off."""
-        hooks, readers = ExitStack(), family_of(self.backbone.config).readers
-        for layer in self.backbone.layers:
+        hooks, family = ExitStack(), self.family
+        for layer in self.layers:
             hooks.callback(layer.register_forward_pre_hook(self._see_call, with_kwargs=True).remove)
-            for norm in readers:
+            for norm in family.readers:
                 hooks.callback(layer.get_submodule(norm).register_forward_hook(self._see_hidden).remove)
-            hooks.callback(layer.self_attn.o_proj.register_forward_hook(self._see_heads).remove)
-            hooks.callback(layer.mlp.down_proj.register_forward_hook(self._see_ffn).remove)
-        hooks.callback(self.backbone.norm.register_forward_hook(self._see_hidden).remove)
+            out, ffn = (layer.get_submodule(name) for name in (family.attention_out, family.ffn_out))
+            hooks.callback(out.register_forward_hook(self._see_heads).remove)
+            hooks.callback(ffn.register_forward_hook(self._see_ffn).remove)
+        if family.norm is not None:
+            last = self.backbone.get_submodule(family.norm)
+            hooks.callback(last.register_forward_hook(self._see_hidden).remove)
         return hooks
 
-    def _see_call(self, _layer: torch.nn.Module, args: tuple[torch.Tensor], keywords: dict[str, Any]) -> None:
-        self.calls.append((args[0], keywords))
+    def _see_call(self, _layer: torch.nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.calls.append((args, keywords))
 
     def _see_hidden(self, _norm: torch.nn.Module, _inputs: Any, x_ntd: torch.Tensor) -> None:
         self.hidden.append(self._sum(x_ntd.flatten(0, -2).abs()))
@@ -132,7 +135,7 @@ class _Pass:
         self.ffn.append(self._sum(inputs[0].flatten(0, -2).abs()) * reach_f)
 
     def _see_heads(self, out: torch.nn.Module, inputs: tuple[torch.Tensor], _output: Any) -> None:
-        groups = self.backbone.config.num_key_value_heads
+        groups = kv_heads(self.backbone.config)
         written_Tg = written_by_groups(inputs[0].flatten(0, -2), out.get_parameter("weight"), groups)
         self.kv_heads.append(self._sum(written_Tg))
 
@@ -151,27 +154,37 @@ def written_by_groups(x_Th: torch.Tensor, weight_dh: torch.Tensor, groups: int) 
 def magnitude(backbone: PreTrainedModel) -> Importance:
     """Scores from the weights alone: the norm of all that belongs to a part."""
     config = backbone.config
-    family, sizes, layers = family_of(config), axis_sizes(config), config.num_hidden_layers
+    family, sizes, layers, groups = (
+        family_of(config),
+        axis_sizes(config),
+        config.num_hidden_layers,
+        kv_heads(config),
+    )
     squares = {
         "hidden": torch.zeros(sizes["hidden"], dtype=torch.float64),
         "ffn": torch.zeros(layers, sizes["ffn"], dtype=torch.float64),
-        "kv_heads": torch.zeros(layers, config.num_key_value_heads, dtype=torch.float64),
+        "kv_heads": torch.zeros(layers, groups, dtype=torch.float64),
         "layers": torch.zeros(layers, dtype=torch.float64),
     }
     for name, value in backbone.state_dict().items():
         axes = family.weight(name).axes
         square = value.double().square().cpu()
         if len(axes) == 1:
-            continue  # norms are of the residual stream's size, not of a part's
+            continue  # norms and biases are of the residual stream's size, not of a part's
         along: dict[str, torch.Tensor] = {axis: square.sum(1 - place) for place, axis in enumerate(axes)}
         squares["hidden"] += along["hidden"]
-        if name.startswith("layers."):
-            layer = int(name.split(".")[1])
-            squares["layers"][layer] += square.sum()
-            for axis in {"heads", "kv_heads"} & along.keys():
-                squares["kv_heads"][layer] += along[axis].unflatten(0, (config.num_key_value_heads, -1)).sum(1)
-            if "ffn" in along:
-                squares["ffn"][layer] += along["ffn"]
+        layer = family.layer_of(name)
+        if layer is None:
+            continue
+        squares["layers"][layer] += square.sum()
+        for axis in {"heads", "kv_heads"} & along.keys():
+            squares["kv_heads"][layer] += along[axis].unflatten(0, (groups, -1)).sum(1)
+        if "qkv" in along:
+            squares["kv_heads"][layer] += along["qkv"].unflatten(0, (3, groups, -1)).sum((0, 2))
+        if "ffn" in along:
+            squares["ffn"][layer] += along["ffn"]
+        if "ffn_pair" in along:
+            squares["ffn"][layer] += along["ffn_pair"].unflatten(0, (2, -1)).sum(0)
     return Importance(*(squares[name].sqrt() for name in ("hidden", "ffn", "kv_heads", "layers")))
 
 
@@ -181,7 +194,7 @@ def chance(config: PreTrainedConfig, seed: int) -> Importance:
     shapes = (
         (config.hidden_size,),
         (layers, config.intermediate_size),
-        (layers, config.num_key_value_heads),
+        (layers, kv_heads(config)),
         (layers,),
     )
     return Importance(*(torch.from_numpy(generator.random(shape)) for shape in shapes))

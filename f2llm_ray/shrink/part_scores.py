@@ -19,7 +19,7 @@ import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.flow import Item, each_on_actors, start_actors
-from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.model.checkpoint import load_backbone, load_info
 from f2llm_ray.model.prune import Importance
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink.importance import Sums, chance, magnitude, measure
@@ -87,11 +87,12 @@ class PieceScorer:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         with parent.as_local() as folder:
+            self.pooling = load_info(folder).pooling
             self.backbone = load_backbone(folder, dtype=dtype).to(device).eval()
 
     def __call__(self, item: Item) -> Item:
         """The sums of one piece."""
-        sums = measure(self.backbone, item["tokens"], tokens_per_pass=TOKENS_PER_PASS)
+        sums = measure(self.backbone, item["tokens"], pooling=self.pooling, tokens_per_pass=TOKENS_PER_PASS)
         return {"piece": item["piece"], "sums": sums}
 
 

@@ -17,6 +17,7 @@ from f2llm_ray.data.tokens.store import Tokens, TokenStore
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone, load_info, matryoshka_dims, save_model
+from f2llm_ray.model.families import family_of
 from f2llm_ray.model.prune import Kept, choose, prune
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, save_map
@@ -72,7 +73,8 @@ def shrink(
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
     with scored.as_local() as folder:
-        kept = choose(part_scores.load(folder), settings)
+        stays = family_of(backbone.config).first_layer_stays
+        kept = choose(part_scores.load(folder), settings, first_layer_stays=stays)
     table: TokenMap | None = None
     if settings.vocabulary is not None:
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None

@@ -25,7 +25,7 @@ from pyarrow import fs
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.deepspeed import link_moments, read_state, set_learning_rate, write_state
+from f2llm_ray.train.deepspeed import link_moments, read_state, set_learning_rate, trained, write_state
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ def save(engine: DeepSpeedEngine, folder: Path, *, rank: int, world: int, step: 
     from safetensors.torch import save_file
 
     link_moments(engine)
-    parameters = list(engine.module.named_parameters())
+    parameters = trained(engine.module)
     # `ds_numel`: of a parameter that ZeRO-3 has partitioned.
     owners = deal([int(getattr(value, "ds_numel", value.numel())) for _, value in parameters], world)
     tensors: dict[str, torch.Tensor] = {"random/cpu": torch.get_rng_state()}
@@ -100,7 +100,7 @@ def restore(engine: DeepSpeedEngine, checkpoint: Checkpoint, *, rank: int, world
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path / f"{part}.safetensors", "pt")) for part in parts]
         holder = {name: file for file in files for name in file.keys() if not name.startswith("random/")}  # noqa: SIM118
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in trained(engine.module):
             for kind in KINDS:
                 write_state(engine, parameter, kind, holder[f"{kind}/{name}"].get_tensor(f"{kind}/{name}"))
         # ZeRO wraps the optimizer.

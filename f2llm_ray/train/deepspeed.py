@@ -6,6 +6,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from f2llm_ray.model.families import family_of
 from f2llm_ray.train.settings import TrainStage
 
 if TYPE_CHECKING:
@@ -44,11 +45,13 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
     # DeepSpeed would compile an all-reduce for inference on CPU, which training has no use for: a minute on the
     # first run, and a run killed meanwhile leaves a lock for which every later one waits without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backbone: Any = module.backbone
     if stage.engine.compile:
-        backbone: Any = module.backbone
-        for layer in backbone.layers:  # in place: names of weights stay
+        for layer in family_of(backbone.config).layers_of(backbone):  # in place: names of weights stay
             layer.compile(dynamic=True)
-    parameters = list(module.parameters())
+    if stage.freeze_embeddings:
+        backbone.get_input_embeddings().requires_grad_(False)
+    parameters = [parameter for _, parameter in trained(module)]
     decayed = [p for p in parameters if p.ndim > 1]
     # Norm weights are scales around one; pulling them to zero is no regularisation.
     plain = [p for p in parameters if p.ndim <= 1]
@@ -58,6 +61,11 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
         model=module, optimizer=optimizer, config=deepspeed_config(stage, world), dist_init_required=False
     )
     return engine
+
+
+def trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """The parameters that training moves, by name; `freeze_embeddings` leaves some out."""
+    return [(name, value) for name, value in module.named_parameters() if value.requires_grad]
 
 
 def learning_rate(stage: TrainStage, step: int, steps: int) -> float:

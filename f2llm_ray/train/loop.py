@@ -113,7 +113,13 @@ class Worker:
             self.flops = Flops(backbone)
             if settings.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
-            module = Student(backbone, settings.engine.tokens_per_pass, load_map(student), loss.projected_dims)
+            module = Student(
+                backbone,
+                self.info.pooling,
+                settings.engine.tokens_per_pass,
+                load_map(student),
+                loss.projected_dims,
+            )
             self.engine = start_engine(module, settings, world)
             self.engine.train()
             if opened is not None:

@@ -67,14 +67,18 @@ def trained_info(before: ModelInfo, training: Training) -> ModelInfo:
     """The facts of the model that a training makes from the one with the facts `before`."""
     settings = training.settings
     prompts = {
-        name: query_text("", source.instruction) if settings.instructions else ""
+        name: query_text("", source.instruction) if settings.instructions else training.prompts.query
         for name, source in training.sources.items()
     }
     return replace(
         before,
         name=training.model_name,
         dims=matryoshka_dims(before.dims[-1], settings.matryoshka_min_dim),
-        prompts={"query": next(iter(prompts.values())), **prompts},
+        prompts={
+            "query": next(iter(prompts.values())),
+            **prompts,
+            "document": training.prompts.document,
+        },
         instructions=settings.instructions,
     )
 

@@ -11,6 +11,7 @@ import torch
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.encode import encode, passes_of
+from f2llm_ray.model.families import Pooling
 from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.losses import Parts, TextPlaces, contrastive
@@ -28,16 +29,23 @@ class Student(torch.nn.Module):
 
     Args:
         backbone: the model that is trained.
+        pooling: how its vectors come of its tokens.
         tokens_per_pass: token budget of a pass.
         tokens: maps the prepared data's tokens to the model's, where its vocabulary was cut.
         projected_dims: dims of the linear map that distillation trains beside it; none without one.
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, tokens_per_pass: int, tokens: TokenMap | None, projected_dims: int | None
+        self,
+        backbone: PreTrainedModel,
+        pooling: Pooling,
+        tokens_per_pass: int,
+        tokens: TokenMap | None = None,
+        projected_dims: int | None = None,
     ) -> None:
         super().__init__()
-        self.backbone, self.tokens_per_pass, self.tokens = backbone, tokens_per_pass, tokens
+        self.backbone, self.pooling = backbone, pooling
+        self.tokens_per_pass, self.tokens = tokens_per_pass, tokens
         self.projection: torch.nn.Linear | None = None
         if projected_dims is not None:
             self.projection = torch.nn.Linear(backbone.config.hidden_size, projected_dims, bias=False)
@@ -48,7 +56,7 @@ class Student(torch.nn.Module):
         """Vectors of texts before normalisation [n, d], followed by their projections where there is a map."""
         if self.tokens is not None:
             tokens = remap(tokens, self.tokens)
-        v_nd = encode(self.backbone, tokens, tokens_per_pass=self.tokens_per_pass)
+        v_nd = encode(self.backbone, tokens, pooling=self.pooling, tokens_per_pass=self.tokens_per_pass)
         return v_nd if self.projection is None else torch.cat([v_nd, self.projection(v_nd)], dim=1)
 
 

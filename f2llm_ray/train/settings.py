@@ -92,6 +92,9 @@ class TrainStage(Section):
     betas: Output[tuple[float, float]] = (0.9, 0.98)
     clip: Output[float] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    freeze_embeddings: Output[bool] = False
+    """Leave the input embeddings as they are. In a small multilingual model they are most of the parameters, and
+    the optimizer's step over them most of the time of a step on CPU."""
     checkpoint_every: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=500, ge=1)
     """Optimizer steps between checkpoints."""
     validation_rows: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=4096, ge=1)

@@ -23,11 +23,11 @@ from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import distinct_keys
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.tokens.build import write_store
+from f2llm_ray.data.tokens.build import read_prompts, write_store
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
 from f2llm_ray.engine.vector_files import VectorWriter
-from f2llm_ray.model.checkpoint import load_info
+from f2llm_ray.model.checkpoint import load_info, prompts_of
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import TrainBatch
@@ -68,7 +68,7 @@ def teach(
         max_tokens: tokens after which such a teacher's texts are cut.
         shards: number of key ranges of the stores.
         out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher has
-            another tokenizer than the prepared data.
+            another tokenizer or other prompts than the prepared data.
 
     Returns:
         Facts for the manifest: `texts` (distinct), `dims`, `bytes`, `own_tokenizer`; of this call `encoded_texts`,
@@ -89,18 +89,20 @@ def teach(
         nonlocal started
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
-    dims = learned_dims(settings, load_info(teacher).dims[-1], load_info(student).dims[-1])
-    own = bool(differences(prepared / "tokenizer", teacher))
+    info, data_prompts = load_info(teacher), read_prompts(prepared)
+    prompts = prompts_of(info, data_prompts)
+    own = prompts != data_prompts or bool(differences(prepared / "tokenizer", teacher))
     tokens = out / "tokens" if own else prepared / "tokens"
+    dims = learned_dims(settings, info.dims[-1], load_info(student).dims[-1])
     if own and not tokens.exists(META):
         if not prepared.exists("rows"):
             raise RunError(
-                f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer than the prepared data and "
-                "needs its texts"
+                f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer or other prompts than the "
+                "prepared data and needs its texts"
             )
         with teacher.as_local() as folder:
             tokenizer = load_tokenizer(folder)
-        write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens)
+        write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens, prompts=prompts)
         lap("tokens")
     make = partial(PieceEncoder, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
     start = partial(
@@ -255,10 +257,20 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:
-    """Raises RunError for a teacher with another tokenizer than the prepared data: it cannot read a batch."""
+    """Raises RunError for a teacher with another tokenizer or other prompts than the prepared data.
+
+    It cannot read a batch.
+    """
     other = differences(prepared / "tokenizer", teacher)
     if other:
         raise RunError(
             f"{teacher.uri}/{TOKENIZER}: not the tokenizer of the prepared data in {prepared.uri}; they differ in "
             f"{', '.join(other)}. A batch has the prepared tokens alone: set distill.teacher_vectors to cached"
+        )
+    data = read_prompts(prepared)
+    wanted = prompts_of(load_info(teacher), data)
+    if wanted != data:
+        raise RunError(
+            f"{teacher.uri}: its prompts are {wanted.query!r} and {wanted.document!r}, those of the prepared data "
+            f"{data.query!r} and {data.document!r}: set distill.teacher_vectors to cached"
         )

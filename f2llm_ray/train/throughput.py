@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
 from f2llm_ray.engine.encode import passes_of
+from f2llm_ray.model.families import axis_sizes, family_of
 from f2llm_ray.model.sizes import count_parameters
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -45,20 +50,45 @@ def positions(
 class Flops:
     """FLOPs of training on texts, once forward and twice that backward; recomputation does not count.
 
-    Kaplan et al. 2020 (section 2.1): two per token and parameter outside the embeddings, and two per layer, query
-    channel and pair of tokens, of which a causal model sees half. PaLM's MFU (Chowdhery et al. 2022).
+    Kaplan et al. 2020 (section 2.1): two per token and parameter outside the embeddings, and four per layer, query
+    channel and pair of tokens that see each other: half of all in a causal model, fewer where a layer has a
+    sliding window. PaLM's MFU (Chowdhery et al. 2022).
     """
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         config = backbone.config
         self.per_token = 6 * count_parameters(backbone)[1]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.per_pair = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim
+        self.per_pair = 12 * axis_sizes(config)["heads"]
+        self.windows = windows_of(config)
+        self.causal = family_of(config).causal
 
     def __call__(self, tokens: Sequence[Tokens]) -> float:
         """FLOPs of a step on these texts."""
-        lengths = [len(text) for text in tokens]
-        return float(self.per_token * sum(lengths) + self.per_pair * sum(length * length for length in lengths))
+        lengths_n = np.array([len(text) for text in tokens], dtype=np.float64)
+        pairs = sum(
+            layers * float(seen_pairs(lengths_n, window, causal=self.causal).sum())
+            for window, layers in self.windows.items()
+        )
+        return self.per_token * float(lengths_n.sum()) + self.per_pair * pairs
+
+
+def windows_of(config: PreTrainedConfig) -> dict[int | None, int]:
+    """How many layers see so many tokens to a side, the token itself among them; None is all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    sliding = sum(kind == "sliding_attention" for kind in kinds)
+    if not sliding:
+        return {None: len(kinds)}
+    # ModernBERT's half window leaves the token itself out.
+    window = config.sliding_window + (config.model_type == "modernbert")
+    return {None: len(kinds) - sliding, window: sliding}
+
+
+def seen_pairs(lengths_n: Floats, window: int | None, *, causal: bool) -> Floats:
+    """Pairs of tokens of each text [n] of which one sees the other, with half the diagonal where it is causal."""
+    reach_n = lengths_n if window is None else np.minimum(lengths_n, window)
+    if causal:
+        return lengths_n * reach_n - reach_n * reach_n / 2
+    return lengths_n * (2 * reach_n - 1) - reach_n * (reach_n - 1)
 
 
 def peak_flops_per_second(precision: str) -> float | None:

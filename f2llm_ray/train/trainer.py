@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
+from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
@@ -48,6 +50,7 @@ def train(
 
     if teacher is not None:
         check_online(prepared, teacher)
+    training = replace(training, prompts=read_prompts(prepared))
     if taught is None:
         write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
     settings, compute = training.settings, training.compute

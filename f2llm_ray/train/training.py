@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from f2llm_ray.data.batches.build import BatchPlan, build_batches
-from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.data.schema import SourceFacts, TextPrompts
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
@@ -32,6 +32,8 @@ class Training:
     seed: int
     compute: Compute
     tracking: Tracking = field(default_factory=Tracking)
+    prompts: TextPrompts = field(default_factory=TextPrompts)
+    """What the texts of the prepared data start with."""
     sets: Mapping[str, Folder] = field(default_factory=dict)
     """Evaluation sets that each checkpoint is measured on beside training; none where empty."""
     divisors: tuple[int, ...] = (1,)

@@ -50,7 +50,7 @@ def test_packed_bucketed_padded_and_single_give_the_same_vectors_and_gradients(t
             use_varlen(backbone)
         assert packs(backbone) is packed
         backbone.zero_grad()
-        vectors = encode(backbone, texts, tokens_per_pass=budget)
+        vectors = encode(backbone, texts, pooling="last", tokens_per_pass=budget)
         (vectors * target).sum().backward()
         gradients = torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()])
         results.append((vectors.detach(), gradients.clone()))
@@ -80,13 +80,13 @@ def test_order_and_neighbours_do_not_matter(texts: list[np.ndarray]) -> None:
     backbone = random_backbone(SHAPE, 100, seed=0).eval()
     order = np.random.default_rng(1).permutation(len(texts))
     with torch.no_grad():
-        whole = encode(backbone, texts, tokens_per_pass=512)
-        shuffled = encode(backbone, [texts[index] for index in order], tokens_per_pass=512)
+        whole = encode(backbone, texts, pooling="last", tokens_per_pass=512)
+        shuffled = encode(backbone, [texts[index] for index in order], pooling="last", tokens_per_pass=512)
     torch.testing.assert_close(shuffled, whole[torch.from_numpy(order)], rtol=0, atol=1e-5)
 
 
 def test_no_texts_give_no_vectors() -> None:
-    assert encode(random_backbone(SHAPE, 100, seed=0), [], tokens_per_pass=64).shape == (0, 32)
+    assert encode(random_backbone(SHAPE, 100, seed=0), [], pooling="last", tokens_per_pass=64).shape == (0, 32)
 
 
 @torch.no_grad()

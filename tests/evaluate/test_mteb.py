@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -50,24 +51,18 @@ def task(kind: str, prompt: Any = None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("asked", "prompt_type", "said"),
+    ("asked", "said"),
     [
-        (task("STS"), None, "Retrieve semantically similar text."),
-        (task("BitextMining"), None, "Retrieve translations of the following text."),
-        (task("Classification"), None, "Classify the topic of the given text."),
-        (
-            task("Retrieval"),
-            PromptType.query,
-            "Given a question, retrieve passages that can help answer the question.",
-        ),
-        (task("Retrieval"), PromptType.document, ""),
-        (task("Retrieval", {"query": "Find the law"}), PromptType.query, "Find the law"),
-        (task("Retrieval", {"query": "Find the law"}), PromptType.document, ""),
-        (task("Classification", "Name the feeling"), None, "Name the feeling"),
+        (task("STS"), "Retrieve semantically similar text."),
+        (task("BitextMining"), "Retrieve translations of the following text."),
+        (task("Classification"), "Classify the topic of the given text."),
+        (task("Retrieval"), "Given a question, retrieve passages that can help answer the question."),
+        (task("Retrieval", {"query": "Find the law"}), "Find the law"),
+        (task("Classification", "Name the feeling"), "Name the feeling"),
     ],
 )
-def test_prompts_are_the_tasks_own_or_the_papers(asked: Any, prompt_type: Any, said: str) -> None:
-    assert instruction_of(asked, prompt_type) == said
+def test_prompts_are_the_tasks_own_or_the_papers(asked: Any, said: str) -> None:
+    assert instruction_of(asked) == said
 
 
 def test_vectors_are_the_engines(folder: Path) -> None:
@@ -80,6 +75,17 @@ def test_vectors_are_the_engines(folder: Path) -> None:
     documents = model.encode(batches, task_metadata=task("Retrieval"), prompt_type=PromptType.document)
     np.testing.assert_allclose(documents, engine.embed(LINES), atol=1e-6)
     assert np.abs(queries - documents).max() > 1e-3
+
+
+def test_a_model_without_instructions_has_its_own_prompts(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "model")
+    facts = json.loads((copy / "f2llm.json").read_text())
+    prompts = {"query": "query: ", "document": "passage: "}
+    (copy / "f2llm.json").write_text(json.dumps({**facts, "instructions": False, "prompts": prompts}))
+    model, engine = MtebEncoder(copy), Engine(copy)
+    for kind, prompt in ((PromptType.query, "query: "), (PromptType.document, "passage: "), (None, "query: ")):
+        found = model.encode([{"text": LINES}], task_metadata=task("Retrieval"), prompt_type=kind)
+        np.testing.assert_allclose(found, engine.embed(LINES, prompt=prompt), atol=1e-6)
 
 
 def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path, tmp_path: Path) -> None:

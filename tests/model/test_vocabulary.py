@@ -15,6 +15,7 @@ from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, load_info, save_model
 from f2llm_ray.model.prune import Kept, prune
 from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, load_map, remap, save_map
+from tests.encoders import KINDS, tokenizer_of
 from tests.tiny import LINES, tiny_model
 
 CORPUS = [*LINES[:3], "sat on the mat", "the rain, the red rain", "der Hund", "manzana"]
@@ -51,8 +52,8 @@ def test_texts_of_the_corpus_get_the_same_tokens_and_vectors(parent: Path, tmp_p
     model = prune(backbone, whole)
     assert model.embed_tokens.weight.shape == (len(kept), 32)
     with torch.no_grad():
-        expected = encode(backbone, before, tokens_per_pass=1000)
-        assert torch.equal(encode(model, after, tokens_per_pass=1000), expected)
+        expected = encode(backbone, before, pooling="last", tokens_per_pass=1000)
+        assert torch.equal(encode(model, after, pooling="last", tokens_per_pass=1000), expected)
     save_model(tmp_path, model, small, load_info(parent))
     end = small.get_vocab_size() - 1 if kept[-1] == tokenizer.token_to_id("<|endoftext|>") else None
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -102,6 +103,44 @@ def sentencepiece_like(*, byte_fallback: bool) -> str:
     return tokenizer.to_str()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoders_read_the_corpus_as_before(kind: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    counts = np.bincount(np.concatenate(tokenize(tokenizer, CORPUS)), minlength=tokenizer.get_vocab_size())
+    vocabulary = Vocabulary(tokenizer)
+    kept = vocabulary.choose(counts, None)
+    small, table = vocabulary.cut(kept)
+    assert len(kept) == small.get_vocab_size() < tokenizer.get_vocab_size() - 10
+    before, after = tokenize(tokenizer, CORPUS), tokenize(small, CORPUS)
+    for old, new, mapped in zip(before, after, remap(before, table), strict=True):
+        assert [tokenizer.id_to_token(i) for i in old] == [small.id_to_token(i) for i in new]
+        assert new.tolist() == mapped.tolist()
+    for text in [*CORPUS, *OTHERS]:  # nothing becomes unknown that was not, and the text is the same
+        old, new = (one.encode(text, add_special_tokens=False) for one in (tokenizer, small))
+        unknown = [token for token in old.tokens if "unk" in token.lower()]
+        assert [token for token in new.tokens if "unk" in token.lower()] == unknown
+        mapped = remap([np.array(old.ids, np.uint32)], table)[0] if old.ids else []
+        assert small.decode(list(mapped)) == small.decode(new.ids) == tokenizer.decode(old.ids)
+
+
+def test_a_piece_that_went_is_spelt_by_the_likeliest_pieces_left() -> None:
+    from tokenizers import Tokenizer, models
+
+    scores = [("<unk>", 0.0), ("a", -3.0), ("b", -3.0), ("c", -9.0), ("ab", -4.0), ("bc", -4.5), ("abc", -5.0)]
+    tokenizer = Tokenizer(models.Unigram(scores, 0, False))
+    vocabulary = Vocabulary(tokenizer)
+    small, table = vocabulary.cut(np.array([0, 1, 2, 3, 5]))  # without "ab" and "abc"
+    assert small.encode("abc").tokens == ["a", "bc"]
+    assert [small.id_to_token(int(i)) for i in remap([np.array([6, 4], np.uint32)], table)[0]] == [
+        "a",
+        "bc",
+        "a",
+        "b",
+    ]
+    counts = np.bincount([6], minlength=7)
+    assert vocabulary.choose(counts, None).tolist() == [0, 1, 2, 3, 6]  # characters, and the least likely one
+
+
 def test_only_what_lies_on_the_way_is_kept_and_dropped_letters_become_bytes() -> None:
     from tokenizers import Tokenizer
 
@@ -120,11 +159,11 @@ def test_only_what_lies_on_the_way_is_kept_and_dropped_letters_become_bytes() ->
 def test_kinds_that_cannot_be_cut_are_refused(parent: Path) -> None:
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(RecipeError, match=r"prune\.vocabulary: the tokenizer's model is Unigram; only byte-pair"):
-        Vocabulary(Tokenizer(models.Unigram([("a", -1.0)])))
+    with pytest.raises(RecipeError, match=r"the tokenizer's model is WordLevel; only BPE, Unigram, WordPiece can"):
+        Vocabulary(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))  # noqa: S106
     with pytest.raises(RecipeError, match="has 1 of the 256 bytes"):
         Vocabulary(Tokenizer(models.BPE({"a": 0}, [])))
-    with pytest.raises(RecipeError, match=r"prune\.vocabulary: 100 wanted; bytes and special tokens are 257"):
+    with pytest.raises(RecipeError, match=r"prune\.vocabulary: 100 wanted; characters and special tokens are 257"):
         Vocabulary(load_tokenizer(parent)).choose(counts_of(parent, CORPUS), 100)
 
 

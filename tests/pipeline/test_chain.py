@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from f2llm_ray.base.errors import RecipeError, RunError
+from f2llm_ray.data.schema import TextPrompts
+from f2llm_ray.data.tokens.build import write_prompts
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.settings import Backbone
 from f2llm_ray.pipeline.declare import declare
@@ -67,6 +69,7 @@ def test_a_chain_keeps_the_facts_of_the_model_and_refuses_int8_weights(tmp_path:
     """Int8 weights would be taken for float ones, and nothing would say so."""
     folder, prepared = tiny_model(tmp_path / "model"), tmp_path / "prepared"
     shutil.copytree(folder, prepared / "tokenizer")
+    write_prompts(Folder.at(str(prepared)), TextPrompts())
     places: Any = {"prepared": Folder.at(str(prepared)), "out": Folder.at(str(tmp_path / "out"))}
     make_untrained(Backbone(path=str(folder)), 0, model_name="again", max_tokens=64, **places)
     before, after = load_info(folder), load_info(tmp_path / "out" / "model")

@@ -29,7 +29,7 @@ def eager(shape: Shape) -> Any:
 def test_flops_are_those_that_torch_counts(shape: Shape) -> None:
     backbone = eager(shape)
     with FlopCounterMode(display=False) as forward:
-        vectors = encode(backbone, texts(), tokens_per_pass=TOKENS)
+        vectors = encode(backbone, texts(), pooling="last", tokens_per_pass=TOKENS)
     with FlopCounterMode(display=False) as backward:
         vectors.sum().backward()
     # Eager attention computes both halves of the scores. Under 1 % is left: our count has norms for matrices.
@@ -49,10 +49,12 @@ def test_recomputation_costs_what_torch_counts(chunks: int, checkpointing: bool)
         backbone.gradient_checkpointing_enable()
     budget = TOKENS // chunks
     with FlopCounterMode(display=False) as forward:
-        encode(backbone, texts(), tokens_per_pass=TOKENS)
+        encode(backbone, texts(), pooling="last", tokens_per_pass=TOKENS)
     with FlopCounterMode(display=False) as step:
         cached_backward(
-            lambda some: encode(backbone, [texts()[place] for place in some], tokens_per_pass=budget),
+            lambda some: encode(
+                backbone, [texts()[place] for place in some], pooling="last", tokens_per_pass=budget
+            ),
             plan_passes([LENGTH] * TEXTS, budget),
             lambda v_nd: (v_nd.pow(2).sum(), None),
             lambda loss, _: loss.backward(),

@@ -101,7 +101,7 @@ def test_activations_are_what_a_forward_pass_saves(
         planned -= layer_bytes_per_token(shape, work.float_bytes) * TOKENS // passes
     saved = Saved(backbone)
     with saved.watched():
-        vectors = encode(backbone, texts(), tokens_per_pass=work.tokens_per_pass)
+        vectors = encode(backbone, texts(), pooling="last", tokens_per_pass=work.tokens_per_pass)
     assert vectors.requires_grad
     # The rest are token ids, the rotations of the positions, and the places of the last tokens: 8 bytes a token
     # and a table per pass, against some 300 bytes a token at least.
@@ -114,7 +114,7 @@ def test_a_larger_shape_agrees_closer() -> None:
     backbone = random_backbone(shape, VOCABULARY, seed=0).train()
     saved = Saved(backbone)
     with saved.watched():
-        vectors = encode(backbone, texts(), tokens_per_pass=TOKENS)
+        vectors = encode(backbone, texts(), pooling="last", tokens_per_pass=TOKENS)
     assert saved.now == pytest.approx(activation_bytes(work_of(shape)), rel=0.002)
     del vectors
     assert saved.now == 0, "the measure sees what is let go"
@@ -132,7 +132,9 @@ def test_gradcache_holds_the_activations_of_one_chunk(chunks: int, passes: int) 
     saved = Saved(backbone)
     with saved.watched():
         cached_backward(
-            lambda some: encode(backbone, [texts()[place] for place in some], tokens_per_pass=budget // passes),
+            lambda some: encode(
+                backbone, [texts()[place] for place in some], pooling="last", tokens_per_pass=budget // passes
+            ),
             found,
             lambda v_nd: (v_nd.pow(2).sum(), None),
             lambda loss, _: loss.backward(),
@@ -159,7 +161,7 @@ def test_gradients_are_whole_until_the_last_pass_goes_backward() -> None:
     backbone.layers[-1].register_full_backward_pre_hook(lambda *_: events.append("pass"))
     for parameter in backbone.layers.parameters():
         parameter.register_post_accumulate_grad_hook(lambda _: events.append("gradient"))
-    encode(backbone, texts(), tokens_per_pass=TOKENS // 4).pow(2).sum().backward()
+    encode(backbone, texts(), pooling="last", tokens_per_pass=TOKENS // 4).pow(2).sum().backward()
     assert events.count("pass") == 4
     assert events.count("gradient") == len(list(backbone.layers.parameters()))
     assert "gradient" not in events[: len(events) - events[::-1].index("pass") - 1]

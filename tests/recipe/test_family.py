@@ -174,7 +174,7 @@ def test_a_scaled_down_twin_embeds(name: str) -> None:
     assert count_parameters(backbone)[0] == parameters(shape, TWIN_VOCABULARY)
     tokens = [np.arange(1, length, dtype=np.uint32) for length in (3, 9, 5)]
     with torch.no_grad():
-        vectors = encode(backbone, tokens, tokens_per_pass=64)
+        vectors = encode(backbone, tokens, pooling="last", tokens_per_pass=64)
     assert vectors.shape == (3, shape.hidden)
     assert torch.isfinite(vectors).all()
 

@@ -20,7 +20,7 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import part_scores
 from f2llm_ray.shrink.importance import magnitude, measure, written_by_groups
 from f2llm_ray.shrink.shrink import by_turns
-from tests.model.small import FAMILIES, decoder, texts
+from tests.model.small import FAMILIES, backbone, texts
 from tests.tiny import tiny_model
 
 NAMES = ("hidden_d", "ffn_lf", "kv_heads_lg", "layers_l")
@@ -42,9 +42,9 @@ def dead_parts(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_dead_parts_are_the_first_to_go(model_type: str) -> None:
-    model = decoder(model_type, seed=1)
+    model = backbone(model_type, seed=1)
     dead_parts(model)
-    importance = measure(model, texts(), tokens_per_pass=10_000).importance()
+    importance = measure(model, texts(), pooling="last", tokens_per_pass=10_000).importance()
     assert choose(importance, Prune(model="x", layers=2)).layers == (0, 2)
     kept = choose(importance, Prune(model="x", hidden=31, ffn=46, kv_heads=1))
     assert set(range(32)) - set(kept.hidden) == {5}
@@ -54,29 +54,31 @@ def test_dead_parts_are_the_first_to_go(model_type: str) -> None:
 
 
 def test_a_layers_score_is_how_far_the_vectors_turn_without_it() -> None:
-    model = decoder("gemma3_text")
-    found = measure(model, texts(), tokens_per_pass=200).importance().layers_l
+    model = backbone("gemma3_text")
+    found = measure(model, texts(), pooling="last", tokens_per_pass=200).importance().layers_l
     with torch.no_grad():
-        whole = encode(model, texts(), tokens_per_pass=10_000)
+        whole = encode(model, texts(), pooling="last", tokens_per_pass=10_000)
         for skipped in range(3):
-            less = decoder("gemma3_text")
+            less = backbone("gemma3_text")
             less.layers[skipped].self_attn.o_proj.weight.zero_()
             less.layers[skipped].mlp.down_proj.weight.zero_()
-            without = encode(less, texts(), tokens_per_pass=10_000)
+            without = encode(less, texts(), pooling="last", tokens_per_pass=10_000)
             turned = (1 - cosine_similarity(whole, without, dim=-1)).mean()
             torch.testing.assert_close(found[skipped].float(), turned, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_padding_packing_and_the_split_do_not_matter(model_type: str) -> None:
-    model, given = decoder(model_type), texts(40)
-    alone = measure(model, given[:1], tokens_per_pass=64)
+    model, given = backbone(model_type), texts(40)
+    alone = measure(model, given[:1], pooling="last", tokens_per_pass=64)
     for text in given[1:]:  # one text a pass: no padding anywhere
-        alone = alone + measure(model, [text], tokens_per_pass=64)
-    padded = measure(model, given, tokens_per_pass=10_000)
-    split = measure(model, given[:13], tokens_per_pass=100) + measure(model, given[13:], tokens_per_pass=100)
+        alone = alone + measure(model, [text], pooling="last", tokens_per_pass=64)
+    padded = measure(model, given, pooling="last", tokens_per_pass=10_000)
+    split = measure(model, given[:13], pooling="last", tokens_per_pass=100) + measure(
+        model, given[13:], pooling="last", tokens_per_pass=100
+    )
     use_varlen(model)
-    packed = measure(model, given, tokens_per_pass=10_000)
+    packed = measure(model, given, pooling="last", tokens_per_pass=10_000)
     for other in (padded, split, packed):
         assert (other.tokens, other.texts) == (alone.tokens, alone.texts)
         for name in NAMES:
@@ -96,7 +98,7 @@ def test_what_groups_write_is_the_norm_of_their_part_of_the_output() -> None:
 
 
 def test_magnitude_sees_the_weights() -> None:
-    model = decoder("qwen3")
+    model = backbone("qwen3")
     with torch.no_grad():
         model.layers[1].mlp.up_proj.weight[3] = 10
         model.layers[2].self_attn.q_proj.weight[16:] *= 100
@@ -131,7 +133,7 @@ def test_the_scores_of_two_actors_are_those_of_one_process(
     finally:
         ray.shutdown()
     model = load_backbone(Path(parent.path)).eval()
-    whole = measure(model, given, tokens_per_pass=part_scores.TOKENS_PER_PASS).importance()
+    whole = measure(model, given, pooling="last", tokens_per_pass=part_scores.TOKENS_PER_PASS).importance()
     for name in NAMES:
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-6, atol=1e-6)
     wanted = Prune(model="x", hidden=16, ffn=30, kv_heads=1)
@@ -139,7 +141,7 @@ def test_the_scores_of_two_actors_are_those_of_one_process(
 
 
 def test_scores_are_read_back_and_what_is_no_score_is_refused(tmp_path: Path) -> None:
-    importance = measure(decoder("llama"), texts(), tokens_per_pass=500).importance()
+    importance = measure(backbone("llama"), texts(), pooling="last", tokens_per_pass=500).importance()
     part_scores.save(importance, tmp_path, {"texts": 30})
     for name in NAMES:
         assert torch.equal(getattr(part_scores.load(tmp_path), name), getattr(importance, name))

@@ -185,7 +185,7 @@ class Encoder(torch.nn.Module):
         self.backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
 
     def forward(self, tokens: list[Any]) -> torch.Tensor:
-        return encode(self.backbone, tokens, tokens_per_pass=10**6)
+        return encode(self.backbone, tokens, pooling="last", tokens_per_pass=10**6)
 
 
 def _texts(rank: int) -> list[Any]:

@@ -28,7 +28,10 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"zero{zero}": {"precision": "fp32", "zero_stage": zero} for zero in (0, 1, 2, 3)},
     **{f"bf16-zero{zero}": {"precision": "bf16", "zero_stage": zero} for zero in (1, 3)},
     "offload": {"precision": "fp32", "zero_stage": 2, "offload": True},
+    **{f"frozen-zero{zero}": {"precision": "fp32", "zero_stage": zero} for zero in (0, 2, 3)},
 }
+FROZEN = "frozen-"
+"""Kinds whose input embeddings stay as they are."""
 
 
 def texts(step: int) -> list[np.ndarray[Any, Any]]:
@@ -40,8 +43,11 @@ def start(name: str, world: int) -> Any:
     from f2llm_ray.train.deepspeed import start_engine
     from f2llm_ray.train.objective import Student
 
-    stage = TrainStage.model_validate({"global_batch": BATCH, "engine": ENGINES[name]})
-    return start_engine(Student(random_backbone(SHAPE, 50, seed=0), 4096, None, None), stage, world)
+    frozen = name.startswith(FROZEN)
+    stage = TrainStage.model_validate(
+        {"global_batch": BATCH, "engine": ENGINES[name], "freeze_embeddings": frozen}
+    )
+    return start_engine(Student(random_backbone(SHAPE, 50, seed=0), "last", 4096), stage, world)
 
 
 def train(engine: Any, steps: range, rank: int, world: int, noise: float = 0.1) -> list[float]:
@@ -136,6 +142,15 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def test_going_on_equals_never_having_stopped_to_the_last_bit(found: dict[str, Any]) -> None:
     assert found["same"]["losses"] == found["losses"][SAVED:]
     assert furthest(found["same"]["weights"], found["weights"]) == 0
+
+
+def test_frozen_embeddings_stay_and_the_rest_is_trained(folder: Path) -> None:
+    before = random_backbone(SHAPE, 50, seed=0).state_dict()
+    for kind in ENGINES:
+        after = torch.load(folder / "found-2.pt")[kind]["weights"]
+        moved = {name for name, value in after.items() if not torch.equal(value, before[name].float())}
+        expected = set(before) - ({"embed_tokens.weight"} if kind.startswith(FROZEN) else set())
+        assert moved == expected, kind
 
 
 def test_another_number_of_workers_goes_on_nearly_the_same(folder: Path) -> None:

@@ -83,7 +83,12 @@ def test_equal_checkpoints_merge_to_the_model_bit_for_bit(stage: Path) -> None:
     folders = (stage / "model", stage.parent / "merged-3" / "model")
     assert [load_info(folder).name for folder in folders] == ["tiny", "tiny-merged"]
     vectors = [
-        encode(load_backbone(folder).eval(), tokenize(load_tokenizer(folder), LINES, None), tokens_per_pass=256)
+        encode(
+            load_backbone(folder).eval(),
+            tokenize(load_tokenizer(folder), LINES, None),
+            pooling="last",
+            tokens_per_pass=256,
+        )
         for folder in folders
     ]
     assert torch.equal(*vectors)

@@ -21,7 +21,8 @@ from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import TrainStage
-from f2llm_ray.train.throughput import Flops, positions
+from f2llm_ray.train.throughput import Flops, positions, seen_pairs
+from tests.model.small import FAMILIES, backbone
 
 SHAPE = Shape(hidden=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn=32)
 VOCABULARY, ROWS, WORLD = 60, 4, 2
@@ -92,7 +93,7 @@ def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
         loss, flops = StageLoss(stage, SOURCES, SHAPE.hidden), Flops(backbone)
         if stage.engine.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
-        engine = start_engine(Student(backbone, stage.engine.tokens_per_pass, None, None), stage, WORLD)
+        engine = start_engine(Student(backbone, "last", stage.engine.tokens_per_pass), stage, WORLD)
         engine.train()
         steps = batches(slice(rank * share, (rank + 1) * share))
         coming = chain.from_iterable(steps)
@@ -133,7 +134,7 @@ def by_hand() -> dict[str, Any]:
     for step in batches(slice(None)):
         gradients = []
         for batch in step:
-            v_nd = encode(backbone, batch.tokens, tokens_per_pass=4096)
+            v_nd = encode(backbone, batch.tokens, pooling="last", tokens_per_pass=4096)
             value = loss(v_nd, batch)[0]
             losses.append(value.item())
             gradients.append(torch.autograd.grad(value, parameters))
@@ -181,18 +182,34 @@ def test_counts_are_of_both_workers(found: dict[str, Any]) -> None:
         assert all(batch.positions >= batch.tokens for batch in done.batches)
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    """All matrix products of a forward and backward pass; attention is counted whole there, and half by us."""
+@pytest.mark.parametrize("kind", ["qwen3 of a shape", *FAMILIES])
+def test_flops_are_those_that_torch_counts(kind: str) -> None:
+    """All matrix products of a forward and backward pass; attention is counted whole there, and as seen by us."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
-    backbone.set_attn_implementation("eager")
+    model = random_backbone(SHAPE, VOCABULARY, seed=0) if kind == "qwen3 of a shape" else backbone(kind)
+    model.set_attn_implementation("eager")
     tokens = [np.arange(40, dtype=np.uint32)]
     with FlopCounterMode(display=False) as counter:
-        encode(backbone, tokens, tokens_per_pass=64).sum().backward()
-    pairs = Flops(backbone).per_pair * 40 * 40
-    # Norm weights are parameters but no matrix products, and the first layer's input needs no gradient.
-    assert counter.get_total_flops() == pytest.approx(Flops(backbone)(tokens) + pairs, rel=0.05)
+        encode(model, tokens, pooling="mean", tokens_per_pass=64).sum().backward()
+    flops = Flops(model)
+    seen = flops(tokens) - flops.per_token * 40
+    whole = flops.per_pair * sum(flops.windows.values()) * 40 * 40
+    # Norm weights and biases are parameters but no matrix products, and the first layer's input needs no gradient.
+    assert counter.get_total_flops() == pytest.approx(flops(tokens) - seen + whole, rel=0.06)
+    assert 0 < seen <= whole
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 4, 10, 100])
+def test_pairs_are_those_that_see_each_other(window: int | None, causal: bool) -> None:
+    for length in (1, 3, 10, 25):
+        behind = np.arange(length)[:, None] - np.arange(length)
+        seen = (behind >= 0) if causal else np.ones_like(behind, bool)
+        seen &= np.abs(behind) < (window or length)
+        expected = seen.sum() - (min(length, window or length) / 2 if causal else 0)
+        found = seen_pairs(np.array([length], float), window, causal=causal)
+        assert found[0] == pytest.approx(expected)
 
 
 def test_positions_are_those_the_encoder_computes() -> None:
@@ -203,6 +220,6 @@ def test_positions_are_those_the_encoder_computes() -> None:
     for chunks in ([list(range(12))], [[0, 5, 7], [1, 2, 3, 4, 6], [8, 9, 10, 11]]):
         seen.clear()
         for chunk in chunks:
-            encode(backbone, [batch.tokens[place] for place in chunk], tokens_per_pass=64)
+            encode(backbone, [batch.tokens[place] for place in chunk], pooling="last", tokens_per_pass=64)
         assert positions(backbone, batch.tokens, chunks, 64) == sum(seen)
     hook.remove()

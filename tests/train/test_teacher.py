@@ -400,7 +400,7 @@ def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) ->
 
 def test_the_projection_is_trained_and_begins_as_the_first_dims(made: Made) -> None:
     engine = Engine(made.model)
-    student = Student(engine.backbone, 4096, None, 40)
+    student = Student(engine.backbone, "last", 4096, projected_dims=40)
     tokens = engine.tokenize(["one", "and another"])
     both = student(tokens)
     assert both.shape == (2, HIDDEN + 40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -13,9 +14,9 @@ import pyarrow.compute as pc
 
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.data.flow import map_groups, part_file
-from f2llm_ray.data.keys import shard_of
+from f2llm_ray.data.keys import prompted, shard_of
 from f2llm_ray.data.ragged import lengths_of
-from f2llm_ray.data.schema import KEY, key_numbers, query_text
+from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, query_text
 from f2llm_ray.data.tokens import store as tokens
 from f2llm_ray.run.folder import Folder
 
@@ -26,6 +27,7 @@ INDEX = pa.schema([("key", KEY), ("piece", pa.int64()), ("offset", pa.uint64()),
 # What a text is to its row.
 QUERY, INSTRUCTED, PASSAGE, NEGATIVE = range(4)
 TOKENIZE_ROWS = 4096
+PROMPTS = "prompts.json"
 
 
 def write_store(
@@ -35,6 +37,8 @@ def write_store(
     tokenizer: Tokenizer,
     prepared: Folder,
     store: Folder,
+    *,
+    prompts: TextPrompts,
 ) -> tuple[int, int]:
     """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
@@ -45,6 +49,7 @@ def write_store(
         tokenizer: one that ends texts with EOS.
         prepared: folder with `rows/` and `table/`.
         store: gets the files.
+        prompts: what the texts start with in this store; `prepared` says those that the table's ids are of.
 
     Returns:
         Number of texts and of tokens.
@@ -63,6 +68,8 @@ def write_store(
         tokenizer=tokenizer.to_str(),
         rows=prepared / "rows",
         store=store,
+        prompts=prompts,
+        keyed=read_prompts(prepared),
     )
     written = map_groups(first, "piece", tokenize)
     indexed = map_groups(written, "shard", partial(_index_shard, store=store))
@@ -76,6 +83,16 @@ def write_store(
             tokens.write_index(path, shard, INDEX.empty_table())
         tokens.write_meta(path, shards=shards, texts=texts, tokens=total)
     return texts, total
+
+
+def write_prompts(prepared: Folder, prompts: TextPrompts) -> None:
+    """Says in the prepared data what the texts start with whose ids the table has."""
+    prepared.write_json(PROMPTS, asdict(prompts))
+
+
+def read_prompts(prepared: Folder) -> TextPrompts:
+    """What `write_prompts` wrote."""
+    return TextPrompts(**prepared.read_json(PROMPTS))
 
 
 def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
@@ -118,6 +135,8 @@ def _tokenize_part(
     tokenizer: str,
     rows: Folder,
     store: Folder,
+    prompts: TextPrompts,
+    keyed: TextPrompts,
 ) -> pa.Table:
     from tokenizers import Tokenizer as Tokenizers
 
@@ -125,7 +144,7 @@ def _tokenize_part(
     places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
     loaded = Tokenizers.from_str(tokenizer)
     file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
-    texts = _texts(places, file, instructions[file["source"][0].as_py()])
+    texts = _texts(places, file, instructions[file["source"][0].as_py()], prompts, keyed)
     batches = iter(lambda: list(islice(texts, TOKENIZE_ROWS)), [])
     with store.writing() as path:
         lengths = tokens.write_piece(
@@ -137,20 +156,23 @@ def _tokenize_part(
     return places.drop_columns(["position", "role"])
 
 
-def _texts(places: pa.Table, file: pa.Table, instruction: str) -> Iterator[str]:
+def _texts(
+    places: pa.Table, file: pa.Table, instruction: str, prompts: TextPrompts, keyed: TextPrompts
+) -> Iterator[str]:
     names = ("query", "passage", "negatives", "negative_keys")
     columns = {name: file[name].combine_chunks() for name in names}
-    wanted = (places[name].to_pylist() for name in ("position", "role", "key"))
+    bare = prompted(places["key"].combine_chunks(), keyed.document)  # as rows have the keys of passages
+    wanted = (values.to_pylist() for values in (places["position"], places["role"], bare))
     for position, role, key in zip(*wanted, strict=True):
         if role == NEGATIVE:
             # By its key: the table has fewer negatives than the row was written with.
             number = columns["negative_keys"][position].as_py().index(key)
-            yield columns["negatives"][position][number].as_py()
+            yield prompts.document + columns["negatives"][position][number].as_py()
         elif role == PASSAGE:
-            yield columns["passage"][position].as_py()
+            yield prompts.document + columns["passage"][position].as_py()
         else:
             query = columns["query"][position].as_py()
-            yield query_text(query, instruction) if role == INSTRUCTED else query
+            yield query_text(query, instruction) if role == INSTRUCTED else prompts.query + query
 
 
 def _index_shard(entries: pa.Table, *, store: Folder) -> pa.Table:

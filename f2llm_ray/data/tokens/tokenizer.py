@@ -43,10 +43,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """The fast tokenizer of a hub name or local folder, made to end every text with its own EOS.
+    """The fast tokenizer of a hub name or local folder, with its own template, made to end every text.
 
     Raises:
-        RecipeError: not there, or not a fast tokenizer, or one without an EOS.
+        RecipeError: not there, or not a fast tokenizer, or nothing that could end a text.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -58,13 +58,23 @@ def open_tokenizer(path: str) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise RecipeError(f"tokenizer {path!r} cannot be loaded: {str(error).splitlines()[0]}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None or loaded.eos_token is None:
+    eos = loaded.eos_token or loaded.sep_token
+    if backend is None or eos is None:
         raise RecipeError(f"tokenizer {path!r}: expected a fast tokenizer with an EOS token")
-    return with_eos(backend, loaded.eos_token)
+    try:
+        return with_eos(backend, eos)
+    except ValueError as error:
+        raise RecipeError(f"tokenizer {path!r}: {error}") from None
 
 
 def with_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
-    """The tokenizer with a post-processor that ends every text with EOS (after a BOS, where it had one)."""
+    """The tokenizer with a template that ends every text: its own where that does, else its own and EOS.
+
+    Encoders bring theirs, such as `[CLS] $A [SEP]`; most decoders start with a BOS or nothing.
+
+    Raises:
+        ValueError: its own template ends a text with several tokens, of which cutting a text would lose some.
+    """
     from tokenizers import Tokenizer as Tokenizers
     from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 
@@ -72,7 +82,12 @@ def with_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
     ours.no_truncation()
     ours.no_padding()
     added, bare = ours.encode("a").tokens, ours.encode("a", add_special_tokens=False).tokens
-    prefix = added[: added.index(bare[0])] if bare and bare[0] in added else []
+    start = added.index(bare[0]) if bare and bare[0] in added else 0
+    prefix, suffix = added[:start], added[start + len(bare) :]
+    if len(suffix) > 1:
+        raise ValueError(f"its template ends a text with {suffix}, expected one token")
+    if suffix:
+        return ours
     special = [(token, ours.token_to_id(token)) for token in dict.fromkeys([*prefix, eos])]
     template = TemplateProcessing(
         single=[*prefix, "$A", eos], pair=[*prefix, "$A", "$B:1", f"{eos}:1"], special_tokens=special
@@ -81,18 +96,33 @@ def with_eos(tokenizer: Tokenizer, eos: str) -> Tokenizer:
     return ours
 
 
-def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Writes tokenizer.json and the config that makes AutoTokenizer load it."""
+def template_of(tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The ids that a text starts with, often none, and the one that it ends with."""
+    *prefix, end = tokenizer.encode("").ids
+    return prefix, end
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int, *, pad: str | None = None) -> None:
+    """Writes tokenizer.json and the config that makes AutoTokenizer load it.
+
+    `pad` is the token that an encoder pads with; without it padding is EOS, as it may be anything in a decoder.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    eos = tokenizer.id_to_token(tokenizer.encode("").ids[-1])
+    prefix, end = template_of(tokenizer)
+    eos = tokenizer.id_to_token(end)
+    special = {"eos_token": eos, "pad_token": eos}
+    if pad is not None:
+        special |= {"sep_token": eos, "pad_token": pad}
+        special |= {"cls_token": tokenizer.id_to_token(prefix[0])} if prefix else {}
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=eos,
-        pad_token=eos,
+        **special,
         model_max_length=max_tokens,
         padding_side="right",
         clean_up_tokenization_spaces=False,
+        # Those that all backbones take; the class would also give token types.
+        model_input_names=["input_ids", "attention_mask"],
     )
     wrapped.save_pretrained(folder)
 
