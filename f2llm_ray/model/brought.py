@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.model.checkpoint import CONFIG_FILE, INFO_FILE, POOLING_FLAGS, load_info
+from f2llm_ray.model.checkpoint import CONFIG_FILE, INFO_FILE, POOLING_FLAGS, check_family, load_info
 from f2llm_ray.model.families import Part, Pooling, family_of
+from f2llm_ray.run.folder import Folder
 
 MODULES = {"Transformer", "Pooling", "Normalize"}
 """Modules of sentence-transformers that make the vectors that the engine makes."""
@@ -49,12 +50,10 @@ def brought_by(path: str) -> Brought:
     """
     from transformers import AutoConfig
 
+    check_family(Folder.at(path))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        local = Path(path) / CONFIG_FILE
-        if local.is_file():  # transformers has another sentence for a model_type that it does not know
-            family_of(json.loads(local.read_text(encoding="utf-8")), str(local))
         raise RunError(f"{path}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
     family = family_of(config, path)
     bare = Brought(family.pooling, max_tokens=family.max_tokens(config), cannot_cut=family.cannot_cut)

@@ -161,6 +161,7 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     from f2llm_ray.model.int8 import is_quantized, load_quantized
 
     disable_progress_bar()
+    check_family(Folder.at(str(folder)))
     if is_quantized(folder):
         return load_quantized(Path(folder))
     try:

@@ -78,8 +78,9 @@ class Int8Embedding(nn.Module):
 def quantize(backbone: PreTrainedModel, *, embeddings: bool = True) -> PreTrainedModel:
     """A copy of a float32 backbone with int8 linear layers, and int8 input embeddings where asked for."""
     small = _with_int8_layers(copy.deepcopy(backbone), embeddings=embeddings)
-    float_state, state = backbone.state_dict(), small.state_dict()
-    for name in state:
+    float_state, names = backbone.state_dict(), small.state_dict().keys()
+    state = {name: value for name, value in float_state.items() if name in names}
+    for name in names:
         if name.endswith(".scale"):
             weight = name.removesuffix("scale") + "weight"
             state[weight], state[name] = quantize_rows(float_state[weight])

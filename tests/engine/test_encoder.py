@@ -61,15 +61,17 @@ def test_packed_bucketed_padded_and_single_give_the_same_vectors_and_gradients(t
         torch.testing.assert_close(gradients, results[0][1], rtol=0, atol=1e-9)
 
 
-def test_a_sliding_window_is_the_same_packed_and_alone() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_sliding_window_is_the_same_packed_and_alone(causal: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, 30, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
     starts = torch.tensor([0, 7, 8, 30], dtype=torch.int32)
     module = torch.nn.Identity()
+    module.is_causal = causal
     found, _ = varlen_attention(module, q, k, v, None, scaling=0.3, starts_n1=starts, longest=22, sliding_window=4)
     for first, last in ((0, 7), (7, 8), (8, 30)):
         for place in range(first, last):
-            seen = slice(max(first, place - 3), place + 1)
+            seen = slice(max(first, place - 3), place + 1 if causal else min(last, place + 4))
             for head in range(4):
                 scores = (k[0, head // 2, seen] @ q[0, head, place]) * 0.3
                 expected = torch.softmax(scores, 0) @ v[0, head // 2, seen]

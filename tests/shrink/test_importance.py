@@ -14,13 +14,14 @@ from f2llm_ray.engine.attention import use_varlen
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.model.families import POOLINGS, Pooling, family_of
 from f2llm_ray.model.prune import choose
 from f2llm_ray.model.settings import Prune
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import part_scores
 from f2llm_ray.shrink.importance import magnitude, measure, written_by_groups
 from f2llm_ray.shrink.shrink import by_turns
-from tests.model.small import FAMILIES, backbone, texts
+from tests.model.small import DECODERS, ENCODERS, FAMILIES, TWO_WAY_GEMMA, backbone, texts
 from tests.tiny import tiny_model
 
 NAMES = ("hidden_d", "ffn_lf", "kv_heads_lg", "layers_l")
@@ -40,7 +41,7 @@ def dead_parts(model: torch.nn.Module) -> None:
         model.layers[2].self_attn.v_proj.weight[:8] = 0
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [*DECODERS, TWO_WAY_GEMMA])
 def test_dead_parts_are_the_first_to_go(model_type: str) -> None:
     model = backbone(model_type, seed=1)
     dead_parts(model)
@@ -53,16 +54,40 @@ def test_dead_parts_are_the_first_to_go(model_type: str) -> None:
     assert abs(float(importance.layers_l[1])) < 1e-6
 
 
-def test_a_layers_score_is_how_far_the_vectors_turn_without_it() -> None:
-    model = backbone("gemma3_text")
-    found = measure(model, texts(), pooling="last", tokens_per_pass=200).importance().layers_l
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_dead_channels_of_an_encoder_are_the_first_to_go(model_type: str) -> None:
+    model = backbone(model_type, seed=1)
+    family = family_of(model.config)
+    first, last = (family.layers_of(model)[number] for number in (0, 2))
     with torch.no_grad():
-        whole = encode(model, texts(), pooling="last", tokens_per_pass=10_000)
+        first.get_submodule(family.ffn_out).weight[:, [7, 9]] = 0
+        last.get_submodule(family.attention_out).weight[:, 8:16] = 0
+    importance = measure(model, texts(), pooling="mean", tokens_per_pass=10_000).importance()
+    kept = choose(importance, Prune(model="x", ffn=46, kv_heads=3))
+    assert set(range(48)) - set(kept.ffn[0]) == {7, 9}
+    assert kept.kv_heads[2] == (0, 2, 3)
+
+
+class Skipped(torch.nn.Module):
+    """A layer that passes its input on."""
+
+    attention_type = "full_attention"
+
+    def forward(self, hidden: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return hidden
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_layers_score_is_how_far_the_vectors_turn_without_it(model_type: str, pooling: Pooling) -> None:
+    model, given = backbone(model_type), texts()
+    found = measure(model, given, pooling=pooling, tokens_per_pass=200).importance().layers_l
+    with torch.no_grad():
+        whole = encode(model, given, pooling=pooling, tokens_per_pass=10_000)
         for skipped in range(3):
-            less = backbone("gemma3_text")
-            less.layers[skipped].self_attn.o_proj.weight.zero_()
-            less.layers[skipped].mlp.down_proj.weight.zero_()
-            without = encode(less, texts(), pooling="last", tokens_per_pass=10_000)
+            less = backbone(model_type)
+            family_of(less.config).layers_of(less)[skipped] = Skipped()
+            without = encode(less, given, pooling=pooling, tokens_per_pass=10_000)
             turned = (1 - cosine_similarity(whole, without, dim=-1)).mean()
             torch.testing.assert_close(found[skipped].float(), turned, rtol=1e-3, atol=1e-5)
 
