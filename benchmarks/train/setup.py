@@ -12,8 +12,9 @@ from benchmarks.loader import random_keys
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import list_array
-from f2llm_ray.data.schema import SourceFacts, key_numbers
+from f2llm_ray.data.schema import SourceFacts, TextPrompts, key_numbers
 from f2llm_ray.data.tokens import store as store_files
+from f2llm_ray.data.tokens.build import write_prompts
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import open_tokenizer, train_tokenizer
 from f2llm_ray.engine.settings import Compute
@@ -105,6 +106,7 @@ def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, h
         "validation": pa.array(np.arange(len(order)) < held_out),
     }
     table = pa.table(columns)
+    write_prompts(prepared, TextPrompts())
     (prepared / "table").write_table("pairs.parquet", [table], table.schema)
     with (prepared / "tokens").writing() as folder:
         entries = store_files.write_piece(folder / "000000.bin", iter([tokens]))

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.schema import KEY, key_numbers, seeded_key, text_key
+from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, seeded_key, text_key
 from f2llm_ray.data.tokens import store as tokens
+from f2llm_ray.data.tokens.build import write_prompts
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.engine.vector_files import VectorWriter, shard_name
@@ -216,6 +217,7 @@ def write_prepared(folder: Path, model: Path, sources: dict[str, pa.Table], text
     (folder / "table").mkdir(parents=True)
     for name, table in sources.items():
         pq.write_table(table, folder / "table" / f"{name}.parquet")
+    write_prompts(Folder.at(str(folder)), TextPrompts())
     (folder / "tokenizer").mkdir()
     shutil.copy(model / "tokenizer.json", folder / "tokenizer")
     store = folder / "tokens"

@@ -17,7 +17,7 @@ LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def backbone(kind: str, *, seed: int = 0, tied: bool = True) -> torch.nn.Module:
-    """Three layers, two of them sliding if they can; 32 channels, 4 query heads (decoders: in 2 groups), FFN 48."""
+    """Three layers, two of them sliding if they can; 32 channels, 4 query heads (decoders: 2 groups), FFN 48."""
     from transformers import AutoConfig, AutoModel
 
     model_type = kind.split(maxsplit=1)[0]

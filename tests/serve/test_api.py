@@ -77,7 +77,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
 
 
 def ids(given: list[list[int]]) -> list[Any]:
-    return limits.check_ids(given, vocabulary=10, eos=9, param="input")
+    return limits.check_ids(given, vocabulary=10, prefix=[], eos=9, param="input")
 
 
 def fill(requests: int) -> None:
@@ -183,6 +183,13 @@ def test_a_huge_wrong_body_is_refused_at_once() -> None:
         read(b'{"model": "m", "input": [' + b"null," * 1_000_000 + b"null]}")
 
 
+def test_token_ids_get_the_templates_ends_once() -> None:
+    whole = [[7, 1, 2, 9]]
+    for given in (whole, [[1, 2, 9]], [[7, 1, 2]], [[1, 2]]):
+        found = limits.check_ids(given, vocabulary=10, prefix=[7], eos=9, param="input")
+        assert [ids.tolist() for ids in found] == whole
+
+
 def test_token_ids_are_the_text(tmp_path: Path) -> None:
     from f2llm_ray.engine.engine import Engine
 
@@ -191,5 +198,5 @@ def test_token_ids_are_the_text(tmp_path: Path) -> None:
     with_eos = [[int(token) for token in ids] for ids in engine.tokenize(texts)]
     vocabulary, eos = engine.backbone.config.vocab_size, with_eos[0][-1]
     for given in (with_eos, [ids[:-1] for ids in with_eos]):
-        tokens = limits.check_ids(given, vocabulary=vocabulary, eos=eos, param="input")
+        tokens = limits.check_ids(given, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
         np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))

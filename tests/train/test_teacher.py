@@ -379,7 +379,9 @@ def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path
     ):
         check_online(Folder.at(str(made.prepared)), Folder.at(str(teacher)))
     without = shutil.copytree(made.prepared, tmp_path / "prepared", ignore=shutil.ignore_patterns("rows"))
-    with pytest.raises(RunError, match="another tokenizer than the prepared data and needs its texts"):
+    with pytest.raises(
+        RunError, match="another tokenizer or other prompts than the prepared data and needs its texts"
+    ):
         made.teach(recipe, tmp_path / "none", teacher, without)
     # The student has 24 dims, the teacher 16: a map from one to the other is trained with it.
     assert recipe.distill is not None
