@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,7 +154,7 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     It has no dropout (`families.without_dropout`). Int8 weights stay int8, whatever the dtype (`model.int8`).
 
     Raises:
-        RunError: no config or no safetensors weights there, or of a family that is not known here.
+        RunError: no config or no safetensors weights there, some are missing, or the family is not known here.
     """
     import torch
     from transformers import AutoConfig, AutoModel
@@ -167,16 +169,34 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(config, str(folder))
-        backbone = AutoModel.from_pretrained(
-            folder,
-            dtype=dtype or torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **family.options,
-        )
+        with quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
+            backbone, found = AutoModel.from_pretrained(
+                folder,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **family.options,
+            )
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model: {error}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise RunError(f"{folder}: {len(missing)} weights are not there, such as {missing[0]}")
     return without_dropout(backbone)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps transformers' log to errors meanwhile."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def fingerprint(model: Folder) -> str:

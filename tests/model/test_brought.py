@@ -102,6 +102,23 @@ def test_what_the_engine_does_not_compute_is_refused(tmp_path: Path) -> None:
         brought_by(str(tmp_path))
 
 
+def test_weights_that_are_not_there_are_told_and_a_head_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Left to itself, transformers fills in random ones and goes on."""
+    from safetensors.torch import load_file, save_file
+
+    stock = encoder_folder(tmp_path / "stock", "bert")
+    weights = load_file(stock / "model.safetensors")
+    assert any(name.startswith("pooler") for name in weights)
+    assert not any(name.startswith("pooler") for name in load_backbone(stock).state_dict())
+    assert "pooler" not in "".join(capfd.readouterr())
+    del weights["encoder.layer.1.output.dense.bias"]
+    save_file(weights, stock / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=r"1 weights are not there, such as encoder\.layer\.1\.output\.dense\.bias"):
+        load_backbone(stock)
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "no_such_model"])
 def test_other_families_are_refused_at_every_door(model_type: str, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "model")
