@@ -70,6 +70,8 @@ def brought_by(path: str) -> Brought:
     if others:
         known = ", ".join(sorted(MODULES))
         raise RunError(f"{path}/modules.json: found {', '.join(others)}, which would be lost; expected {known}")
+    if "Pooling" not in kinds:
+        raise RunError(f"{path}/modules.json: found {', '.join(sorted(kinds))}, expected a Pooling among them")
     pooling = _pooling(f"{path}/{kinds['Pooling']}", _read(path, f"{kinds['Pooling']}/{CONFIG_FILE}") or {})
     said = _read(path, "config_sentence_transformers.json") or {}
     prompts = {name: text for name, text in (said.get("prompts") or {}).items() if text}

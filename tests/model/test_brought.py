@@ -91,6 +91,9 @@ def test_what_the_engine_does_not_compute_is_refused(tmp_path: Path) -> None:
     dense = encoder_folder(tmp_path / "dense", "bert", modules=("Transformer", "Pooling", "Dense", "Normalize"))
     with pytest.raises(RunError, match=r"modules\.json: found Dense, which would be lost; expected Normalize"):
         brought_by(str(dense))
+    bare = encoder_folder(tmp_path / "bare", "bert", modules=("Transformer",))
+    with pytest.raises(RunError, match=r"found Transformer, expected a Pooling among them"):
+        brought_by(str(bare))
     highest = encoder_folder(tmp_path / "max", "bert", pooling="max")
     with pytest.raises(RunError, match=r"found pooling \['max_tokens'\], expected one of lasttoken, mean, cls"):
         brought_by(str(highest))
