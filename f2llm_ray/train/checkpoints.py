@@ -180,8 +180,10 @@ def opened(
 
 
 @contextmanager
-def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor]]:
+def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor | None]]:
     """Reads single float32 weights of a checkpoint by their names in the trained module, outside of any engine.
+
+    None is read for one that training left as it was (`freeze_embeddings`).
 
     Raises:
         RunError: a part is damaged.
@@ -199,7 +201,12 @@ def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor]]:
             part = path / f"{_part(number, checkpoint.world)}.safetensors"
             file = stack.enter_context(safe_open(part, "pt"))
             holder |= {name: file for name in file.keys() if name.startswith("weight/")}  # noqa: SIM118
-        yield lambda name: holder[f"weight/{name}"].get_tensor(f"weight/{name}")
+
+        def read(name: str) -> torch.Tensor | None:
+            key = f"weight/{name}"
+            return holder[key].get_tensor(key) if key in holder else None
+
+        yield read
 
 
 def flaw_of(folder: Path, number: int, world: int) -> str | None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_equal_checkpoints_merge_to_the_model_bit_for_bit(stage: Path) -> None:
         for folder in folders
     ]
     assert torch.equal(*vectors)
+
+
+@pytest.mark.parametrize("method", ["average", "slerp"])
+def test_weights_that_training_left_alone_stay(stage: Path, method: Literal["average", "slerp"]) -> None:
+    last = load_file(stage / "model" / "model.safetensors")
+    trained = {name: value for name, value in last.items() if name != "embed_tokens.weight"}
+    shutil.rmtree(stage / "ray_train")
+    write_checkpoint(stage, 20, {name: 0.9 * value for name, value in trained.items()}, 2)
+    merged, _ = merge(stage, Merge(last=2, method=method))
+    assert torch.equal(merged["embed_tokens.weight"], last["embed_tokens.weight"])
+    assert not torch.equal(merged["norm.weight"], last["norm.weight"])
 
 
 def test_only_the_checkpoints_at_the_last_multiples_are_merged(stage: Path) -> None:
