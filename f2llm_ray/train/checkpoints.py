@@ -180,10 +180,11 @@ def opened(
 
 
 @contextmanager
-def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor | None]]:
-    """Reads single float32 weights of a checkpoint by their names in the trained module, outside of any engine.
+def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str, torch.Tensor], torch.Tensor]]:
+    """Reads single float32 weights of a checkpoint by their names in the backbone, outside of any engine.
 
-    None is read for one that training left as it was (`freeze_embeddings`).
+    The function that it yields takes a name, and the value of a weight that training leaves as it was
+    (`freeze_embeddings`), which the checkpoint does not have.
 
     Raises:
         RunError: a part is damaged.
@@ -202,9 +203,9 @@ def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str], torch.Tensor | N
             file = stack.enter_context(safe_open(part, "pt"))
             holder |= {name: file for name in file.keys() if name.startswith("weight/")}  # noqa: SIM118
 
-        def read(name: str) -> torch.Tensor | None:
-            key = f"weight/{name}"
-            return holder[key].get_tensor(key) if key in holder else None
+        def read(name: str, left: torch.Tensor) -> torch.Tensor:
+            key = f"weight/backbone.{name}"
+            return holder[key].get_tensor(key) if key in holder else left
 
         yield read
 

@@ -55,10 +55,7 @@ def merge_stage(settings: Merge, trained: Folder, name: str, out: Folder, checkp
         earlier = [stack.enter_context(checkpoints.weights(found[step])) for step in wanted]
 
         def merged(key: str, last: torch.Tensor) -> torch.Tensor:
-            before = [read(f"backbone.{key}") for read in earlier]
-            versions = [*(version for version in before if version is not None), last]
-            if len(versions) == 1:
-                return last
+            versions = [*(read(key, last) for read in earlier), last]
             return slerp(versions[0], versions[1]) if settings.method == "slerp" else average(versions)
 
         with (out / "model").writing() as folder:

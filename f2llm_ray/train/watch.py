@@ -150,7 +150,7 @@ def _measure(job: TrainJob, checkpoint: checkpoints.Checkpoint) -> dict[str, flo
         checkpoints.weights(checkpoint) as read,
     ):
         info = trained_info(load_info(student), job.training)
-        write_reweighted(student, Path(copy), info, lambda name, _: read(f"backbone.{name}"))
+        write_reweighted(student, Path(copy), info, read)
         results = measure(Engine(Path(copy)), job.training.sets, job.training.divisors)
     full = str(info.dims[-1])
     metrics = {name: found["metric"] for name, found in results.items()}
