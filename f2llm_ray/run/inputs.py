@@ -102,10 +102,10 @@ def files_of(folder: Folder, suffixes: Sequence[str]) -> list[InputFile]:
 
 def model_inputs(path: str) -> list[InputFile]:
     """What a model or tokenizer is read from: a folder's config, tokenizer and weights, or a name on the hub."""
-    local = "://" in path or Path(path).expanduser().is_dir()
-    return (
-        files_of(Folder.at(path), (".json", ".safetensors")) if local else [InputFile(f"hub:{path}", None, path)]
-    )
+    if "://" not in path and not Path(path).expanduser().is_dir():
+        return [InputFile(f"hub:{path}", None, path)]
+    folder = Folder.at(path)
+    return [*files_of(folder, (".json", ".safetensors")), *files_of(folder / "1_Pooling", (".json",))]
 
 
 def tokenizer_inputs(path: str) -> list[InputFile]:

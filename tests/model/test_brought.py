@@ -15,6 +15,7 @@ from f2llm_ray.model.brought import Brought, brought_by
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info, matryoshka_dims, save_model
 from f2llm_ray.model.families import FAMILIES, POOLINGS
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.inputs import InputIndex, model_inputs
 from f2llm_ray.serve.bulk import survey
 from f2llm_ray.serve.served_model import Arguments, find_model
 from f2llm_ray.serve.shards import EmbedJob
@@ -140,6 +141,16 @@ def test_other_families_are_refused_at_every_door(model_type: str, tmp_path: Pat
     for door in doors.values():
         with pytest.raises(RunError, match=f"'{model_type}' is not a family known here; known are"):
             door()
+
+
+def test_another_pooling_in_place_is_another_input(tmp_path: Path) -> None:
+    stock = encoder_folder(tmp_path / "stock", "bert")
+    before = InputIndex().known(model_inputs(str(stock)))
+    (stock / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    after = InputIndex().known(model_inputs(str(stock)))
+    assert [entry.uri for entry in after] == [entry.uri for entry in before]
+    changed = [new.uri for old, new in zip(before, after, strict=True) if old.digest != new.digest]
+    assert [uri.rpartition("stock/")[2] for uri in changed] == ["1_Pooling/config.json"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
