@@ -13,6 +13,7 @@ off the mean over all channels, which the channels that stay do not know: there 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -27,9 +28,13 @@ Pooling = Literal["last", "mean", "cls"]
 """How a text's vector comes of its tokens' last hidden states: the last one, their mean, or the first one."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-Axis = Literal["vocabulary", "hidden", "ffn", "ffn_pair", "heads", "kv_heads", "qkv", "head_dim", "whole"]
+Axis = Literal[
+    "vocabulary", "positions", "types", "hidden", "ffn", "ffn_pair", "heads", "kv_heads", "qkv", "head_dim"
+]
 """What one dimension of a weight runs over. "heads" and "kv_heads" are heads times head_dim; "qkv" three times
-that, queries first; "ffn_pair" the FFN's channels and those of its gate after them; "whole" is never cut."""
+that, queries first; "ffn_pair" the FFN's channels and those of its gate after; "types" are BERT's segments."""
+LOOKED_UP: set[Axis] = {"vocabulary", "positions", "types"}
+"""Axes of embeddings: their weights are looked up and not multiplied with."""
 Part = Literal["layers", "hidden", "ffn", "kv_heads", "vocabulary"]
 """What pruning can cut."""
 
@@ -73,6 +78,8 @@ class Family:
     """Norms multiply by 1 + weight."""
     first_layer_stays: bool = False
     """The first layer reads the embeddings without a norm, which no other layer can take over."""
+    biases: bool = True
+    """Whether the biases in the table are there by default."""
     cannot_cut: Mapping[Part, str]
     """Parts that pruning cannot cut, and why."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -89,6 +96,21 @@ class Family:
         if found is None:
             raise RunError(f"weight {name!r} is not one of {[*self.ends, *self.layer]}: it cannot be pruned")
         return found
+
+    def parameters(self, sizes: Mapping[Axis, int], layers: int) -> tuple[int, int]:
+        """All parameters of a model with axes so long and so many layers, and those outside its embeddings."""
+        inside = layers * sum(math.prod(sizes[axis] for axis in weight.axes) for weight in self._there(self.layer))
+        if self.first_layer_stays:  # its first norm is not there
+            inside -= sizes["hidden"]
+        tables = 0
+        for weight in self._there(self.ends):
+            size = math.prod(sizes[axis] for axis in weight.axes)
+            tables += size if LOOKED_UP & set(weight.axes) else 0
+            inside += 0 if LOOKED_UP & set(weight.axes) else size
+        return inside + tables, inside
+
+    def _there(self, weights: Mapping[str, Weight]) -> list[Weight]:
+        return [weight for name, weight in weights.items() if self.biases or not name.endswith(".bias")]
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a weight is in; None for one outside the layers."""
@@ -199,8 +221,8 @@ _BERT = Family(
     },
     ends={
         "embeddings.word_embeddings.weight": Weight(("vocabulary", "hidden")),
-        "embeddings.position_embeddings.weight": Weight(("whole", "hidden")),
-        "embeddings.token_type_embeddings.weight": Weight(("whole", "hidden")),
+        "embeddings.position_embeddings.weight": Weight(("positions", "hidden")),
+        "embeddings.token_type_embeddings.weight": Weight(("types", "hidden")),
         **_layer_norm("embeddings.LayerNorm"),
     },
     cannot_cut=_OF_LAYER_NORM,
@@ -216,6 +238,7 @@ _MODERNBERT = Family(
     ffn_out="mlp.Wo",
     readers=("attn_norm", "mlp_norm"),
     first_layer_stays=True,
+    biases=False,
     layer={
         **_layer_norm("attn_norm"),
         **_linear("attn.Wqkv", "qkv", "hidden"),
@@ -297,6 +320,8 @@ def axis_sizes(config: PreTrainedConfig) -> dict[Axis, int]:
     heads = config.num_attention_heads * head_dim
     return {
         "vocabulary": config.vocab_size,
+        "positions": config.max_position_embeddings,
+        "types": getattr(config, "type_vocab_size", 0),
         "hidden": config.hidden_size,
         "ffn": config.intermediate_size,
         "ffn_pair": 2 * config.intermediate_size,

@@ -1,4 +1,4 @@
-"""Shapes: the eight of the family (paper), and a random model of any Qwen3 shape."""
+"""Shapes: the eight of the family (paper), those of checkpoints, and a random model of any Qwen3 shape."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.section import Output, Section
+from f2llm_ray.model.families import FAMILIES, Axis, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,8 +35,22 @@ class Shape(Section):
         return self
 
 
+class Architecture(Shape):
+    """The shape of a checkpoint of another family than Qwen3."""
+
+    kind: Output[str]
+    """Its `model_type`."""
+    causal: Output[bool]
+    types: Output[int] = 0
+    """Entries of BERT's table of segments."""
+
+
 VOCABULARY = 151_936
 """Entries of Qwen3's input embeddings."""
+
+QWEN3 = "qwen3"
+OWN_HEAD_DIM = (QWEN3, "gemma3_text")
+"""Families whose heads are not hidden_size / num_attention_heads wide where a config does not say it."""
 
 FAMILY: dict[str, Shape] = {
     "80m": Shape(hidden=320, layers=8, heads=16, kv_heads=8, ffn=2048),
@@ -53,10 +68,10 @@ BACKBONES = {f"Qwen/Qwen3-{name.upper()}": name for name in ("0.6b", "1.7b", "4b
 
 
 def checkpoint_shape(path: str) -> tuple[Shape, int]:
-    """Shape and vocabulary of a Qwen3 checkpoint: a hub name among `BACKBONES`, or a local folder.
+    """Shape and vocabulary of a checkpoint: a hub name among `BACKBONES`, or a local folder.
 
     Raises:
-        RecipeError: another hub name, or a folder of another architecture.
+        RecipeError: another hub name, or a folder of a family that is not known here.
     """
     config = Path(path) / "config.json"
     if config.is_file():
@@ -73,37 +88,71 @@ def checkpoint_shape(path: str) -> tuple[Shape, int]:
 def _shape_of(path: Path) -> tuple[Shape, int]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if config["model_type"] != "qwen3" or config.get("attention_bias"):
-            raise RecipeError(
-                f"{path}: model_type {config['model_type']!r} with attention_bias "
-                f"{config.get('attention_bias', False)}; only the parameters of qwen3 without are counted"
-            )
-        names = {
-            "hidden": "hidden_size",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_key_value_heads",
-            "head_dim": "head_dim",
-            "ffn": "intermediate_size",
-            "max_positions": "max_position_embeddings",
+        family, kind = family_of(config, str(path)), config["model_type"]
+        if family.causal and config.get("attention_bias"):
+            raise RecipeError(f"{path}: {kind} with attention_bias; only parameters without are counted")
+        heads = config["num_attention_heads"]
+        sizes = {
+            "hidden": config["hidden_size"],
+            "layers": config["num_hidden_layers"],
+            "heads": heads,
+            "kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config["head_dim"]
+            if kind in OWN_HEAD_DIM
+            else config.get("head_dim") or config["hidden_size"] // heads,
+            "ffn": config["intermediate_size"],
+            "max_positions": config["max_position_embeddings"],
         }
-        return Shape(**{ours: config[theirs] for ours, theirs in names.items()}), int(config["vocab_size"])
+        types = config.get("type_vocab_size", 0)
+        shape = (
+            Shape(**sizes)
+            if kind == QWEN3
+            else Architecture(**sizes, kind=kind, causal=family.causal, types=types)
+        )
+        return shape, int(config["vocab_size"])
     except KeyError as error:
         raise RecipeError(f"{path}: it has no {error}") from None
+    except RunError as error:
+        raise RecipeError(str(error)) from None
     except (ValueError, TypeError, ValidationError) as error:
         raise RecipeError(f"{path}: not a model's config: {error}") from None
 
 
+def kind_of(shape: Shape) -> str:
+    """The `model_type` of a shape."""
+    return shape.kind if isinstance(shape, Architecture) else QWEN3
+
+
+def is_causal(shape: Shape) -> bool:
+    """Whether a token sees only those before it."""
+    return shape.causal if isinstance(shape, Architecture) else True
+
+
 def non_embedding_parameters(shape: Shape) -> int:
-    """Parameters of the layers and the final norm."""
-    attention = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
-    norms = 2 * shape.hidden + 2 * shape.head_dim
-    return shape.layers * (attention + 3 * shape.hidden * shape.ffn + norms) + shape.hidden
+    """Parameters outside the embeddings."""
+    return _parameters(shape, 0)[1]
 
 
 def parameters(shape: Shape, vocabulary: int = VOCABULARY) -> int:
     """All parameters, the language-model head left out."""
-    return vocabulary * shape.hidden + non_embedding_parameters(shape)
+    return _parameters(shape, vocabulary)[0]
+
+
+def _parameters(shape: Shape, vocabulary: int) -> tuple[int, int]:
+    heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes: dict[Axis, int] = {
+        "vocabulary": vocabulary,
+        "positions": shape.max_positions,
+        "types": shape.types if isinstance(shape, Architecture) else 0,
+        "hidden": shape.hidden,
+        "ffn": shape.ffn,
+        "ffn_pair": 2 * shape.ffn,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "qkv": heads + 2 * kv_heads,
+        "head_dim": shape.head_dim,
+    }
+    return FAMILIES[kind_of(shape)].parameters(sizes, shape.layers)
 
 
 def count_parameters(backbone: PreTrainedModel) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.model.sizes import Shape, non_embedding_parameters
+from f2llm_ray.model.families import FAMILIES
+from f2llm_ray.model.sizes import Shape, is_causal, kind_of, non_embedding_parameters
 from f2llm_ray.plan.stage_work import Cluster, CorpusSize, StageWork, corpus_size, stage_work
 from f2llm_ray.recipe.recipe import Recipe
 
@@ -68,9 +69,11 @@ def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
     """FLOPs of a forward pass per token of texts of this mean length.
 
     Kaplan et al. 2020 (section 2.1): two per parameter outside the embeddings. Attention adds four per query
-    channel and token attended to, and causal attention sees half of them. Texts above the mean length take more.
+    channel and token attended to, and causal attention sees half of them. Texts above the mean length take more;
+    sliding windows, where a model has some, are left out.
     """
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * text_tokens
+    per_pair = 2 if is_causal(shape) else 4
+    attention = per_pair * shape.layers * shape.heads * shape.head_dim * text_tokens
     return 2 * non_embedding_parameters(shape) + attention
 
 
@@ -88,13 +91,15 @@ def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -
 def extra_forwards(work: StageWork, text_tokens: float, worker_tokens: float) -> float:
     """Forward passes beyond the first: GradCache does all chunks but one again, checkpointing nearly all of each.
 
-    Torch stops recomputing a layer when backward has what it needs, before the last product of its FFN.
+    Torch stops recomputing a layer when backward has what it needs, before the last product of its FFN; where a
+    norm comes after that (BERT), it takes it too.
     """
     again = 1 - 1 / work.chunks(worker_tokens)
     if not work.gradient_checkpointing:
         return again
     shape = work.shape
-    last_products = 2 * shape.layers * shape.hidden * shape.ffn
+    norm_comes_last = FAMILIES[kind_of(shape)].norm is None
+    last_products = 0 if norm_comes_last else 2 * shape.layers * shape.hidden * shape.ffn
     return again + 1 - last_products / forward_flops_per_token(shape, text_tokens)
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from f2llm_ray.model.sizes import Shape, parameters
+from f2llm_ray.model.sizes import Shape, kind_of, parameters
 from f2llm_ray.plan.cost import extra_forwards
 from f2llm_ray.plan.stage_work import FLOAT32_BYTES, StageWork
 
@@ -22,6 +22,10 @@ BUCKET_PARAMETERS = 500_000_000
 """DeepSpeed's default `reduce_bucket_size`."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: what ZeRO-3 keeps gathered at a time, at most."""
+
+GEMMA, LLAMA = "gemma3_text", "llama"
+SAVED_BY_ENCODERS = {"bert": (8, 2), "xlm-roberta": (8, 2), "modernbert": (10, 4)}
+"""Numbers that a layer saves per token: so many times the hidden size, and so many times the FFN's channels."""
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan may fill; the rest is for CUDA's context and libraries, the gradients of the
@@ -115,8 +119,7 @@ def activation_bytes(work: StageWork) -> float:
     whole at a time.
     """
     shape, tokens = work.shape, work.longest_chunk_tokens
-    # The last norm saves its input in float32, the normalised input, and its scale.
-    ends = (FLOAT32_BYTES + work.float_bytes) * shape.hidden + FLOAT32_BYTES
+    ends = ends_bytes_per_token(shape, work.float_bytes)
     layer = layer_bytes_per_token(shape, work.float_bytes)
     if not work.gradient_checkpointing:
         return tokens * (shape.layers * layer + ends)
@@ -125,17 +128,34 @@ def activation_bytes(work: StageWork) -> float:
 
 
 def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
-    """Bytes that one Qwen3 layer saves for backward, read off transformers' code and seen to the byte.
+    """Bytes that one layer saves for backward, read off transformers' code and seen to the byte.
 
-    A norm saves its input in float32, the normalised input, and its scale. The projections save the norm's
-    output once, attention (flash or fused) its queries, keys, values, output and a number per head, the FFN
-    gate, its activation, the other branch and their product. Korthikanti et al. 2022 count a GPT's likewise.
+    An RMSNorm saves its input in float32, the normalised input (in Gemma in float32), and its scale. The
+    projections save the norm's output once, attention (flash or fused) its queries, keys, values, output and a
+    number per head, a gated FFN the gate, its activation, the other branch and their product. A LayerNorm saves
+    its input and two numbers, in the precision of the pass. Korthikanti et al. 2022 count a GPT's likewise.
     """
+    kind, heads = kind_of(shape), FLOAT32_BYTES * shape.heads
+    if kind in SAVED_BY_ENCODERS:
+        of_hidden, of_ffn = SAVED_BY_ENCODERS[kind]
+        return float_bytes * (of_hidden * shape.hidden + of_ffn * shape.ffn + 4) + heads
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer_norms = 2 * ((FLOAT32_BYTES + 2 * float_bytes) * shape.hidden + FLOAT32_BYTES)
-    head_norms = (FLOAT32_BYTES + float_bytes) * (queries + keys) + FLOAT32_BYTES * (shape.heads + shape.kv_heads)
-    attention = float_bytes * (2 * queries + 2 * keys) + FLOAT32_BYTES * shape.heads
-    return layer_norms + head_norms + attention + 4 * float_bytes * shape.ffn
+    attention = float_bytes * (2 * queries + 2 * keys) + heads
+    normed_bytes = FLOAT32_BYTES if kind == GEMMA else float_bytes
+    norms = 4 if kind == GEMMA else 2
+    layer_norms = norms * ((FLOAT32_BYTES + normed_bytes) * shape.hidden + FLOAT32_BYTES)
+    layer_norms += 2 * float_bytes * shape.hidden  # what two of them give, as the projections' input
+    head_norms = (FLOAT32_BYTES + normed_bytes) * (queries + keys) + FLOAT32_BYTES * (shape.heads + shape.kv_heads)
+    return layer_norms + (0 if kind == LLAMA else head_norms) + attention + 4 * float_bytes * shape.ffn
+
+
+def ends_bytes_per_token(shape: Shape, float_bytes: int) -> int:
+    """Bytes that are saved outside the layers: by the last norm, or that of BERT's embeddings."""
+    kind = kind_of(shape)
+    if kind in SAVED_BY_ENCODERS:
+        return float_bytes * shape.hidden
+    normed_bytes = FLOAT32_BYTES if kind == GEMMA else float_bytes
+    return (FLOAT32_BYTES + normed_bytes) * shape.hidden + FLOAT32_BYTES
 
 
 def _several_backward(work: StageWork) -> bool:

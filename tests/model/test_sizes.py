@@ -16,10 +16,12 @@ from f2llm_ray.model.sizes import (
     Shape,
     checkpoint_shape,
     count_parameters,
+    kind_of,
     non_embedding_parameters,
     parameters,
     random_backbone,
 )
+from tests.model.small import FAMILIES, backbone
 
 PUBLISHED = {
     "80m": 80_084_288,
@@ -66,8 +68,11 @@ def test_the_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> 
     assert checkpoint_shape(str(tmp_path)) == (shape, 50)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(RecipeError, match=r"config\.json.*llama"):
+    path.write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(RecipeError, match=r"config\.json.*'gpt2' is not a family known here"):
+        checkpoint_shape(str(tmp_path))
+    path.write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(RecipeError, match=r"config\.json: qwen3 with attention_bias"):
         checkpoint_shape(str(tmp_path))
     del config["head_dim"]
     path.write_text(json.dumps(config))
@@ -76,6 +81,15 @@ def test_the_shape_of_a_local_folder_is_read_from_its_config(tmp_path: Path) -> 
     path.write_text("{")
     with pytest.raises(RecipeError, match="not a model's config"):
         checkpoint_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_checkpoints_of_every_family_are_counted_to_the_last_parameter(kind: str, tmp_path: Path) -> None:
+    model = backbone(kind)
+    model.config.save_pretrained(tmp_path)
+    shape, vocabulary = checkpoint_shape(str(tmp_path))
+    assert kind_of(shape) == model.config.model_type
+    assert (parameters(shape, vocabulary), non_embedding_parameters(shape)) == count_parameters(model)
 
 
 def test_the_seed_alone_makes_the_weights() -> None:

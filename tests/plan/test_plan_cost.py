@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from f2llm_ray.engine.encode import encode, plan_passes
-from f2llm_ray.model.sizes import FAMILY, Shape, non_embedding_parameters, random_backbone
+from f2llm_ray.model.sizes import FAMILY, Shape, checkpoint_shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import Cost, cost, flops_per_token, forward_flops_per_token
 from f2llm_ray.plan.stage_work import Cluster, CorpusSize, TeacherWork
 from f2llm_ray.train.gradcache import cached_backward
+from f2llm_ray.train.throughput import Flops
+from tests.model.small import FAMILIES, backbone
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
 ROWS = CorpusSize(rows_per_epoch=1e6, rows_given=True, tokens_per_row=200.0, tokens_given=True)
@@ -127,3 +131,14 @@ def test_a_cached_teacher_may_read_fewer_rows_than_there_are() -> None:
     teacher = TeacherWork(shape=SHAPE, vocabulary=VOCABULARY, cached=True)
     whole, short = (hours(work_of(teacher=teacher, max_steps=steps)) for steps in (None, 1000))
     assert short.teacher_hours == pytest.approx(whole.teacher_hours * 1000 * TEXTS / 1e6)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_plan_and_the_meters_count_the_same_flops(kind: str, tmp_path: Path) -> None:
+    """For texts of one length, where no layer slides."""
+    model = backbone(kind)
+    model.config.save_pretrained(tmp_path)
+    shape, _ = checkpoint_shape(str(tmp_path))
+    length = 3  # within the windows
+    counted = Flops(model)([np.arange(length, dtype=np.uint32)])
+    assert 3 * length * forward_flops_per_token(shape, length) == pytest.approx(counted)

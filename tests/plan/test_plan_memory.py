@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from f2llm_ray.engine.encode import encode, plan_passes
-from f2llm_ray.model.sizes import FAMILY, Shape, parameters, random_backbone
+from f2llm_ray.model.families import without_dropout
+from f2llm_ray.model.sizes import FAMILY, Shape, checkpoint_shape, parameters, random_backbone
 from f2llm_ray.plan.memory import (
     BUCKET_PARAMETERS,
     activation_bytes,
@@ -31,6 +32,7 @@ from f2llm_ray.plan.memory import (
 from f2llm_ray.plan.stage_work import TeacherWork
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.settings import TrainStage
+from tests.model.small import FAMILIES, TWO_WAY_GEMMA, backbone
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
 REPO = Path(__file__).parent.parent.parent
@@ -106,6 +108,24 @@ def test_activations_are_what_a_forward_pass_saves(
     # The rest are token ids, the rotations of the positions, and the places of the last tokens: 8 bytes a token
     # and a table per pass, against some 300 bytes a token at least.
     assert saved.now == saved.most == pytest.approx(planned, rel=0.07)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != TWO_WAY_GEMMA])  # masked on CPU alone
+def test_activations_of_every_family(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = without_dropout(backbone(kind)).to(dtype).train()
+    if getattr(model.config, "layer_types", None):  # a window's mask is a matter of the CPU
+        model.config.layer_types = ["full_attention"] * 3
+        model = type(model)(model.config).to(dtype).train()
+    model.config.save_pretrained(tmp_path)
+    shape, _ = checkpoint_shape(str(tmp_path))
+    saved = Saved(model)
+    with saved.watched():
+        vectors = encode(model, texts(), pooling="last", tokens_per_pass=TOKENS)
+    assert vectors.requires_grad
+    planned = activation_bytes(work_of(shape, float_bytes=dtype.itemsize))
+    # The rest are ids, positions and places: at most some 50 bytes a token, against 1,000 and more.
+    assert planned <= saved.now <= planned + 64 * TOKENS
 
 
 def test_a_larger_shape_agrees_closer() -> None:
