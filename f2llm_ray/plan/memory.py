@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+from f2llm_ray.model.families import FAMILIES
 from f2llm_ray.model.sizes import Shape, kind_of, parameters
 from f2llm_ray.plan.cost import extra_forwards
 from f2llm_ray.plan.stage_work import FLOAT32_BYTES, StageWork
@@ -23,7 +24,6 @@ BUCKET_PARAMETERS = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default `stage3_max_live_parameters`: what ZeRO-3 keeps gathered at a time, at most."""
 
-GEMMA, LLAMA = "gemma3_text", "llama"
 SAVED_BY_ENCODERS = {"bert": (8, 2), "xlm-roberta": (8, 2), "modernbert": (10, 4)}
 """Numbers that a layer saves per token: so many times the hidden size, and so many times the FFN's channels."""
 
@@ -135,18 +135,19 @@ def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     number per head, a gated FFN the gate, its activation, the other branch and their product. A LayerNorm saves
     its input and two numbers, in the precision of the pass. Korthikanti et al. 2022 count a GPT's likewise.
     """
-    kind, heads = kind_of(shape), FLOAT32_BYTES * shape.heads
+    kind, family, heads = kind_of(shape), FAMILIES[kind_of(shape)], FLOAT32_BYTES * shape.heads
     if kind in SAVED_BY_ENCODERS:
         of_hidden, of_ffn = SAVED_BY_ENCODERS[kind]
         return float_bytes * (of_hidden * shape.hidden + of_ffn * shape.ffn + 4) + heads
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     attention = float_bytes * (2 * queries + 2 * keys) + heads
-    normed_bytes = FLOAT32_BYTES if kind == GEMMA else float_bytes
-    norms = 4 if kind == GEMMA else 2
+    normed_bytes = FLOAT32_BYTES if family.norm_adds_one else float_bytes
+    norms = sum(name.endswith("layernorm.weight") for name in family.layer)
     layer_norms = norms * ((FLOAT32_BYTES + normed_bytes) * shape.hidden + FLOAT32_BYTES)
     layer_norms += 2 * float_bytes * shape.hidden  # what two of them give, as the projections' input
     head_norms = (FLOAT32_BYTES + normed_bytes) * (queries + keys) + FLOAT32_BYTES * (shape.heads + shape.kv_heads)
-    return layer_norms + (0 if kind == LLAMA else head_norms) + attention + 4 * float_bytes * shape.ffn
+    has_head_norms = "self_attn.q_norm.weight" in family.layer
+    return layer_norms + (head_norms if has_head_norms else 0) + attention + 4 * float_bytes * shape.ffn
 
 
 def ends_bytes_per_token(shape: Shape, float_bytes: int) -> int:
@@ -154,7 +155,7 @@ def ends_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     kind = kind_of(shape)
     if kind in SAVED_BY_ENCODERS:
         return float_bytes * shape.hidden
-    normed_bytes = FLOAT32_BYTES if kind == GEMMA else float_bytes
+    normed_bytes = FLOAT32_BYTES if FAMILIES[kind].norm_adds_one else float_bytes
     return (FLOAT32_BYTES + normed_bytes) * shape.hidden + FLOAT32_BYTES
 
 
