@@ -49,8 +49,9 @@ PROBE_STEPS = 12
 TIMED, ROUNDS = 512, 3
 
 
-def recipe_of(backbone: Path, corpus: Path, heldout: Path, queries: int, steps: Mapping[str, int]) -> Recipe:
+def recipe_of(given: argparse.Namespace, steps: Mapping[str, int]) -> Recipe:
     """The recipe on a corpus, with so many steps of the stages that are named."""
+    backbone, corpus, heldout, queries = given.backbone, given.corpus, given.heldout, given.queries
     sources = {}
     for file in sorted(corpus.glob("*.parquet")):
         if pq.ParquetFile(file).read_row_group(0, ["task_type"])["task_type"][0].as_py() == "retrieval":
@@ -61,6 +62,7 @@ def recipe_of(backbone: Path, corpus: Path, heldout: Path, queries: int, steps: 
         f"backbone.path={backbone}",
         f"sources={json.dumps(sources)}",
         f"evaluation.sets={json.dumps(sets)}",
+        f"data.max_tokens={given.max_tokens}",
         "compute={workers: 2, cpus_per_worker: 0.5}",
         *(f"{PLACES[stage]}.max_steps={count}" for stage, count in steps.items()),
         *(f"{PLACES[stage]}.epochs=50" for stage in steps),
@@ -81,10 +83,8 @@ class Adapting:
 
     def pipeline(self, **steps: int) -> Pipeline:
         """The run with so many steps, those found so far where nothing else is said."""
-        given = self.given
         found = {**dict.fromkeys(PLACES, PROBE_STEPS), **self.steps, **steps}
-        recipe = recipe_of(given.backbone, given.corpus, given.heldout, given.queries, found)
-        return Pipeline(recipe, self.root)
+        return Pipeline(recipe_of(self.given, found), self.root)
 
     def find_steps(self, stage: str) -> None:
         """How many steps of a stage fit into its share of the minutes, by a probe of some."""
@@ -255,6 +255,9 @@ def main() -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="folder of retrieval sets")
     parser.add_argument("--minutes", type=float, default=60, help="of training, all models together")
     parser.add_argument("--queries", type=int, default=4000, help="of each set, at most")
+    parser.add_argument(
+        "--max-tokens", type=int, default=64, help="of a text; fewer than the recipe's, for the time"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/adapt"))
     arguments = parser.parse_args()
     connect()
