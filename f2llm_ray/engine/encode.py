@@ -87,21 +87,21 @@ def encode(
 
 def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling) -> torch.Tensor:
     """The vectors [n, d] of the texts of one pass: packed into one row, or padded on the right."""
-    hidden = (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens)
-    return pool(hidden.flatten(0, 1), places_of(backbone, tokens), pooling)
+    places = places_of(backbone, tokens)
+    hidden = (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens, places)
+    return pool(hidden.flatten(0, 1), places, pooling)
 
 
 def places_of(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> Places:
     """Where the texts of one pass lie in it."""
-    lengths_n = torch.tensor([len(text) for text in tokens], device=backbone.device)
+    lengths_n = np.array([len(text) for text in tokens])
     return Places.packed(lengths_n) if packs(backbone) else Places.padded(lengths_n)
 
 
-def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
-    lengths = np.array([len(text) for text in tokens])
-    starts = np.append(0, np.cumsum(lengths))
+def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> torch.Tensor:
+    lengths_n = places.lengths_n
     first = family_of(backbone.config).first_position(backbone.config)
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + first
+    positions = places.tokens - np.repeat(places.starts_n, lengths_n) + first
 
     def tensor(values: np.ndarray[Any, Any], dtype: type = np.int64) -> torch.Tensor:
         return torch.from_numpy(values.astype(dtype)).to(backbone.device)
@@ -110,21 +110,21 @@ def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.T
         input_ids=tensor(np.concatenate(tokens))[None],
         position_ids=tensor(positions)[None],
         use_cache=False,
-        starts_n1=tensor(starts, np.int32),
-        longest=int(lengths.max()),
+        starts_n1=tensor(np.append(places.starts_n, lengths_n.sum()), np.int32),
+        longest=int(lengths_n.max()),
     ).last_hidden_state
     return hidden_1Td
 
 
-def _padded_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> torch.Tensor:
-    lengths = np.array([len(text) for text in tokens])
-    family, longest = family_of(backbone.config), int(lengths.max())
+def _padded_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> torch.Tensor:
+    lengths_n = places.lengths_n
+    family, longest = family_of(backbone.config), int(lengths_n.max())
     padded = np.zeros((len(tokens), longest), dtype=np.int64)
     for row, text in zip(padded, tokens, strict=True):
         row[: len(text)] = text
     device, keywords = backbone.device, dict[str, torch.Tensor]()
-    if not family.causal and lengths.min() < longest:
-        keywords["attention_mask"] = torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device)
+    if not family.causal and lengths_n.min() < longest:
+        keywords["attention_mask"] = torch.from_numpy(np.arange(longest) < lengths_n[:, None]).to(device)
     first = family.first_position(backbone.config)
     if first:  # else the class would take every token with the id of padding for padding
         keywords["position_ids"] = torch.arange(first, first + longest, device=device)[None].expand(padded.shape)

@@ -14,7 +14,7 @@ off the mean over all channels, which the channels that stay do not know: there 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -56,8 +56,10 @@ class Family:
     """Whether a token sees only those before it; else it sees all of its text."""
     pooling: Pooling
     """Of a backbone that does not say its own."""
-    learned_positions: bool = False
-    """Positions are looked up in a table, which bounds the length of a text; else they are rotary."""
+    positions_after_padding: bool = False
+    """Positions are counted from past the number of the padding token."""
+    window_without_itself: bool = False
+    """`sliding_window` of a config leaves out the token itself."""
     embeddings: str
     """The module of the input embeddings."""
     layers: str
@@ -68,8 +70,6 @@ class Family:
     """In a layer: the linear map that what the heads give goes through."""
     ffn_out: str
     """In a layer: the last linear map of the FFN."""
-    readers: tuple[str, ...]
-    """In a layer: the norms that read the residual stream."""
     layer: Mapping[str, Weight]
     """The weights of each layer, by their names in it."""
     ends: Mapping[str, Weight]
@@ -121,15 +121,24 @@ class Family:
         """The layers of a backbone."""
         return cast("torch.nn.ModuleList", backbone.get_submodule(self.layers))
 
+    @property
+    def readers(self) -> list[str]:
+        """Names, in a layer, of the norms that read the residual stream."""
+        return [name.removesuffix(".weight") for name, weight in self.layer.items() if weight.power == -1]
+
     def first_position(self, config: PreTrainedConfig) -> int:
-        """The position of a text's first token: XLM-RoBERTa counts from past that of padding."""
-        return int(config.pad_token_id) + 1 if config.model_type == "xlm-roberta" else 0
+        """The position of a text's first token."""
+        return int(config.pad_token_id) + 1 if self.positions_after_padding else 0
 
     def max_tokens(self, config: PreTrainedConfig) -> int | None:
-        """Tokens of the longest text that has positions; None where there is no such bound."""
-        if not self.learned_positions:
+        """Tokens of the longest text that a table of positions allows; None where they are rotary."""
+        if not any("positions" in weight.axes for weight in self.ends.values()):
             return None
         return int(config.max_position_embeddings) - self.first_position(config)
+
+    def window(self, config: PreTrainedConfig) -> int:
+        """Tokens to a side that a token sees in a layer that slides, itself among them."""
+        return int(config.sliding_window) + self.window_without_itself
 
 
 _ATTENTION = {
@@ -160,14 +169,12 @@ _LLAMA = Family(
     norm="norm",
     attention_out="self_attn.o_proj",
     ffn_out="mlp.down_proj",
-    readers=("input_layernorm", "post_attention_layernorm"),
     layer={**_ATTENTION, **_FFN, **_NORMS},
     ends={"embed_tokens.weight": Weight(("vocabulary", "hidden"), 1), "norm.weight": Weight(("hidden",), -1)},
     cannot_cut={},
 )
 _GEMMA = replace(
     _LLAMA,
-    readers=("input_layernorm", "pre_feedforward_layernorm"),
     layer={
         **_ATTENTION,
         **_HEAD_NORMS,
@@ -196,19 +203,17 @@ def _linear(name: str, out: Axis, into: Axis) -> dict[str, Weight]:
 
 
 def _layer_norm(name: str) -> dict[str, Weight]:
-    return {f"{name}.{kind}": Weight(("hidden",)) for kind in ("weight", "bias")}
+    return {f"{name}.weight": Weight(("hidden",), -1), f"{name}.bias": Weight(("hidden",))}
 
 
 _BERT = Family(
     causal=False,
     pooling="mean",
-    learned_positions=True,
     embeddings="embeddings.word_embeddings",
     layers="encoder.layer",
     norm=None,
     attention_out="attention.output.dense",
     ffn_out="output.dense",
-    readers=("attention.output.LayerNorm", "output.LayerNorm"),
     layer={
         **_linear("attention.self.query", "heads", "hidden"),
         **_linear("attention.self.key", "kv_heads", "hidden"),
@@ -236,7 +241,7 @@ _MODERNBERT = Family(
     norm="final_norm",
     attention_out="attn.Wo",
     ffn_out="mlp.Wo",
-    readers=("attn_norm", "mlp_norm"),
+    window_without_itself=True,
     first_layer_stays=True,
     biases=False,
     layer={
@@ -260,7 +265,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "gemma3_text": _GEMMA,
     "bert": _BERT,
-    "xlm-roberta": _BERT,
+    "xlm-roberta": replace(_BERT, positions_after_padding=True),
     "modernbert": _MODERNBERT,
 }
 """By `model_type` of config.json."""
@@ -295,20 +300,21 @@ def family_of(config: PreTrainedConfig | Mapping[str, Any], place: str = "") -> 
     return family
 
 
-def check_cut(config: PreTrainedConfig, cut: Mapping[Part, bool]) -> None:
-    """Refuses to cut what a model's family cannot lose.
+def refuse_cut(cannot_cut: Mapping[Part, str], parts: Iterable[Part], place: str, model: str) -> None:
+    """Raises RunError where a part is cut that a model cannot lose; it names the place in the recipe."""
+    for part in parts:
+        if part in cannot_cut:
+            raise RunError(f"{place}.{part}: {model} cannot lose any: {cannot_cut[part]}")
 
-    Args:
-        config: of the model.
-        cut: by part, whether something of it goes.
+
+def check_cut(config: PreTrainedConfig, parts: Iterable[Part]) -> None:
+    """Refuses to cut parts that a model's family cannot lose.
 
     Raises:
-        RunError: the model cannot lose that part, or has biases where its family has none.
+        RunError: the model cannot lose such a part, or has biases where its family has none.
     """
     family, kind = family_of(config), config.model_type
-    for part, why in family.cannot_cut.items():
-        if cut.get(part):
-            raise RunError(f"prune.{part}: {kind} cannot lose any: {why}")
+    refuse_cut(family.cannot_cut, parts, "prune", kind)
     for flag in ("attention_bias", "mlp_bias"):
         if family.causal and getattr(config, flag, None):
             raise RunError(f"model_type {kind!r} with {flag} cannot be pruned; expected without")
@@ -316,18 +322,32 @@ def check_cut(config: PreTrainedConfig, cut: Mapping[Part, bool]) -> None:
 
 def axis_sizes(config: PreTrainedConfig) -> dict[Axis, int]:
     """How long each axis of a backbone is."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads * head_dim
+    return axes_of(
+        vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings,
+        types=getattr(config, "type_vocab_size", 0),
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=kv_heads(config),
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def axes_of(
+    *, vocabulary: int, positions: int, types: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int
+) -> dict[Axis, int]:
+    """How long each axis is, from the sizes of a model."""
     return {
-        "vocabulary": config.vocab_size,
-        "positions": config.max_position_embeddings,
-        "types": getattr(config, "type_vocab_size", 0),
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-        "ffn_pair": 2 * config.intermediate_size,
-        "heads": heads,
-        "kv_heads": kv_heads(config) * head_dim,
-        "qkv": 3 * heads,
+        "vocabulary": vocabulary,
+        "positions": positions,
+        "types": types,
+        "hidden": hidden,
+        "ffn": ffn,
+        "ffn_pair": 2 * ffn,
+        "heads": heads * head_dim,
+        "kv_heads": kv_heads * head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
         "head_dim": head_dim,
     }
 

@@ -105,14 +105,15 @@ def prune(backbone: PreTrainedModel, kept: Kept) -> PreTrainedModel:
     return small
 
 
-def _parts_cut(parent: PreTrainedConfig, kept: Kept) -> dict[Part, bool]:
-    return {
+def _parts_cut(parent: PreTrainedConfig, kept: Kept) -> list[Part]:
+    cut: dict[Part, bool] = {
         "layers": len(kept.layers) < parent.num_hidden_layers,
         "hidden": len(kept.hidden) < parent.hidden_size,
         "ffn": len(kept.ffn[0]) < parent.intermediate_size,
         "kv_heads": len(kept.kv_heads[0]) < kv_heads(parent),
         "vocabulary": kept.vocabulary is not None,
     }
+    return [part for part, some in cut.items() if some]
 
 
 def _config(parent: PreTrainedConfig, kept: Kept) -> PreTrainedConfig:

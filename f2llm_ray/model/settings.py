@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from f2llm_ray.base.section import Content, Neutral, Output, Section
-from f2llm_ray.model.families import Pooling
+from f2llm_ray.model.families import Part, Pooling
 from f2llm_ray.model.sizes import Shape
 
-PARTS = ("layers", "hidden", "ffn", "kv_heads", "vocabulary")
+PARTS: tuple[Part, ...] = get_args(Part)
 """What pruning can cut."""
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.section import Output, Section
-from f2llm_ray.model.families import FAMILIES, Axis, family_of
+from f2llm_ray.model.families import FAMILIES, axes_of, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,19 +139,16 @@ def parameters(shape: Shape, vocabulary: int = VOCABULARY) -> int:
 
 
 def _parameters(shape: Shape, vocabulary: int) -> tuple[int, int]:
-    heads, kv_heads = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes: dict[Axis, int] = {
-        "vocabulary": vocabulary,
-        "positions": shape.max_positions,
-        "types": shape.types if isinstance(shape, Architecture) else 0,
-        "hidden": shape.hidden,
-        "ffn": shape.ffn,
-        "ffn_pair": 2 * shape.ffn,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "qkv": heads + 2 * kv_heads,
-        "head_dim": shape.head_dim,
-    }
+    sizes = axes_of(
+        vocabulary=vocabulary,
+        positions=shape.max_positions,
+        types=shape.types if isinstance(shape, Architecture) else 0,
+        hidden=shape.hidden,
+        ffn=shape.ffn,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+    )
     return FAMILIES[kind_of(shape)].parameters(sizes, shape.layers)
 
 

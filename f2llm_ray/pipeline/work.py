@@ -16,7 +16,7 @@ from f2llm_ray.data.settings import Data, Decontamination
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
 from f2llm_ray.evaluate.tasks.task import Task
-from f2llm_ray.model.settings import Backbone, Prune
+from f2llm_ray.model.settings import PARTS, Backbone, Prune
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.stage import Facts
 
@@ -85,6 +85,7 @@ def check_backbone(
         RunError: the engine cannot run it, it has no positions for so many tokens, or cannot lose what is pruned.
     """
     from f2llm_ray.model.brought import Brought, brought_by
+    from f2llm_ray.model.families import refuse_cut
 
     brought = Brought("last") if backbone.path is None else brought_by(backbone.path)
     if brought.max_tokens is not None and max_tokens > brought.max_tokens:
@@ -92,9 +93,8 @@ def check_backbone(
             f"data.max_tokens: {max_tokens}, but {backbone.path} has positions for {brought.max_tokens} tokens"
         )
     for place, step in prunes.items():
-        for part, why in brought.cannot_cut.items():
-            if getattr(step, part) is not None:
-                raise RunError(f"{place}.{part}: {backbone.path} cannot lose any: {why}")
+        cut = [part for part in PARTS if getattr(step, part) is not None]
+        refuse_cut(brought.cannot_cut, cut, place, str(backbone.path))
     return brought if backbone.pooling is None else replace(brought, pooling=backbone.pooling)
 
 

@@ -81,7 +81,7 @@ class _Pass:
         self.layers = self.family.layers_of(backbone)
         self.places = places_of(backbone, tokens)
         self.texts, self.tokens = len(tokens), sum(map(len, tokens))
-        self.real_T = self.places.tokens
+        self.real_T = torch.from_numpy(self.places.tokens).to(backbone.device)
         self.hidden: list[torch.Tensor] = []
         self.ffn: list[torch.Tensor] = []
         self.kv_heads: list[torch.Tensor] = []

@@ -78,9 +78,7 @@ def windows_of(config: PreTrainedConfig) -> dict[int | None, int]:
     sliding = sum(kind == "sliding_attention" for kind in kinds)
     if not sliding:
         return {None: len(kinds)}
-    # ModernBERT's half window leaves the token itself out.
-    window = config.sliding_window + (config.model_type == "modernbert")
-    return {None: len(kinds) - sliding, window: sliding}
+    return {None: len(kinds) - sliding, family_of(config).window(config): sliding}
 
 
 def seen_pairs(lengths_n: Floats, window: int | None, *, causal: bool) -> Floats:
