@@ -31,6 +31,8 @@ import torch
 
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.flow import part_file
+from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.metrics.ranking import metrics
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
@@ -45,6 +47,8 @@ RECIPE = "adapt-e5-small"
 SHARES = {"tuned": 0.4, "distilled": 0.2, "st": 0.4}
 CAP = 12_000
 """Rows of a source: four fifths of the corpus are short names, of a few sources."""
+PLACES = {"tuned": "stages.tuned", "distilled": "distill"}
+"""Where the recipe says the stages that train."""
 PROBE_STEPS = 12
 TIMED, ROUNDS = 512, 3
 
@@ -68,9 +72,6 @@ def recipe_of(given: argparse.Namespace, steps: Mapping[str, int]) -> Recipe:
         *(f"{PLACES[stage]}.epochs=50" for stage in steps),
     ]
     return load_recipe(RECIPE, changes)
-
-
-PLACES = {"tuned": "stages.tuned", "distilled": "distill"}
 
 
 class Adapting:
@@ -104,18 +105,18 @@ class Adapting:
 def rows_of(pipeline: Pipeline) -> dict[str, list[dict[str, str]]]:
     """Queries and passages that are trained on, by source, with their prompts."""
     prepared = pipeline.run.folder(pipeline.graph.prepare)
-    prompts = prepared.read_json("prompts.json")
+    prompts = read_prompts(prepared)
     rows = prepared / "rows"
     texts = {name: rows.read_table(name, ["query", "passage"]).to_pydict() for name in rows.files(".parquet")}
     found = {}
     for source in pipeline.recipe.sources:
         table = (prepared / "table").read_table(f"{source}.parquet", ["piece", "position", "validation"])
         table = table.filter(pc.invert(table["validation"]))
-        places = [(texts[f"{row['piece']:06d}.parquet"], row["position"]) for row in table.to_pylist()]
+        places = [(texts[part_file(row["piece"])], row["position"]) for row in table.to_pylist()]
         found[source] = [
             {
-                "query": prompts["query"] + own["query"][place],
-                "passage": prompts["document"] + own["passage"][place],
+                "query": prompts.query + own["query"][place],
+                "passage": prompts.document + own["passage"][place],
             }
             for own, place in places
         ]

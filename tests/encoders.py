@@ -124,6 +124,6 @@ def encoder_folder(
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content))
-    for place, name in enumerate(modules):
-        (folder / f"{place}_{name}").mkdir(exist_ok=True) if name == "Normalize" else None
+    if "Normalize" in modules:
+        (folder / f"{modules.index('Normalize')}_Normalize").mkdir(exist_ok=True)
     return folder

@@ -64,8 +64,7 @@ def beside_peers(
 
     torch.set_num_threads(1)
     # The paper's objective is no loss of sentence-transformers; a plain one is the same in both.
-    training = training_of(rows, negatives) if backbone is None else training_of(rows, 0, smallest_dim=1 << 20)
-    negatives = negatives if backbone is None else 0
+    training = training_of(rows, negatives, smallest_dim=8 if backbone is None else 1 << 20)
     names = {"official": "official", "st": "sentence_transformers", "bare": "bare"}
     if backbone is not None:
         del names["official"]
@@ -125,7 +124,7 @@ def main() -> None:
         help="a sentence-transformers folder in place of the tiny Qwen3; in-batch loss",
     )
     arguments = parser.parse_args()
-    rows, negatives = arguments.rows, arguments.negatives
+    rows, negatives = arguments.rows, 0 if arguments.backbone else arguments.negatives
     steps, rounds = arguments.steps, arguments.rounds
     if arguments.workers is None:
         result = beside_peers(rows, negatives, steps or 2, rounds or 3, arguments.clock, arguments.backbone)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.schema import KEY, KEY_BYTES, query_text, seeded_key, text_key
+from f2llm_ray.data.schema import KEY, key_array, key_numbers, query_text, seeded_key, text_key
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
 
@@ -49,9 +49,7 @@ def prompted(keys: pa.Array, prompt: str) -> pa.Array:
     """
     if not prompt:
         return keys
-    numbers = np.frombuffer(keys.buffers()[1], np.uint8, len(keys) * KEY_BYTES, keys.offset * KEY_BYTES)
-    mixed = numbers.reshape(-1, KEY_BYTES) ^ np.frombuffer(seeded_key("prompt", prompt), np.uint8)
-    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys), [None, pa.py_buffer(mixed.tobytes())])
+    return key_array(key_numbers(keys) ^ key_numbers(pa.array([seeded_key("prompt", prompt)], KEY)))
 
 
 def shard_of(keys: Keys, shards: int) -> np.ndarray[Any, np.dtype[np.int64]]:

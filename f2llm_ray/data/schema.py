@@ -77,6 +77,11 @@ def key_numbers(keys: pa.Array | pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np
     return data.reshape(-1, 2)[array.offset :].astype(np.uint64)
 
 
+def key_array(keys: np.ndarray[Any, np.dtype[np.uint64]]) -> pa.Array:
+    """Halves of keys [n, 2] as an arrow array; the inverse of `key_numbers`."""
+    return pa.Array.from_buffers(KEY, len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys, ">u8").tobytes())])
+
+
 def with_column(rows: pa.Table, name: str, values: Any) -> pa.Table:
     """The rows with other values in a column, which keeps its place and type."""
     index = rows.schema.get_field_index(name)

@@ -20,7 +20,7 @@ from f2llm_ray.data.keys import KEYS, prompted, shard_of
 from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
-from f2llm_ray.data.ragged import lengths_of
+from f2llm_ray.data.ragged import lengths_of, list_array
 from f2llm_ray.data.reading.base import SourceBase
 from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, with_column
 from f2llm_ray.data.settings import Data
@@ -166,8 +166,7 @@ def with_prompts(ids: pa.Table, prompts: TextPrompts) -> pa.Table:
         ids = with_column(ids, name, prompted(ids[name].combine_chunks(), prompt))
     lists = ids["negative_keys"].combine_chunks()
     flat = prompted(lists.flatten().cast(KEY), prompts.document)
-    offsets = np.append(0, np.cumsum(lengths_of(lists))).astype(np.int32)
-    return with_column(ids, "negative_keys", pa.ListArray.from_arrays(pa.array(offsets), flat))
+    return with_column(ids, "negative_keys", list_array(flat, lengths_of(lists)))
 
 
 def is_validation(row_keys: pa.Array, share: float) -> pa.Array:

@@ -103,11 +103,11 @@ class MtebEncoder(AbsEncoder):
         **_: Any,
     ) -> Vectors:
         """Unit vectors [n, d] of the texts of all batches, in their order."""
-        texts, info = [str(text) for batch in inputs for text in batch["text"]], self.engine.info
+        texts = [str(text) for batch in inputs for text in batch["text"]]
         if prompt_type is not None and prompt_type.value == "document":
             texts = as_documents(self.engine, texts)
         else:
-            texts = as_queries(self.engine, texts, instruction_of(task_metadata) if info.instructions else "")
+            texts = as_queries(self.engine, texts, instruction_of(task_metadata))
         if not texts:
             return np.empty((0, self.engine.info.dims[-1]), dtype=np.float32)
         return self.engine.embed(texts)

@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from f2llm_ray.data.keys import Keys, distinct_keys, find_keys
-from f2llm_ray.data.near.groups import key_array
 from f2llm_ray.data.ragged import Ints, lengths_of, list_array, numbered
-from f2llm_ray.data.schema import KEY, key_numbers
+from f2llm_ray.data.schema import KEY, key_array, key_numbers
 from f2llm_ray.mine.candidates import Candidates
 from f2llm_ray.run.folder import Folder
 

@@ -23,7 +23,6 @@ import torch
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
-from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
 from f2llm_ray.engine.settings import Compute
@@ -32,7 +31,7 @@ from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join_negatives import join_source
 from f2llm_ray.mine.search import FOUND, Layout, search
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.checkpoint import ModelInfo, load_info, prompts_of
+from f2llm_ray.model.checkpoint import check_prompts, load_info
 from f2llm_ray.run.folder import Folder
 
 COLUMNS = ["row_key", "query_key", "instructed_key", "passage_key", "query_group", "passage_group"]
@@ -62,11 +61,12 @@ def mine(
         timed or encoded is of this call, the rest of all the work.
 
     Raises:
-        RunError: a model with another tokenizer, or one that gives vectors that are not finite.
+        RunError: a model with another tokenizer or other prompts, or one that gives vectors that are not finite.
     """
     info = load_info(model)
     check_tokenizer(prepared / "tokenizer", model)
-    check_prompts(info, read_prompts(prepared), model)
+    advice = "; mine with a model of this run, or set the recipe's prompts"
+    check_prompts(info, read_prompts(prepared), model, advice)
     connect()
     query = "instructed_key" if info.instructions else "query_key"
     seconds, started = {}, time.perf_counter()
@@ -128,20 +128,6 @@ def check_tokenizer(prepared: Folder, model: Folder) -> None:
         raise RunError(
             f"{model.uri}/{TOKENIZER}: not the tokenizer of the prepared data in {prepared.uri}; they differ in "
             f"{', '.join(other)}. Mine with a model of this run, or prepare with this model's tokenizer"
-        )
-
-
-def check_prompts(info: ModelInfo, data: TextPrompts, model: Folder) -> None:
-    """Refuses a model whose prompts are not those of the prepared data.
-
-    Raises:
-        RunError: its texts start with something else.
-    """
-    wanted = prompts_of(info, data)
-    if wanted != data:
-        raise RunError(
-            f"{model.uri}: its prompts are {wanted.query!r} and {wanted.document!r}, those of the prepared data "
-            f"{data.query!r} and {data.document!r}; mine with a model of this run, or set the recipe's prompts"
         )
 
 

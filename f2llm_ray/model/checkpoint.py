@@ -136,6 +136,20 @@ def prompts_of(info: ModelInfo, data: TextPrompts) -> TextPrompts:
     return TextPrompts(query, info.prompts.get("document", ""))
 
 
+def check_prompts(info: ModelInfo, data: TextPrompts, model: Folder, advice: str) -> None:
+    """Refuses a model whose prompts are not those of the prepared data.
+
+    Raises:
+        RunError: its texts start with something else; the message ends in the advice.
+    """
+    wanted = prompts_of(info, data)
+    if wanted != data:
+        raise RunError(
+            f"{model.uri}: its prompts are {wanted.query!r} and {wanted.document!r}, those of the prepared data "
+            f"{data.query!r} and {data.document!r}{advice}"
+        )
+
+
 def check_family(folder: Folder) -> None:
     """Raises RunError where a folder's config.json names a family that is not known here."""
     if folder.exists(CONFIG_FILE):
@@ -169,9 +183,10 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(config, str(folder))
-        with quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
+        with _quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
             backbone, found = AutoModel.from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -187,7 +202,7 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Keeps transformers' log to errors meanwhile."""
     from transformers.utils import logging
 

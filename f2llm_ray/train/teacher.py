@@ -27,7 +27,7 @@ from f2llm_ray.data.tokens.build import read_prompts, write_store
 from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
 from f2llm_ray.engine.vector_files import VectorWriter
-from f2llm_ray.model.checkpoint import load_info, prompts_of
+from f2llm_ray.model.checkpoint import check_prompts, load_info, prompts_of
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import TrainBatch
@@ -267,10 +267,5 @@ def check_online(prepared: Folder, teacher: Folder) -> None:
             f"{teacher.uri}/{TOKENIZER}: not the tokenizer of the prepared data in {prepared.uri}; they differ in "
             f"{', '.join(other)}. A batch has the prepared tokens alone: set distill.teacher_vectors to cached"
         )
-    data = read_prompts(prepared)
-    wanted = prompts_of(load_info(teacher), data)
-    if wanted != data:
-        raise RunError(
-            f"{teacher.uri}: its prompts are {wanted.query!r} and {wanted.document!r}, those of the prepared data "
-            f"{data.query!r} and {data.document!r}: set distill.teacher_vectors to cached"
-        )
+    advice = ": set distill.teacher_vectors to cached"
+    check_prompts(load_info(teacher), read_prompts(prepared), teacher, advice)

@@ -12,10 +12,10 @@ import pyarrow as pa
 from f2llm_ray.data.decontaminate import decontaminate, make_screen
 from f2llm_ray.data.dedup import NEAR, SAME, dedup
 from f2llm_ray.data.keys import find_keys
-from f2llm_ray.data.near.groups import Groups, key_array, write_members
+from f2llm_ray.data.near.groups import Groups, write_members
 from f2llm_ray.data.pairs import drop_near_positives, drop_positives
 from f2llm_ray.data.reading.base import rows_table
-from f2llm_ray.data.schema import key_numbers, rng, text_key
+from f2llm_ray.data.schema import key_array, key_numbers, rng, text_key
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 

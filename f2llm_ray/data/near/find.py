@@ -20,12 +20,12 @@ from f2llm_ray.base.progress import say
 from f2llm_ray.data.flow import Item, Part, each, map_groups
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.near.components import EDGE, spread, stars
-from f2llm_ray.data.near.groups import NAMES, key_array, write_members
+from f2llm_ray.data.near.groups import NAMES, write_members
 from f2llm_ray.data.near.minhash import PRESETS, band_keys, signatures
 from f2llm_ray.data.near.shingle_store import ShingleStore, jaccards, write_shingles
 from f2llm_ray.data.near.shingles import Shingles, shingle
 from f2llm_ray.data.near.shuffle import Rows, read_shard, write_rows
-from f2llm_ray.data.schema import Task, key_numbers
+from f2llm_ray.data.schema import Task, key_array, key_numbers
 from f2llm_ray.data.settings import NearDedup
 from f2llm_ray.run.folder import Folder
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.data.keyed import KeyedStore, write_shard
 from f2llm_ray.data.keys import Keys
-from f2llm_ray.data.schema import KEY, key_numbers
+from f2llm_ray.data.schema import key_array, key_numbers
 
 NAMES = ("members-{:04d}.keys.npy", "members-{:04d}.groups.npy")
 
@@ -40,8 +39,3 @@ class Groups:
     def of_array(self, keys: pa.Array | pa.ChunkedArray) -> pa.Array:
         """The group of each of an array of keys."""
         return key_array(self.of(key_numbers(keys)))
-
-
-def key_array(keys: Keys) -> pa.Array:
-    """Halves of keys [n, 2] as an arrow array; the inverse of `key_numbers`."""
-    return pa.Array.from_buffers(KEY, len(keys), [None, pa.py_buffer(np.ascontiguousarray(keys, ">u8").tobytes())])
