@@ -137,14 +137,13 @@ def theirs(queries: Floats, passages: Floats, settings: Mine) -> dict[int, set[i
 
     rows = range(len(queries))
     dataset = Dataset.from_dict({"query": [f"q{n}" for n in rows], "passage": [f"p{n}" for n in rows]})
-    margin = settings.relative_margin
     mined = mine_hard_negatives(
         dataset,
         Stub(queries, passages),
         range_min=settings.skip,
         range_max=settings.top_k,
         max_score=settings.max_score,
-        relative_margin=None if margin is None else 1 - margin,
+        relative_margin=settings.relative_margin,
         num_negatives=settings.count,
         output_format="labeled-list",
         verbose=False,

@@ -21,17 +21,17 @@ from f2llm_ray.train.terms import TermInputs, added_terms
 from tests.evaluate.planted import Planted
 
 
-def weighted(spread: float) -> TrainStage:
-    return TrainStage.model_validate({"spread_weight": spread})
+def weighted(alignment: float) -> TrainStage:
+    return TrainStage.model_validate({"alignment_weight": alignment})
 
 
-def test_the_loss_is_the_mean_squared_cosine_and_weighted() -> None:
+def test_the_loss_is_the_mean_squared_distance_and_weighted() -> None:
     v_nd = torch.tensor([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0]], requires_grad=True)
     query, passage, negative = torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([[2], [-1]])
     places = TextPlaces(query, passage, negative, passage, query)
     loss, terms = added_terms(TermInputs(v_nd=v_nd, places=places, settings=weighted(0.5)))
-    expected = (0.8**2 + 0.6**2 + 1 + 0) / 4
-    assert terms["spread"].item() == pytest.approx(expected)
+    expected = ((0.6**2 + 0.2**2) + (1 + 1)) / 2
+    assert terms["alignment"].item() == pytest.approx(expected)
     assert loss.item() == pytest.approx(expected / 2)
     loss.backward()  # type: ignore[no-untyped-call]
     assert v_nd.grad is not None

@@ -149,11 +149,11 @@ def choose(score_nk: Vectors, positive_n: Vectors, settings: Mine) -> tuple[Mask
 
     Of the k nearest the first `skip` go, whatever their score; then those above a limit; of what is left the
     first `count` stay. The limits are those of sentence-transformers' `mine_hard_negatives`, in float32, and what
-    equals a limit stays: a score s is kept where s <= max_score, s <= p - |p| * (1 - relative_margin) and
-    s + absolute_margin <= p, with p the score of the row's own passage. The relative limit is p * relative_margin
-    for every p >= 0; below 0 that product would allow passages nearer than the positive. One thing is different:
-    their `range_min` skips after the limits, our `skip` before, as the ranks in the mined data of the paper's
-    predecessor are counted.
+    equals a limit stays: a score s is kept where s <= max_score, s <= p - |p| * relative_margin and
+    s + absolute_margin <= p, with p the score of the row's own passage. The relative limit is
+    p * (1 - relative_margin) for every p >= 0; below 0 that product would allow passages nearer than the positive.
+    One thing is different: their `range_min` skips after the limits, our `skip` before, as the ranks in the mined
+    data of the paper's predecessor are counted.
 
     Args:
         score_nk: of the nearest passages that are no positives, falling; -inf where there were fewer than k.
@@ -174,7 +174,7 @@ def choose(score_nk: Vectors, positive_n: Vectors, settings: Mine) -> tuple[Mask
     drop("max_score", score_nk > np.float32(settings.max_score))
     dropped["margin"] = 0
     if settings.relative_margin is not None:
-        limit_n = positive_n - np.abs(positive_n) * np.float32(1 - settings.relative_margin)
+        limit_n = positive_n - np.abs(positive_n) * np.float32(settings.relative_margin)
         drop("margin", score_nk > limit_n[:, None])
     if settings.absolute_margin is not None:
         drop("margin", score_nk + np.float32(settings.absolute_margin) > positive_n[:, None])

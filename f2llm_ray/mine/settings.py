@@ -23,8 +23,8 @@ class Mine(Section):
     """The nearest of them that are left out, being likely positives that nobody marked."""
     max_score: Output[float] = Field(default=0.8, gt=0, le=1)
     """Largest cosine to the query."""
-    relative_margin: Output[float | None] = Field(default=0.95, gt=0, le=1)
-    """Largest cosine to the query as a share of the positive's."""
+    relative_margin: Output[float | None] = Field(default=0.05, ge=0, le=1)
+    """Least distance of the cosine below the positive's, as a share of it: 0.05 leaves out what is above 95 %."""
     absolute_margin: Output[float | None] = Field(default=None, ge=0, le=2)
     """Least distance of the cosine below the positive's."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from f2llm_ray.train.losses import world
+from f2llm_ray.train.ranks import world
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from f2llm_ray.data.schema import Task
 from f2llm_ray.model.checkpoint import matryoshka_dims
+from f2llm_ray.train.ranks import gather, per_rank, rank
 from f2llm_ray.train.settings import TrainStage
 
 
@@ -35,17 +36,16 @@ class TextPlaces:
 class Parts:
     """The terms of a loss, for the log: detached and unweighted; means over ranks are the global batch's."""
 
-    hard_negative_m: torch.Tensor
-    """The hard-negative term of each dim."""
-    in_batch_m: torch.Tensor | None
-    """The in-batch term of each dim; None in a batch without it."""
+    by_dim: Mapping[str, torch.Tensor]
+    """The contrastive terms that the batch has, each of every dim [m]: "hard_negative", and for retrieval
+    "in_batch" and "passage_to_query"."""
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The further terms by name (train/terms.py)."""
 
     @property
     def total_m(self) -> torch.Tensor:
-        """Both terms of each dim."""
-        return self.hard_negative_m if self.in_batch_m is None else self.hard_negative_m + self.in_batch_m
+        """The sum of the contrastive terms of each dim."""
+        return torch.stack(list(self.by_dim.values())).sum(0)
 
 
 def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:
@@ -59,6 +59,9 @@ def contrastive(
     v_nd: torch.Tensor, places: TextPlaces, settings: TrainStage, task: Task
 ) -> tuple[torch.Tensor, Parts]:
     """The paper's objective: hard-negative and, for retrieval, in-batch term, summed over the matryoshka dims.
+
+    Beside the paper's terms, where the settings ask for them: the in-batch term from passages to queries, and
+    texts of the anchor's own side as further negatives in both directions (Li et al. 2023, GTE, arXiv 2308.03281).
 
     The mean over ranks is the loss of the global batch, however its rows are dealt out. Every rank must have
     as many rows.
@@ -76,57 +79,113 @@ def contrastive(
     Returns:
         The loss of this rank, and its parts.
     """
-    q_bd, p_bd = v_nd[places.query_b], v_nd[places.passage_b]
-    n_bkd = v_nd[places.negative_bk.clamp(min=0)]
     weights = matryoshka_weights(matryoshka_dims(v_nd.shape[1], settings.matryoshka_min_dim))
-    dims, temperature = list(weights), settings.temperatures.get(task, settings.temperature)
-    positive_mb = [positive_b1[:, 0] for positive_b1 in _cosines(q_bd, p_bd[:, None], dims)]
-    negative_mbk = _cosines(q_bd, n_bkd, dims)
+    dims = list(weights)
+    q_bd, p_bd = v_nd[places.query_b], v_nd[places.passage_b]
+    positive_mb = torch.stack([positive_b1[:, 0] for positive_b1 in _cosines(q_bd, p_bd[:, None], dims)])
+    rule = _Rule(settings, settings.temperatures.get(task, settings.temperature), positive_mb[0])
+    found = {"hard_negative": _own_negatives(v_nd, places, dims, positive_mb, rule)}
+    factors = {
+        "hard_negative": settings.hard_negative_weight,
+        "in_batch": settings.in_batch_weight,
+        "passage_to_query": settings.passage_to_query_weight,
+    }
+    if task == "retrieval":
+        queries, passages = _sides(q_bd, p_bd, places, settings)
+        found["in_batch"] = _across(queries, passages, dims, rule)
+        if settings.passage_to_query_weight > 0:
+            found["passage_to_query"] = _across(passages, queries, dims, rule)
+    weight_m = torch.tensor(list(weights.values()), dtype=positive_mb.dtype, device=v_nd.device)
+    loss = torch.stack([factors[name] * (weight_m @ term_m) for name, term_m in found.items()]).sum()
+    return loss, Parts({name: term_m.detach() for name, term_m in found.items()})
 
+
+@dataclass(frozen=True)
+class _Rule:
+    """Which negatives of a batch count, and how their cosines become a loss."""
+
+    settings: TrainStage
+    temperature: float
+    positive_b: torch.Tensor
+    """The cosine of each row's query and passage at all dims."""
+
+    def loss(self, positive_b: torch.Tensor, negative: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy [b] of each row's positive against those of its negatives [b, any] that count.
+
+        It is 0 for a row without any. With `hardness` a negative of cosine s counts exp(hardness * s) times, a
+        factor that has no gradient (EmbeddingGemma, arXiv 2509.20354).
+        """
+        logits = negative / self.temperature
+        if self.settings.hardness:
+            logits = logits + self.settings.hardness * negative.detach()
+        logits = torch.cat([positive_b[:, None] / self.temperature, logits.masked_fill(~keep, -math.inf)], dim=1)
+        target_b = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        return cross_entropy(logits, target_b, reduction="none")
+
+    def true_negatives(self, negative: torch.Tensor) -> torch.Tensor:
+        """Which negatives [b, any] are not too close to their anchor, by their cosines at all dims."""
+        margins = self.settings.absolute_margin, self.settings.relative_margin
+        return ~too_close(negative, self.positive_b, *margins)
+
+
+def _own_negatives(
+    v_nd: torch.Tensor, places: TextPlaces, dims: Sequence[int], positive_mb: torch.Tensor, rule: _Rule
+) -> torch.Tensor:
+    """The hard-negative term [m]: the mean over rows that brought a negative."""
+    cosines_mbk = _cosines(v_nd[places.query_b], v_nd[places.negative_bk.clamp(min=0)], dims)
     has_bk = places.negative_bk >= 0
     own_bk = (places.negative_bk == places.passage_b[:, None]) | (places.negative_bk == places.query_b[:, None])
-    margins = (settings.absolute_margin, settings.relative_margin)
-    keep_bk = has_bk & ~own_bk & ~too_close(negative_mbk[0], positive_mb[0], *margins)
+    keep_bk = has_bk & ~own_bk & rule.true_negatives(cosines_mbk[0])
     rows = per_rank(has_bk.any(1), v_nd.dtype)
-    hard_m = torch.stack(
-        [
-            hard_negative_loss(positive_b, negative_bk, keep_bk, temperature).sum() / rows
-            for positive_b, negative_bk in zip(positive_mb, negative_mbk, strict=True)
-        ]
+    of_dims = zip(positive_mb, cosines_mbk, strict=True)
+    return torch.stack(
+        [rule.loss(positive_b, negative_bk, keep_bk).sum() / rows for positive_b, negative_bk in of_dims]
     )
-    weight_m = torch.tensor(list(weights.values()), dtype=hard_m.dtype, device=hard_m.device)
-    loss = settings.hard_negative_weight * (weight_m @ hard_m)
-    if task != "retrieval":
-        return loss, Parts(hard_m.detach(), None)
-
-    p_Bd = gather(p_bd) if settings.gather_gradient else gather(p_bd.detach())
-    across_mbB = _cosines(q_bd, p_Bd, dims)
-    target_b = torch.arange(len(q_bd), device=q_bd.device) + rank() * len(q_bd)
-    id_B = gather(places.passage_id_b)
-    same_bB = (places.passage_id_b[:, None] == id_B) | (places.query_id_b[:, None] == id_B)
-    false_bB = same_bB | too_close(across_mbB[0], positive_mb[0], *margins)
-    false_bB = false_bB.scatter(1, target_b[:, None], value=False)
-    in_batch_m = torch.stack(
-        [
-            cross_entropy((across_bB / temperature).masked_fill(false_bB, -math.inf), target_b)
-            for across_bB in across_mbB
-        ]
-    )
-    loss = loss + settings.in_batch_weight * (weight_m @ in_batch_m)
-    return loss, Parts(hard_m.detach(), in_batch_m.detach())
 
 
-def hard_negative_loss(
-    positive_b: torch.Tensor, negative_bk: torch.Tensor, keep_bk: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Cross-entropy [b] of each row's passage against those of its own negatives that count; 0 for a row without.
+@dataclass(frozen=True)
+class _Side:
+    """The queries, or the passages, of a batch."""
 
-    Takes the cosines of each query with its passage and its hard negatives.
+    own_bd: torch.Tensor
+    every_Bd: torch.Tensor
+    """Those of all ranks."""
+    false_bB: torch.Tensor
+    """Which of them are no negatives of a row's query and passage, by what they read: the row's own, those of rows
+    that share its query or its passage, and those that read like the row's other text."""
+
+
+def _sides(
+    q_bd: torch.Tensor, p_bd: torch.Tensor, places: TextPlaces, settings: TrainStage
+) -> tuple[_Side, _Side]:
+    """Queries and passages. Those of all ranks are gathered where a term needs them."""
+    query_b, passage_b = places.query_id_b[:, None], places.passage_id_b[:, None]
+    query_B, passage_B = gather(places.query_id_b), gather(places.passage_id_b)
+    related_bB = (query_b == query_B) | (passage_b == passage_B)
+
+    def every(own_bd: torch.Tensor, *, used: bool = True) -> torch.Tensor:
+        if not used:
+            return own_bd
+        return gather(own_bd) if settings.gather_gradient else gather(own_bd.detach())
+
+    both = settings.passage_to_query_weight > 0 or settings.same_side_negatives
+    queries = _Side(q_bd, every(q_bd, used=both), related_bB | (passage_b == query_B))
+    passages = _Side(p_bd, every(p_bd), related_bB | (query_b == passage_B))
+    return queries, passages
+
+
+def _across(anchor: _Side, other: _Side, dims: Sequence[int], rule: _Rule) -> torch.Tensor:
+    """The in-batch term [m] of one direction: each anchor's positive against the other side's texts of all ranks.
+
+    With `same_side_negatives` the anchors of all ranks stand among the negatives too.
     """
-    negative_bk = negative_bk.masked_fill(~keep_bk, -math.inf)
-    logits = torch.cat([positive_b[:, None], negative_bk], dim=1) / temperature
-    target_b = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return cross_entropy(logits, target_b, reduction="none")
+    sides = (other, anchor) if rule.settings.same_side_negatives else (other,)
+    cosines = (_cosines(anchor.own_bd, side.every_Bd, dims) for side in sides)
+    cosines_mbN = [torch.cat(of_sides, dim=1) for of_sides in zip(*cosines, strict=True)]
+    keep_bN = ~torch.cat([side.false_bB for side in sides], dim=1) & rule.true_negatives(cosines_mbN[0])
+    row_b = torch.arange(len(anchor.own_bd), device=keep_bN.device)
+    own_b = row_b + rank() * len(row_b)
+    return torch.stack([rule.loss(part_bN[row_b, own_b], part_bN, keep_bN).mean() for part_bN in cosines_mbN])
 
 
 def too_close(
@@ -175,47 +234,3 @@ def _cosines(q_bd: torch.Tensor, x: torch.Tensor, dims: Sequence[int]) -> list[t
 def _over_norm(square: torch.Tensor) -> torch.Tensor:
     """One over the norm, which counts as 1e-12 at least, as in torch's `normalize`."""
     return square.clamp(min=1e-24).rsqrt()
-
-
-def per_rank(flags: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The number of true flags per rank, never 0: the divisor of a rank's sums."""
-    count, ranks = flags.sum().to(dtype), world()
-    if ranks > 1:
-        torch.distributed.all_reduce(count)
-    return (count / ranks).clamp(min=1 / ranks)
-
-
-def rank() -> int:
-    """This process among the workers; 0 outside a process group."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world() -> int:
-    """Number of workers; 1 outside a process group."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def gather(x_b: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks in rank order; gradient flows back to the rank each row came from."""
-    if world() == 1:
-        return x_b
-    gathered: torch.Tensor = _Gather.apply(x_b)
-    return gathered
-
-
-class _Gather(torch.autograd.Function):
-    """All-gather whose backward sums, over ranks, the gradients that reached this rank's rows."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x_b: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(x_b) for _ in range(world())]
-        torch.distributed.all_gather(parts, x_b.contiguous())
-        ctx.rows = len(x_b)  # type: ignore[attr-defined]
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_B: torch.Tensor) -> torch.Tensor:
-        grad_B = grad_B.contiguous()
-        torch.distributed.all_reduce(grad_B)
-        rows: int = ctx.rows  # type: ignore[attr-defined]
-        return grad_B[rank() * rows : (rank() + 1) * rows]

@@ -76,11 +76,20 @@ class TrainStage(Section):
     """Another temperature for some tasks."""
     hard_negative_weight: Output[float] = Field(default=1.0, ge=0)
     in_batch_weight: Output[float] = Field(default=1.0, ge=0)
+    passage_to_query_weight: Output[float] = Field(default=0.0, ge=0)
+    """Weight of the in-batch term taken the other way: a row's passage against the queries of all rows (CLIP)."""
+    same_side_negatives: Output[bool] = False
+    """In-batch negatives of a query are the other queries too, and those of a passage the other passages (GTE)."""
+    hardness: Output[float] = Field(default=0.0, ge=0)
+    """A negative of cosine s counts exp(hardness * s) times in the contrastive terms (EmbeddingGemma: 5)."""
+    spread_weight: Output[float] = Field(default=0.0, ge=0)
+    """Weight of the mean squared cosine between different queries, plus that between different passages, which
+    spreads vectors out (Zhang et al. 2017, arXiv 1708.06320; EmbeddingGemma)."""
     absolute_margin: Output[float | None] = None
     """Negatives whose cosine is above the passage's minus this are taken for false ones and left out; -0.1 leaves
     out what is better than the passage by 0.1 (Qwen3-Embedding). Unset in the paper."""
     relative_margin: Output[float | None] = Field(default=None, ge=0, le=1)
-    """The same with this share of the passage's cosine: 0.05 leaves out what is above 95 % of it."""
+    """The same with this share of the passage's cosine, as in mining: 0.05 leaves out what is above 95 % of it."""
     matryoshka_min_dim: Output[int] = Field(default=8, ge=1)
     """Smallest matryoshka dim; the dims are its doublings below the hidden size, and the hidden size."""
     gather_gradient: Output[bool] = True
@@ -140,6 +149,9 @@ class Distill(TrainStage):
     """Weight of the KL divergence between the teacher's and the student's softmax over the cosines of a query with
     the passages of all ranks."""
     similarity_temperature: Output[float] = Field(default=0.05, gt=0)
+    margin_weight: Output[float] = Field(default=0.0, ge=0)
+    """Weight of the MSE between the two's margins: the cosine of a query and its passage minus that with each of
+    its hard negatives (Hofstätter et al. 2020, arXiv 2010.02666)."""
     projection: Output[bool] = False
     """MSE and cosine compare the teacher's whole vectors with a linear map of the student's, which is trained with
     it and left out of the exported model. Always so where the student has more dims than the teacher."""
@@ -147,7 +159,7 @@ class Distill(TrainStage):
     @property
     def uses_teacher(self) -> bool:
         """Whether any term needs the teacher's vectors."""
-        return self.mse_weight + self.cosine_weight + self.similarity_weight > 0
+        return self.mse_weight + self.cosine_weight + self.similarity_weight + self.margin_weight > 0
 
     @property
     def matches_vectors(self) -> bool:
@@ -157,7 +169,8 @@ class Distill(TrainStage):
     @property
     def teacher_is_cut(self) -> bool:
         """Whether the student learns from as many of the teacher's first dims as it has, and not from all."""
-        return self.matches_vectors and not self.projection and not self.similarity_weight
+        compares = self.similarity_weight + self.margin_weight > 0
+        return self.matches_vectors and not self.projection and not compares
 
     @model_validator(mode="after")
     def _projects_something(self) -> Distill:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, normalize
 
-from f2llm_ray.train.losses import TextPlaces, gather, per_rank
+from f2llm_ray.train.losses import TextPlaces
+from f2llm_ray.train.ranks import gather, per_rank
 from f2llm_ray.train.settings import Distill, TrainStage
 
 
@@ -49,6 +50,23 @@ def added_terms(inputs: TermInputs) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
+def spread_loss(inputs: TermInputs) -> torch.Tensor:
+    """Mean squared cosine of different queries, plus that of different passages, over those of all ranks.
+
+    It is the second moment of the global orthogonal regulariser (Zhang et al. 2017, arXiv 1708.06320), as
+    EmbeddingGemma (arXiv 2509.20354) has it. Texts that read the same are no pair.
+    """
+    places, gradient = inputs.places, inputs.settings.gather_gradient
+    sides = (places.query_b, places.query_id_b), (places.passage_b, places.passage_id_b)
+    means = []
+    for place_b, id_b in sides:
+        unit_bd = normalize(inputs.v_nd[place_b], dim=1)
+        cosine_bB = unit_bd @ gather(unit_bd if gradient else unit_bd.detach()).T
+        differs_bB = id_b[:, None] != gather(id_b)
+        means.append(cosine_bB.square()[differs_bB].sum() / per_rank(differs_bB, cosine_bB.dtype))
+    return torch.stack(means).sum()
+
+
 def mse_loss(inputs: TermInputs) -> torch.Tensor:
     """Mean squared error, the paper's term."""
     matched_nD, target_nD = inputs.pair()
@@ -79,10 +97,22 @@ def similarity_loss(inputs: TermInputs) -> torch.Tensor:
     return kl_div(student_bB, teacher_bB, reduction="batchmean", log_target=True)
 
 
+def margin_loss(inputs: TermInputs) -> torch.Tensor:
+    """MSE between the teacher's and the student's margins: cosine of query and passage minus that of a negative.
+
+    The mean is over all negatives that rows brought (Hofstätter et al. 2020, arXiv 2010.02666).
+    """
+    assert inputs.teacher_nD is not None  # noqa: S101 - the setting is one of a stage with a teacher
+    student_m, teacher_m = (margins(vectors, inputs.places) for vectors in (inputs.v_nd, inputs.teacher_nD))
+    return (student_m - teacher_m).square().sum() / per_rank(inputs.places.negative_bk >= 0, student_m.dtype)
+
+
 TERMS: dict[str, Callable[[TermInputs], torch.Tensor]] = {
+    "spread": spread_loss,
     "mse": mse_loss,
     "cosine": cosine_loss,
     "similarity": similarity_loss,
+    "margin": margin_loss,
 }
 """The terms by name; the weight of each is the stage's setting `<name>_weight`, and 0 without one."""
 
@@ -95,6 +125,14 @@ def mean_over_places(value_n: torch.Tensor, places: TextPlaces) -> torch.Tensor:
     negative = places.negative_bk[places.negative_bk >= 0]
     place = torch.cat([places.query_b, places.passage_b, negative])
     return value_n[place].sum() / per_rank(torch.ones_like(place), value_n.dtype)
+
+
+def margins(v_nd: torch.Tensor, places: TextPlaces) -> torch.Tensor:
+    """The margin [m] of each hard negative of the rank: its query's cosine with the passage, less that with it."""
+    unit_nd = normalize(v_nd, dim=1)
+    row_m, column_m = (places.negative_bk >= 0).nonzero(as_tuple=True)
+    query_md, passage_md = unit_nd[places.query_b[row_m]], unit_nd[places.passage_b[row_m]]
+    return (query_md * (passage_md - unit_nd[places.negative_bk[row_m, column_m]])).sum(1)
 
 
 def query_cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:

@@ -22,8 +22,8 @@ from f2llm_ray.evaluate.metrics.ranking import K, metrics
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.train.gradcache import encode_chunks
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.losses import gather
 from f2llm_ray.train.objective import StageLoss, chunks_of, encoder_of, mean_over_ranks
+from f2llm_ray.train.ranks import gather
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -22,7 +22,7 @@ def chosen_slowly(scores: list[float], positive: float, limits: Mine) -> tuple[l
             dropped["skip"] += 1
         elif score > one(limits.max_score):
             dropped["max_score"] += 1
-        elif (limits.relative_margin is not None and score > own - abs(own) * one(1 - limits.relative_margin)) or (
+        elif (limits.relative_margin is not None and score > own - abs(own) * one(limits.relative_margin)) or (
             limits.absolute_margin is not None and score + one(limits.absolute_margin) > own
         ):
             dropped["margin"] += 1

@@ -70,7 +70,7 @@ def reference(table: pa.Table, vectors: Vectors, settings: Mine, query: str = "q
         own = float(mine @ vectors[row["passage_key"]].astype(np.float64))
         scored = [(-float(mine @ vectors[key].astype(np.float64)), key) for key in candidates]
         nearest = sorted(pair for pair in scored if group_of[pair[1]] not in positives)[: settings.top_k]
-        limit = math.inf if settings.relative_margin is None else own - abs(own) * (1 - settings.relative_margin)
+        limit = math.inf if settings.relative_margin is None else own - abs(own) * settings.relative_margin
         limit = min(limit, settings.max_score)
         if settings.absolute_margin is not None:
             limit = min(limit, own - settings.absolute_margin)
@@ -128,7 +128,7 @@ def coarse_vectors(generator: np.random.Generator, table: pa.Table) -> Vectors:
 @pytest.mark.parametrize(
     "limits",
     [
-        {"top_k": 12, "count": 5, "skip": 2, "max_score": 0.25, "relative_margin": 0.75},
+        {"top_k": 12, "count": 5, "skip": 2, "max_score": 0.25, "relative_margin": 0.25},
         {"top_k": 7, "count": 24, **EVERYTHING, "absolute_margin": 0.125},
         {"top_k": 100, "count": 300, **EVERYTHING},
     ],
@@ -304,7 +304,7 @@ def test_a_run_that_broke_off_goes_on_to_the_bytes_of_one_process_in_another_ord
     lacking = write_prepared(
         tmp_path / "lacking", model, tables, {key: text for key, text in texts.items() if key != lost}
     )
-    settings = Mine(model="m", top_k=20, count=6, skip=2, max_score=1.0, relative_margin=0.999)
+    settings = Mine(model="m", top_k=20, count=6, skip=2, max_score=1.0, relative_margin=0.001)
     places: Any = {"model": Folder.at(str(model)), "out": Folder.at(str(tmp_path / "out")), "layout": LAYOUT}
     with pytest.raises(RunError, match=f"no text with key {lost.hex()}"):
         mine(list(tables), settings, Compute(workers=2), prepared=lacking, **places)

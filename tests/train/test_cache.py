@@ -65,7 +65,7 @@ def direct(model: torch.nn.Module, seed: int, chunks: Sequence[Sequence[int]]) -
     v_nd = torch.cat([model(x[list(chunk)]) for chunk in chunks])[torch.argsort(place_n)]
     loss, parts = loss_of(seed)(v_nd)
     loss.backward()
-    return {"loss": loss.detach(), "gradient": gradients(model), "hard": parts.hard_negative_m}
+    return {"loss": loss.detach(), "gradient": gradients(model), "hard": parts.by_dim["hard_negative"]}
 
 
 def cached(model: torch.nn.Module, seed: int, chunks: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
@@ -78,7 +78,7 @@ def cached(model: torch.nn.Module, seed: int, chunks: Sequence[Sequence[int]]) -
 
     loss, parts = cached_backward(lambda chunk: model(x[list(chunk)]), chunks, loss_of(seed), backward)
     assert said == [False] * (len(said) - 1) + [True]
-    return {"loss": loss, "gradient": gradients(model), "hard": parts.hard_negative_m}
+    return {"loss": loss, "gradient": gradients(model), "hard": parts.by_dim["hard_negative"]}
 
 
 def equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

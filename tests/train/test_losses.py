@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import normalize
 
 from f2llm_ray.data.schema import Task
-from f2llm_ray.train.losses import Parts, TextPlaces, contrastive, matryoshka_weights
+from f2llm_ray.train.losses import TextPlaces, contrastive, matryoshka_weights
 from f2llm_ray.train.settings import TrainStage
 from tests.train.ranks import on_two_ranks
 
@@ -31,6 +31,13 @@ OBJECTIVES: dict[str, tuple[TrainStage, Task]] = {
         "retrieval",
     ),
     "temperature of a task": (TrainStage(temperatures={"retrieval": 0.2}), "retrieval"),
+    "both ways": (TrainStage(passage_to_query_weight=0.6), "retrieval"),
+    "same side": (TrainStage(same_side_negatives=True), "retrieval"),
+    "hardness": (TrainStage(hardness=5.0), "retrieval"),
+    "everything": (
+        TrainStage(passage_to_query_weight=0.5, same_side_negatives=True, hardness=2.0, relative_margin=0.1),
+        "retrieval",
+    ),
 }
 Side = tuple[torch.Tensor, TextPlaces]
 
@@ -51,54 +58,84 @@ def side(seed: int) -> Side:
     v_nd[negative[5, 0]] = v_nd[passage[5]] + 0.1 * v_nd[negative[5, 0]]
     query_id = query + 1000 * seed
     query_id[5] = 1000 + passage[2]  # reads like a passage of rank 0
+    query_id[2] = 1000  # the first query of rank 0, with another passage
     return v_nd, TextPlaces(query, passage, negative, passage + 1000 * seed, query_id)
+
+
+@dataclass(frozen=True)
+class Row:
+    texts: tuple[torch.Tensor, torch.Tensor]
+    """Query and passage."""
+    ids: tuple[int, int]
+    own: list[torch.Tensor]
+    """Its hard negatives that are neither of the two."""
+    brought: int
+    """How many it came with."""
+
+
+def rows_of(sides: list[Side]) -> list[Row]:
+    rows = []
+    for v_nd, place in sides:
+        for row, (q, p) in enumerate(zip(place.query_b, place.passage_b, strict=True)):
+            ids = int(place.query_id_b[row]), int(place.passage_id_b[row])
+            there = [int(n) for n in place.negative_bk[row] if n >= 0]
+            own = [v_nd[n] for n in there if n not in (int(q), int(p))]
+            rows.append(Row((v_nd[q], v_nd[p]), ids, own, len(there)))
+    return rows
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor, dim: int = D) -> torch.Tensor:
+    return (a[:dim] @ b[:dim]) / (a[:dim].norm() * b[:dim].norm())
+
+
+def kept(row: Row, anchor: int, negative: torch.Tensor, settings: TrainStage) -> bool:
+    """Whether a text is no false negative of a row's query (0) or passage (1), by its margins."""
+    of_passage, of_negative = cosine(*row.texts).item(), cosine(row.texts[anchor], negative).item()
+    absolute, relative = settings.absolute_margin, settings.relative_margin
+    return not (
+        (absolute is not None and of_negative > of_passage - absolute)
+        or (relative is not None and of_negative > of_passage - abs(of_passage) * relative)
+    )
+
+
+def across(rows: list[Row], row: Row, anchor: int, settings: TrainStage) -> list[torch.Tensor]:
+    """In-batch negatives: texts of rows that share neither text with a row, and that read like neither."""
+    strangers = [one for one in rows if one.ids[0] != row.ids[0] and one.ids[1] != row.ids[1]]
+    sides = (1 - anchor, anchor) if settings.same_side_negatives else (1 - anchor,)
+    texts = [one.texts[side] for side in sides for one in strangers if one.ids[side] not in row.ids]
+    return [text for text in texts if kept(row, anchor, text, settings)]
+
+
+def term(
+    row: Row, anchor: int, negatives: list[torch.Tensor], dim: int, hardness: float, temperature: float
+) -> Any:
+    top = torch.exp(cosine(*row.texts, dim) / temperature)
+    rest = [cosine(row.texts[anchor], n, dim) for n in negatives]
+    weighted = [torch.exp(s / temperature) * math.exp(hardness * s.item()) for s in rest]
+    return -torch.log(top / torch.stack([top, *weighted]).sum())
 
 
 def reference(sides: list[Side], settings: TrainStage, task: Task) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The objective of the global batch, one similarity at a time."""
-    rows = []
-    for v_nd, place in sides:
-        for row, (q, p) in enumerate(zip(place.query_b, place.passage_b, strict=True)):
-            assert place.query_id_b is not None
-            ids = int(place.query_id_b[row]), int(place.passage_id_b[row])
-            there = [int(n) for n in place.negative_bk[row] if n >= 0]
-            own = [v_nd[n] for n in there if n not in (int(q), int(p))]
-            rows.append((v_nd[q], v_nd[p], own, len(there), ids))
-
-    def cosine(a: torch.Tensor, b: torch.Tensor, dim: int = D) -> torch.Tensor:
-        return (a[:dim] @ b[:dim]) / (a[:dim].norm() * b[:dim].norm())
-
-    def kept(q: torch.Tensor, p: torch.Tensor, n: torch.Tensor) -> bool:
-        of_passage, of_negative = cosine(q, p).item(), cosine(q, n).item()
-        absolute, relative = settings.absolute_margin, settings.relative_margin
-        return not (
-            (absolute is not None and of_negative > of_passage - absolute)
-            or (relative is not None and of_negative > of_passage - abs(of_passage) * relative)
-        )
-
-    hard = [[n for n in own if kept(q, p, n)] for q, p, own, _, _ in rows]
-    across = [
-        [p2 for at2, (_, p2, _, _, ids2) in enumerate(rows) if at2 != at and ids2[1] not in ids and kept(q, p, p2)]
-        for at, (q, p, _, _, ids) in enumerate(rows)
-    ]
-
-    def term(row: int, negatives: list[torch.Tensor], dim: int) -> torch.Tensor:
-        q, p = rows[row][:2]
-        logits = torch.stack(
-            [cosine(q, x, dim) / settings.temperatures.get(task, settings.temperature) for x in (p, *negatives)]
-        )
-        return torch.logsumexp(logits, 0) - logits[0]
-
+    rows = rows_of(sides)
+    rule = settings.hardness, settings.temperatures.get(task, settings.temperature)
+    weights = {"in_batch": settings.in_batch_weight, "passage_to_query": settings.passage_to_query_weight}
     total = torch.zeros((), dtype=torch.float64)
-    found: dict[str, list[torch.Tensor]] = {"hard": [], "in_batch": []}
+    found: dict[str, list[torch.Tensor]] = {"hard_negative": [], "in_batch": [], "passage_to_query": []}
     for order, dim in enumerate(sorted(DIMS, reverse=True), start=1):
         weight = 1 / (order * math.sqrt(D / dim))
-        with_any = [row for row in range(len(rows)) if rows[row][3]]
-        found["hard"].append(torch.stack([term(row, hard[row], dim) for row in with_any]).mean())
-        found["in_batch"].append(torch.stack([term(row, across[row], dim) for row in range(len(rows))]).mean())
-        total = total + weight * settings.hard_negative_weight * found["hard"][-1]
-        if task == "retrieval":
-            total = total + weight * settings.in_batch_weight * found["in_batch"][-1]
+        hard = [
+            term(row, 0, [n for n in row.own if kept(row, 0, n, settings)], dim, *rule)
+            for row in rows
+            if row.brought
+        ]
+        found["hard_negative"].append(torch.stack(hard).mean())
+        total = total + weight * settings.hard_negative_weight * found["hard_negative"][-1]
+        for anchor, name in enumerate(weights):
+            each = [term(row, anchor, across(rows, row, anchor, settings), dim, *rule) for row in rows]
+            found[name].append(torch.stack(each).mean())
+            if task == "retrieval":
+                total = total + weight * weights[name] * found[name][-1]
     return total, {name: torch.stack(values).detach() for name, values in found.items()}
 
 
@@ -109,12 +146,7 @@ def ours(
     loss, parts = contrastive(v_nd, places, settings, task)
     loss.backward()
     assert v_nd.grad is not None
-    return {"loss": loss.detach(), "gradient": v_nd.grad} | named(parts)
-
-
-def named(parts: Parts) -> dict[str, torch.Tensor]:
-    hard = {"hard": parts.hard_negative_m}
-    return hard if parts.in_batch_m is None else hard | {"in_batch": parts.in_batch_m}
+    return {"loss": loss.detach(), "gradient": v_nd.grad, **parts.by_dim}
 
 
 def paper(v_nd: torch.Tensor, places: TextPlaces, dims: tuple[int, ...]) -> torch.Tensor:
@@ -213,8 +245,7 @@ def test_parts_and_weights_make_the_loss() -> None:
     vectors, places = side(seed=1)
     loss, parts = contrastive(vectors, places, *OBJECTIVES["both, weighted"])
     weights = matryoshka_weights(DIMS)
-    assert parts.in_batch_m is not None
-    terms = zip(weights.values(), parts.hard_negative_m, parts.in_batch_m, strict=True)
+    terms = zip(weights.values(), parts.by_dim["hard_negative"], parts.by_dim["in_batch"], strict=True)
     close(loss, sum((w * (0.3 * hard + 0.7 * across) for w, hard, across in terms), torch.tensor(0.0)))
 
 

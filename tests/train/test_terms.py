@@ -21,8 +21,16 @@ LESSONS = {
     "paper": PAPER,
     "cosine": Distill(teacher="teacher", mse_weight=0, cosine_weight=1),
     "similarity": Distill(teacher="teacher", mse_weight=0, similarity_weight=1, similarity_temperature=0.2),
+    "margin": Distill(teacher="teacher", mse_weight=0, margin_weight=1),
+    "spread": Distill(teacher="teacher", mse_weight=0, spread_weight=1),
     "all, weighted": Distill(
-        teacher="teacher", mse_weight=0.5, cosine_weight=0.3, similarity_weight=0.2, similarity_temperature=0.1
+        teacher="teacher",
+        mse_weight=0.5,
+        cosine_weight=0.3,
+        similarity_weight=0.2,
+        similarity_temperature=0.1,
+        margin_weight=0.4,
+        spread_weight=0.6,
     ),
 }
 Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextPlaces]
@@ -47,7 +55,7 @@ def terms_of(
 
 def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[str, float]]:
     """The terms of the global batch, one text and one pair at a time."""
-    errors, angles, rows = [], [], []
+    errors, angles, rows, margins = [], [], [], []
     passages = [(v[p], t[p]) for v, _, t, places in sides for p in places.passage_b]
     for v, matched, teacher, places in sides:
         texts = [*places.query_b, *places.passage_b, *(n for n in places.negative_bk.flatten() if n >= 0)]
@@ -63,12 +71,27 @@ def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[st
             own, others = own / lesson.similarity_temperature, others / lesson.similarity_temperature
             own, others = own - own.exp().sum().log(), others - others.exp().sum().log()
             rows.append((others.exp() * (others - own)).sum())
-    means = {
-        name: torch.stack(x).mean() for name, x in (("mse", errors), ("cosine", angles), ("similarity", rows))
-    }
+        for row, column in (places.negative_bk >= 0).nonzero().tolist():
+            q, p, n = places.query_b[row], places.passage_b[row], places.negative_bk[row, column]
+            mine, theirs = (cosine(x[q], x[p]) - cosine(x[q], x[n]) for x in (v, teacher))
+            margins.append((mine - theirs) ** 2)
+    spread = []
+    for role in ("query", "passage"):
+        texts = [
+            (v[place], int(number))
+            for v, _, _, places in sides
+            for place, number in zip(getattr(places, f"{role}_b"), getattr(places, f"{role}_id_b"), strict=True)
+        ]
+        spread.append(torch.stack([cosine(a, b) ** 2 for a, i in texts for b, j in texts if i != j]).mean())
+    found = {"mse": errors, "cosine": angles, "similarity": rows, "margin": margins}
+    means = {name: torch.stack(x).mean() for name, x in found.items()} | {"spread": sum(spread, torch.tensor(0.0))}
     total = torch.stack([getattr(lesson, f"{name}_weight") * mean for name, mean in means.items()]).sum()
     used = {name: float(mean.detach()) for name, mean in means.items() if getattr(lesson, f"{name}_weight")}
     return total, used
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a @ b) / (a.norm() * b.norm())
 
 
 def ours(one: Side, lesson: Distill, *, project: bool) -> dict[str, Any]:
@@ -155,7 +178,7 @@ def test_the_papers_mse() -> None:
 
 def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
     v_nd, _, _, places = learner(1)
-    lesson = PAPER.model_copy(update={"cosine_weight": 1.0, "similarity_weight": 1.0})
+    lesson = PAPER.model_copy(update={"cosine_weight": 1.0, "similarity_weight": 1.0, "margin_weight": 1.0})
     loss, _ = terms_of(v_nd, v_nd, v_nd.clone(), places, lesson)
     close(loss, torch.zeros((), dtype=torch.float64))
     # Cosine and similarity do not see lengths, the MSE does.
