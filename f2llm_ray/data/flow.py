@@ -22,6 +22,7 @@ Tables = Iterator[pa.Table]
 Item = dict[str, Any]
 """A task's work or its outcome, as JSON values."""
 ERROR = "error"
+SHOWN_ERRORS = 20
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def outcomes(
     """The outcomes of `guarded` as they come, with progress and rate.
 
     Raises:
-        RunError: what the tasks found wrong, each thing once.
+        RunError: what the tasks found wrong, each thing once, the first of them.
     """
     total = len(items) if counted is None else sum(item[counted] for item in items)
     progress, started = Progress(label, total, counted or "tasks"), time.monotonic()
@@ -210,4 +211,5 @@ def outcomes(
         progress.update(done, *([] if counted is None else [f"{rate:,.0f} {counted}/s"]))
         yield outcome
     if errors:
-        raise RunError("\n".join(sorted(errors)))
+        more = [f"and {len(errors) - SHOWN_ERRORS} more like these"] if len(errors) > SHOWN_ERRORS else []
+        raise RunError("\n".join([*sorted(errors)[:SHOWN_ERRORS], *more]))

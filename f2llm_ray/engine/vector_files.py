@@ -30,6 +30,24 @@ def shard_name(shard: int) -> str:
     return f"{shard:06d}.npy"
 
 
+def halves(vectors_nd: Floats, keys_n2: Keys, model: str) -> Halves:
+    """Vectors in float16, with the keys of their texts.
+
+    Raises:
+        RunError: `model` gave one that is not finite in float16.
+    """
+    with np.errstate(over="ignore"):  # what becomes infinite is found below
+        found_nd = vectors_nd.astype(np.float16)
+    broken = np.flatnonzero(~np.isfinite(found_nd).all(axis=1))
+    if len(broken):
+        high, low = (int(half) for half in keys_n2[broken[0]])
+        raise RunError(
+            f"{model} gives vectors that are not finite for {len(broken)} of {len(found_nd)} texts in float16, "
+            f"first the one with key {high:016x}{low:016x}"
+        )
+    return found_nd
+
+
 class VectorWriter:
     """Looks up the tokens of texts by key, encodes them with one engine, and writes files of vectors.
 
@@ -66,15 +84,7 @@ class VectorWriter:
         """
         started = time.perf_counter()
         tokens = [cut(ids, self.engine.info.max_tokens) for ids in self.store.lookup(keys_n2)]
-        with np.errstate(over="ignore"):  # what becomes infinite is found below
-            vectors_nd = self._vectors(tokens).astype(np.float16)
-        broken = np.flatnonzero(~np.isfinite(vectors_nd).all(axis=1))
-        if len(broken):
-            high, low = (int(half) for half in keys_n2[broken[0]])
-            raise RunError(
-                f"{folder.uri}/{name}: {self.engine.info.name} gives vectors that are not finite for "
-                f"{len(broken)} of {len(tokens)} texts in float16, first the one with key {high:016x}{low:016x}"
-            )
+        vectors_nd = halves(self._vectors(tokens), keys_n2, f"{folder.uri}/{name}: {self.engine.info.name}")
         folder.write_array(name, vectors_nd)
         count = sum(map(len, tokens))
         return {"texts": len(tokens), "tokens": count, "seconds": time.perf_counter() - started}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.engine.other_models import open_folder
 from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded
-from f2llm_ray.evaluate.other_models import open_folder
 from f2llm_ray.evaluate.tasks.registry import main_metric, read_task
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, evenly_drawn
 from f2llm_ray.run.folder import Folder

@@ -23,7 +23,7 @@ TEXTS_PER_CALL = 8192
 
 
 class Embedder(Protocol):
-    """A model that is measured: the engine over one of ours, or one from elsewhere (`evaluate.other_models`)."""
+    """A model that is measured: the engine over one of ours, or one from elsewhere (`engine.other_models`)."""
 
     info: ModelInfo
     device: str

@@ -9,21 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.model.checkpoint import CONFIG_FILE, INFO_FILE, POOLING_FLAGS, check_family, load_info
+from f2llm_ray.model.checkpoint import INFO_FILE, check_family, load_info
+from f2llm_ray.model.described import described
 from f2llm_ray.model.families import Part, Pooling, family_of
 from f2llm_ray.run.folder import Folder
-
-MODULES = {"Transformer", "Pooling", "Normalize"}
-"""Modules of sentence-transformers that make the vectors that the engine makes."""
-POOLING_MODES: dict[str, Pooling] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
-"""Names of sentence-transformers 6; those before it have a flag for each (`checkpoint.POOLING_FLAGS`)."""
-FLAG = "pooling_mode_"
-DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""What sentence-transformers calls the prompt of a passage; the first that a model has."""
 
 
 @dataclass(frozen=True)
@@ -62,33 +56,10 @@ def brought_by(path: str) -> Brought:
         prompts = info.prompts
         query = "" if info.instructions else prompts.get("query", "")
         return replace(bare, pooling=info.pooling, query=query, document=prompts.get("document", ""))
-    modules = _read(path, "modules.json")
-    if modules is None:
+    said = described(partial(_read, path), path)
+    if said is None:
         return bare
-    kinds = {entry["type"].rpartition(".")[2]: entry.get("path") or "" for entry in modules}
-    others = sorted(kinds.keys() - MODULES)
-    if others:
-        known = ", ".join(sorted(MODULES))
-        raise RunError(f"{path}/modules.json: found {', '.join(others)}, which would be lost; expected {known}")
-    if "Pooling" not in kinds:
-        raise RunError(f"{path}/modules.json: found {', '.join(sorted(kinds))}, expected a Pooling among them")
-    pooling = _pooling(f"{path}/{kinds['Pooling']}", _read(path, f"{kinds['Pooling']}/{CONFIG_FILE}") or {})
-    said = _read(path, "config_sentence_transformers.json") or {}
-    prompts = {name: text for name, text in (said.get("prompts") or {}).items() if text}
-    document = next((prompts[name] for name in DOCUMENT_PROMPTS if name in prompts), "")
-    return replace(bare, pooling=pooling, query=prompts.get("query", ""), document=document)
-
-
-def _pooling(place: str, said: Mapping[str, Any]) -> Pooling:
-    flags = [name.removeprefix(FLAG) for name, on in said.items() if name.startswith(FLAG) and on is True]
-    mode = said.get("pooling_mode", flags)
-    modes = [mode] if isinstance(mode, str) else list(mode)
-    known = {**POOLING_MODES, **{flag.removeprefix(FLAG): pooling for pooling, flag in POOLING_FLAGS.items()}}
-    if len(modes) != 1 or modes[0] not in known:
-        raise RunError(f"{place}/{CONFIG_FILE}: found pooling {modes}, expected one of {', '.join(POOLING_MODES)}")
-    if said.get("include_prompt") is False:
-        raise RunError(f"{place}/{CONFIG_FILE}: found include_prompt false, expected prompts to be pooled")
-    return known[modes[0]]
+    return replace(bare, pooling=said.pooling, query=said.query, document=said.document)
 
 
 def _read(path: str, name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.tokenizer import save_tokenizer
+from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE, POOLING_FLAGS, described
 from f2llm_ray.model.families import POOLINGS, Pooling, family_of, without_dropout
 from f2llm_ray.run.folder import Folder
 
@@ -22,15 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 INFO_FILE = "f2llm.json"
-CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.safetensors"
 """Ranges for int8 vectors and the vectors of the self-check (`engine.text_engine`)."""
-POOLING_FLAGS: dict[Pooling, str] = {
-    "last": "pooling_mode_lasttoken",
-    "mean": "pooling_mode_mean_tokens",
-    "cls": "pooling_mode_cls_token",
-}
-"""What sentence-transformers calls them."""
 SAMPLE = 1 << 20
 """Bytes at each end of a weight file that are hashed; training changes every weight."""
 
@@ -104,15 +98,14 @@ def save_model(
 
 
 def load_info(folder: Folder | Path) -> ModelInfo:
-    """The facts of a model folder anywhere, without its weights.
+    """The facts of a model folder anywhere, without its weights: one of ours, or of sentence-transformers.
 
     Raises:
-        RunError: not a model folder of ours, its facts are not those of a model, or the model is of a family that
-            is not known here.
+        RunError: neither, its facts are not those of a model, or the engine cannot run it.
     """
     place = folder if isinstance(folder, Folder) else Folder.at(str(folder))
     if not place.exists(INFO_FILE):
-        raise RunError(f"{place.uri}: not a model folder: it has no {INFO_FILE}")
+        return _described_info(place)
     facts = place.read_json(INFO_FILE)
     try:
         prompts = {**facts["prompts"], "document": facts["prompts"].get("document", "")}
@@ -125,6 +118,26 @@ def load_info(folder: Folder | Path) -> ModelInfo:
         )
     check_family(place)
     return info
+
+
+def _described_info(folder: Folder) -> ModelInfo:
+    """The facts of a folder of sentence-transformers."""
+    said = described(lambda name: folder.read_json(name) if folder.exists(name) else None, folder.uri)
+    if said is None:
+        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}, and no {MODULES_FILE}")
+    check_family(folder)
+    config = folder.read_json(CONFIG_FILE)
+    longest = said.max_tokens or config.get("max_position_embeddings")
+    if not isinstance(longest, int) or "hidden_size" not in config:
+        raise RunError(f"{folder.uri}/{CONFIG_FILE}: found no hidden_size, or no length of the longest text")
+    return ModelInfo(
+        name=folder.path.rpartition("/")[2],
+        dims=(config["hidden_size"],),
+        max_tokens=longest,
+        prompts={"query": said.query, "document": said.document},
+        instructions=False,
+        pooling=said.pooling,
+    )
 
 
 def prompts_of(info: ModelInfo, data: TextPrompts) -> TextPrompts:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from f2llm_ray.base.section import Content, Neutral, Output, Section
+from f2llm_ray.base.section import Batches, Content, Neutral, Output, Section
 from f2llm_ray.model.families import Part, Pooling
 from f2llm_ray.model.sizes import Shape
 
@@ -20,8 +20,8 @@ class Prompts(Section):
     The backbone's own where unset. A stage with instructions puts those before its queries instead.
     """
 
-    query: Output[str | None] = None
-    document: Output[str | None] = None
+    query: Batches[str | None] = None
+    document: Batches[str | None] = None
 
 
 class Backbone(Section):

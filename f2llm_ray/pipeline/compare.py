@@ -7,13 +7,14 @@ from typing import Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
+from f2llm_ray.engine.other_models import RemoteModel
 from f2llm_ray.evaluate.differences import differences
 from f2llm_ray.evaluate.measure import measure, measure_folder
-from f2llm_ray.evaluate.other_models import RemoteModel, is_endpoint
 from f2llm_ray.model.checkpoint import fingerprint
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.stage import short_hash
+from f2llm_ray.train.settings import is_endpoint
 
 DONE = "results.json"
 """Written last into the folder of a model from outside the run."""

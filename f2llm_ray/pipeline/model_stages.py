@@ -21,8 +21,9 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, digests, model_inputs
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Facts, Stage
-from f2llm_ray.train.settings import Distill, TrainStage
+from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
 from f2llm_ray.train.training import Training
+from f2llm_ray.train.vector_table import table_files
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -209,7 +210,7 @@ class ModelStages:
         if step.teacher in self.models:
             parents["teacher"] = self.models[step.teacher].stage
             return {}
-        return {"teacher": Sought(step.teacher, partial(_model_files, "distill.teacher", step.teacher))}
+        return {"teacher": Sought(step.teacher, partial(_teacher_files, step))}
 
     def _taught(self, name: str, parent: Model, step: Distill) -> Stage:
         parents = {"prepared": self.prepare}
@@ -220,6 +221,7 @@ class ModelStages:
         # How wide the student is decides how many of the teacher's dims are kept, where only those count.
         settings["dims"] = self._width(parent) if step.teacher_is_cut else None
         recipe, training = self.recipe, self._training(name, step)
+        teacher = self._folder_of(step.teacher) if step.teaches_by_model else step.teacher
 
         def teach(out: Folder) -> Facts:
             from f2llm_ray.train.teacher import teach
@@ -229,7 +231,7 @@ class ModelStages:
                     training,
                     prepared=self.run.folder(self.prepare),
                     mined=None if "mined" not in parents else self.run.folder(parents["mined"]),
-                    teacher=self._folder_of(step.teacher),
+                    teacher=teacher,
                     student=self.run.folder(parent.stage) / "model",
                     shards=recipe.data.shards,
                     instructions={name: source.query_instruction for name, source in recipe.sources.items()},
@@ -348,6 +350,15 @@ class ModelStages:
             parents={"prepared": self.prepare, "parent": made.stage},
             work=self._made(quantize),
         )
+
+
+def _teacher_files(step: Distill) -> list[InputFile]:
+    """What a teacher from outside the run is read from; the name of an endpoint stands for what it computes."""
+    if step.teaches_by_model:
+        return _model_files("distill.teacher", step.teacher)
+    if is_endpoint(step.teacher):
+        return [InputFile(step.teacher, None, step.teacher)]
+    return table_files(step.teacher)
 
 
 def _model_files(key: str, path: str) -> list[InputFile]:

@@ -132,7 +132,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
         )
     shape, vocabulary = shape_of(recipe, name)
     teacher = None
-    if isinstance(stage, Distill) and stage.uses_teacher:
+    if isinstance(stage, Distill) and stage.uses_teacher and stage.teaches_by_model:
         cached = stage.teacher_vectors == "cached"
         teacher_shape, teacher_vocabulary = shape_of(recipe, stage.teacher)
         teacher = TeacherWork(shape=teacher_shape, vocabulary=teacher_vocabulary, cached=cached)

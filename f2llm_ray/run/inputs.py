@@ -23,6 +23,8 @@ WHOLE_BYTES = 1 << 30
 END_BYTES = 1 << 20
 BLOCK_BYTES = 1 << 22
 MEMORY = "inputs.json"
+MODULES = "modules.json"
+"""Names the folders of a sentence-transformers model."""
 TOKENIZER_STARTS = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "sentencepiece", "spiece")
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
 
@@ -105,7 +107,9 @@ def model_inputs(path: str) -> list[InputFile]:
     if "://" not in path and not Path(path).expanduser().is_dir():
         return [InputFile(f"hub:{path}", None, path)]
     folder = Folder.at(path)
-    return [*files_of(folder, (".json", ".safetensors")), *files_of(folder / "1_Pooling", (".json",))]
+    known = folder.read_json(MODULES) if folder.exists(MODULES) else [{"path": "1_Pooling"}]
+    parts = [folder / entry["path"] for entry in known if entry.get("path")]
+    return [file for place in (folder, *parts) for file in files_of(place, (".json", ".safetensors"))]
 
 
 def tokenizer_inputs(path: str) -> list[InputFile]:

@@ -84,7 +84,8 @@ class StageLoss:
         """The teacher's dims, where the student's vectors are projected to them; None where they are not."""
         if self.teacher is None or not isinstance(self.settings, Distill) or not self.settings.matches_vectors:
             return None
-        wanted = self.settings.projection or self.hidden > self.teacher.dims
+        fewer = self.hidden < self.teacher.dims and not self.teacher.nested
+        wanted = self.settings.projection or self.hidden > self.teacher.dims or fewer
         return self.teacher.dims if wanted else None
 
     def own(self, v: torch.Tensor) -> torch.Tensor:

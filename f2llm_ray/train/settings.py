@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from f2llm_ray.base.section import Batches, Content, Effect, Neutral, Output, Section
-from f2llm_ray.data.schema import TASKS, Task
+from f2llm_ray.data.schema import TASKS, Task, TextPrompts
+from f2llm_ray.model.settings import Prompts
 
 
 class EngineSettings(Section):
@@ -132,13 +133,21 @@ class TrainStage(Section):
         return self
 
 
+def is_endpoint(teacher: str) -> bool:
+    """Whether a model is given as URL#NAME."""
+    return teacher.startswith(("http://", "https://"))
+
+
 class Distill(TrainStage):
     """Training of a model towards a teacher, beside the contrastive loss; docs/distillation.md."""
 
     kind: Neutral[Literal["distill"]] = "distill"
     teacher: Content[str]
-    """The model that teaches: one of the run's, or the path of a model folder of any run and width.
-    One with another tokenizer than the prepared data's needs cached vectors."""
+    """The model that teaches: one of the run's; the path of a model folder, of any run or of sentence-transformers
+    and of any width; URL#NAME of an OpenAI-compatible endpoint, with the key in OPENAI_API_KEY; or Parquet files
+    with the columns text and vector, for every text of the stage."""
+    teacher_prompts: Prompts = Prompts()
+    """What the teacher's texts start with; what its folder says where unset."""
     teacher_vectors: Output[Literal["cached", "online"]] = "cached"
     """Encode each distinct text of the stage's batches once, before it; or in every batch beside the student."""
     mse_weight: Output[float] = Field(default=1.0, ge=0)
@@ -162,6 +171,16 @@ class Distill(TrainStage):
         return self.mse_weight + self.cosine_weight + self.similarity_weight + self.margin_weight > 0
 
     @property
+    def teaches_by_model(self) -> bool:
+        """Whether the teacher is a model, of the run or in a folder, and no endpoint or table."""
+        return not is_endpoint(self.teacher) and not self.teacher.endswith(".parquet")
+
+    def taught_prompts(self, own: TextPrompts) -> TextPrompts:
+        """What the teacher's texts start with, given what it says itself."""
+        query, document = self.teacher_prompts.query, self.teacher_prompts.document
+        return TextPrompts(own.query if query is None else query, own.document if document is None else document)
+
+    @property
     def matches_vectors(self) -> bool:
         """Whether a term compares single vectors, and not only similarities."""
         return self.mse_weight + self.cosine_weight > 0
@@ -174,6 +193,10 @@ class Distill(TrainStage):
 
     @model_validator(mode="after")
     def _projects_something(self) -> Distill:
+        if "#" not in self.teacher and is_endpoint(self.teacher):
+            raise ValueError(f"teacher: found {self.teacher}, expected URL#NAME, such as http://host/v1#model")
+        if self.teacher_vectors == "online" and not self.teaches_by_model:
+            raise ValueError("teacher_vectors: online needs a model folder as teacher; use cached")
         if self.projection and not self.matches_vectors:
             raise ValueError("projection: nothing is projected where mse_weight and cosine_weight are 0")
         return self

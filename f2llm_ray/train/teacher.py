@@ -1,15 +1,15 @@
 """The teacher: its vectors of each text computed once, before the student trains, or beside it.
 
 batches (of the student's stage) -> keys (of the distinct texts in them) -> vectors (in pieces, by actors that each
-load the teacher). Every step writes a file whole or not at all; a run that was cut off goes on with those that are
-missing.
+load the teacher, or ask it). Every step writes a file whole or not at all; a run that was cut off goes on with
+those that are missing.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,21 +17,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import ORDER, BatchTable
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import distinct_keys
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.tokens.build import read_prompts, write_store
-from f2llm_ray.data.tokens.store import cut
-from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences, load_tokenizer
-from f2llm_ray.engine.vector_files import VectorWriter
-from f2llm_ray.model.checkpoint import check_prompts, load_info, prompts_of
+from f2llm_ray.data.tokens.build import INSTRUCTED, QUERY, read_prompts, write_store
+from f2llm_ray.data.tokens.store import TokenStore, cut
+from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
+from f2llm_ray.model.checkpoint import check_prompts, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.settings import Distill
+from f2llm_ray.train.settings import Distill, is_endpoint
+from f2llm_ray.train.teachers import (
+    ChunkEncoder,
+    PieceEncoder,
+    Teacher,
+    chunk_keys,
+    join_chunks,
+    look_at,
+    missing_chunks,
+)
 from f2llm_ray.train.training import Training, write_batches
 
 if TYPE_CHECKING:
@@ -49,7 +58,7 @@ def teach(
     *,
     prepared: Folder,
     mined: Folder | None,
-    teacher: Folder,
+    teacher: Folder | str,
     student: Folder,
     instructions: Mapping[str, str],
     max_tokens: int,
@@ -62,21 +71,20 @@ def teach(
         training: the student's training, whose settings are `Distill`.
         prepared: folder of the prepare stage.
         mined: folder of the mining stage, where the student trains on its negatives.
-        teacher: the teacher's model folder.
+        teacher: the teacher's model folder, or what else gives vectors (`teachers.look_at`).
         student: the student's model folder.
-        instructions: the instruction of every prepared source by name, for a teacher with another tokenizer.
-        max_tokens: tokens after which such a teacher's texts are cut.
+        instructions: the instruction of every prepared source by name, for a teacher that reads the texts anew.
+        max_tokens: tokens after which its texts are cut, where it has a tokenizer.
         shards: number of key ranges of the stores.
-        out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher has
-            another tokenizer or other prompts than the prepared data.
+        out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher reads
+            other tokens than those of the prepared data, or the texts themselves.
 
     Returns:
         Facts for the manifest: `texts` (distinct), `dims`, `bytes`, `own_tokenizer`; of this call `encoded_texts`,
         `encoded_tokens`, `texts_per_second` and the `seconds` of each step.
 
     Raises:
-        RunError: a folder is not a model folder, the texts for another tokenizer are missing, or the vectors are
-            too large for float16.
+        RunError: no teacher, the texts that it needs are missing, or its vectors are too large for float16.
     """
     import ray
 
@@ -89,25 +97,33 @@ def teach(
         nonlocal started
         seconds[step], started = round(time.perf_counter() - started, 2), time.perf_counter()
 
-    info, data_prompts = load_info(teacher), read_prompts(prepared)
-    prompts = prompts_of(info, data_prompts)
-    own = prompts != data_prompts or bool(differences(prepared / "tokenizer", teacher))
-    tokens = out / "tokens" if own else prepared / "tokens"
-    dims = learned_dims(settings, info.dims[-1], load_info(student).dims[-1])
-    if own and not tokens.exists(META):
-        if not prepared.exists("rows"):
-            raise RunError(
-                f"{prepared.uri}/rows: not there; {teacher.uri} has another tokenizer or other prompts than the "
-                "prepared data and needs its texts"
-            )
-        with teacher.as_local() as folder:
-            tokenizer = load_tokenizer(folder)
-        write_store(instructions, max_tokens, shards, tokenizer, prepared, tokens, prompts=prompts)
+    found = look_at(teacher, settings, read_prompts(prepared), out / "table")
+    tokens = prepared / "tokens"
+    own = _reads_anew(found, teacher, settings, prepared)
+    if own:
+        write = partial(
+            write_store,
+            instructions if found.instructed else dict.fromkeys(instructions),
+            max_tokens,
+            shards,
+            found.tokenizer,
+            prepared,
+            prompts=found.prompts,
+            # The others are no texts of this stage, and may read like one that has another prompt.
+            queries=(INSTRUCTED,) if settings.instructions else (QUERY,),
+        )
+        tokens = _own_store(write, teacher, prepared, out / "tokens")
         lap("tokens")
-    make = partial(PieceEncoder, teacher, tokens, out / VECTORS, compute.threads_per_worker, dims)
-    start = partial(
-        start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=compute.gpus_per_worker
-    )
+    vectors, threads = out / VECTORS, compute.threads_per_worker
+    dims = learned_dims(settings, found.dims, load_info(student).dims[-1])
+    make: Callable[[], Callable[[Item], Item]]
+    if found.texts is not None:
+        make = partial(ChunkEncoder, found.texts, tokens, vectors, threads, dims)
+    else:
+        assert isinstance(teacher, Folder)  # noqa: S101 - what reads tokens is a model folder
+        make = partial(PieceEncoder, teacher, tokens, vectors, threads, dims)
+    gpus = compute.gpus_per_worker if found.local else 0
+    start = partial(start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=gpus)
     # They load the model while the batches are made, where that leaves a core to make them with.
     spare = ray.cluster_resources().get("CPU", 0) - compute.workers * compute.cpus_per_worker
     actors = start() if spare >= 1 else None
@@ -115,16 +131,16 @@ def teach(
     lap("batches")
     counts = _collect_keys(tuple(training.sources), shards, out)
     lap("keys")
-    there = set((out / VECTORS).files())
-    waiting = [
-        {"shard": shard, "piece": piece, "texts": texts}
-        for shard, piece, texts in teacher_store.pieces(counts)
-        if teacher_store.piece_file(shard, piece) not in there
-    ]
+    pieces = _missing_pieces(counts, vectors)
+    waiting = pieces if found.texts is None else missing_chunks(pieces, vectors)
+    if isinstance(teacher, str) and is_endpoint(teacher):
+        _say_what_is_sent(teacher, waiting, prepared, vectors)
     done = list(each_on_actors("taught: encode", waiting, actors or start(), counted="texts"))
+    if found.texts is not None:
+        list(each("taught: join", pieces, partial(join_chunks, vectors=vectors), num_cpus=0.5))
     lap("encode")
-    texts = sum(counts.values())
-    (out / VECTORS).write_json(META, {"shards": len(counts), "texts": texts, "dims": dims})
+    texts, nested = sum(counts.values()), len(found.dims) > 1
+    vectors.write_json(META, {"shards": len(counts), "texts": texts, "dims": dims, "nested": nested})
     encoded = sum(item["texts"] for item in done)
     return {
         "texts": texts,
@@ -138,9 +154,59 @@ def teach(
     }
 
 
-def learned_dims(settings: Distill, teacher: int, student: int) -> int:
-    """How many of the teacher's dims the student learns from, given how many both have."""
-    return min(student, teacher) if settings.teacher_is_cut else teacher
+def _reads_anew(found: Teacher, teacher: Folder | str, settings: Distill, prepared: Folder) -> bool:
+    """Whether the prepared tokens are not those that the teacher reads."""
+    if isinstance(teacher, str) or found.texts is not None:
+        return True
+    other = found.prompts != read_prompts(prepared) or (settings.instructions and not found.instructed)
+    return other or bool(differences(prepared / "tokenizer", teacher))
+
+
+def _own_store(
+    write: Callable[[Folder], tuple[int, int]], teacher: Folder | str, prepared: Folder, store: Folder
+) -> Folder:
+    """The store of what the teacher reads, tokens or texts; written unless it is there."""
+    if not store.exists(META):
+        if not prepared.exists("rows"):
+            name = teacher if isinstance(teacher, str) else teacher.uri
+            raise RunError(
+                f"{prepared.uri}/rows: not there; {name} has another tokenizer or other prompts than the prepared "
+                "data and needs its texts"
+            )
+        write(store)
+    return store
+
+
+def _missing_pieces(counts: dict[int, int], vectors: Folder) -> list[Item]:
+    """The pieces of the store that no earlier try has written."""
+    there = set(vectors.files())
+    return [
+        {"shard": shard, "piece": piece, "texts": texts}
+        for shard, piece, texts in teacher_store.pieces(counts)
+        if teacher_store.piece_file(shard, piece) not in there
+    ]
+
+
+def learned_dims(settings: Distill, teacher: Sequence[int], student: int) -> int:
+    """How many of the teacher's dims the student learns from, given the dims that it was trained for.
+
+    The first dims of a teacher that was not trained with matryoshka dims say little: of that one it learns all.
+    """
+    return min(student, teacher[-1]) if settings.teacher_is_cut and len(teacher) > 1 else teacher[-1]
+
+
+def _say_what_is_sent(name: str, chunks: list[Item], prepared: Folder, vectors: Folder) -> None:
+    """Says what an endpoint will be asked for, before it is: somebody may pay for it."""
+    work = partial(_count_tokens, tokens=prepared / "tokens", vectors=vectors)
+    counted = sum(item["tokens"] for item in each("taught: count", chunks, work, num_cpus=0.5))
+    texts = sum(chunk["texts"] for chunk in chunks)
+    say(f"taught: {name} is asked for {texts:,} texts of about {counted:,} tokens (by the run's tokenizer)")
+
+
+def _count_tokens(item: Item, *, tokens: Folder, vectors: Folder) -> Item:
+    with tokens.as_local() as folder:
+        lengths = TokenStore(folder).lengths(chunk_keys(vectors, item))
+    return {"tokens": int(lengths.sum())}
 
 
 def _collect_keys(sources: tuple[str, ...], shards: int, out: Folder) -> dict[int, int]:
@@ -196,20 +262,6 @@ def _shard_keys(item: Item, *, out: Folder, parts: list[str], shards: int) -> It
     return {**item, "texts": teacher_store.write_keys(out / VECTORS, item["shard"], shards, keys)}
 
 
-class PieceEncoder:
-    """Encodes pieces of the store, one after the other, inside an actor."""
-
-    def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
-        self.encoder = VectorWriter(teacher, tokens, threads, unit=False, dim=dims)
-        self.vectors = vectors
-
-    def __call__(self, item: Item) -> Item:
-        """Writes the vectors of one piece."""
-        keys = teacher_store.read_keys(self.vectors, item["shard"], item["piece"])
-        name = teacher_store.piece_file(item["shard"], item["piece"])
-        return {**item, **self.encoder.write(keys, self.vectors, name)}
-
-
 # While the student trains.
 
 
@@ -218,12 +270,13 @@ class TeacherVectors:
 
     Args:
         dims: how many dims they have.
+        nested: whether the first ones of them are vectors too, as matryoshka training makes them.
         engine: a frozen model that runs on the batch's texts, in bf16 on a GPU; without one, vectors that were
             computed before come with the batch.
     """
 
-    def __init__(self, dims: int, engine: Engine | None = None) -> None:
-        self.dims, self.engine = dims, engine
+    def __init__(self, dims: int, engine: Engine | None = None, *, nested: bool = True) -> None:
+        self.dims, self.engine, self.nested = dims, engine, nested
 
     def __call__(self, batch: TrainBatch) -> torch.Tensor:
         """Vectors [n, dims] of a batch's texts before normalization, in float32."""
@@ -246,14 +299,15 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
         tokens_per_pass: token budget of a forward pass.
     """
     if vectors is not None:
-        return TeacherVectors(teacher_store.TeacherStore(vectors).dims)
+        store = teacher_store.TeacherStore(vectors)
+        return TeacherVectors(store.dims, nested=store.nested)
     if model is None:
         return None
     from f2llm_ray.engine.engine import Engine
 
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)
-    return TeacherVectors(engine.info.dims[-1], engine)
+    return TeacherVectors(engine.info.dims[-1], engine, nested=len(engine.info.dims) > 1)
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:

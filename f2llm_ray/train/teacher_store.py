@@ -66,6 +66,8 @@ class TeacherStore:
     def __init__(self, folder: Path) -> None:
         facts = read_meta(folder, "store of a teacher's vectors")
         self.shards, self.texts, self.dims = facts["shards"], facts["texts"], facts["dims"]
+        self.nested = bool(facts["nested"])
+        """Whether the first dims of a vector are one too."""
         self._store = KeyedStore(folder, self.shards, NAMES, PIECE)
 
     def lookup(self, keys: Keys) -> Halves:

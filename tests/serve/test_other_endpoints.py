@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.evaluate.other_models import TEXTS_PER_REQUEST, RemoteModel
+from f2llm_ray.engine.other_models import TEXTS_PER_REQUEST, RemoteModel
 from tests.serve.endpoint import KEYED, TEXTS, Server
 
 

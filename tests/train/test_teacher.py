@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from f2llm_ray.base.errors import RecipeError, RunError
+from f2llm_ray.base.errors import DataError, RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import shard_of
-from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, text_key
+from f2llm_ray.data.schema import KEY, SourceFacts, key_numbers, query_text, text_key
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.vector_files import VectorWriter
@@ -33,10 +34,14 @@ from f2llm_ray.run.stage import Stage
 from f2llm_ray.train import teacher_store
 from f2llm_ray.train.loader import TrainBatch, read
 from f2llm_ray.train.objective import StageLoss, Student
-from f2llm_ray.train.teacher import PieceEncoder, TeacherVectors, check_online, learned_dims, teach, teacher_of
+from f2llm_ray.train.teacher import TeacherVectors, check_online, learned_dims, teach, teacher_of
 from f2llm_ray.train.teacher_store import TeacherStore
+from f2llm_ray.train.teachers import PieceEncoder
 from f2llm_ray.train.training import Training, write_batches
+from f2llm_ray.train.vector_table import VectorTable, write_vector_table
 from tests.corpus import write_corpus
+from tests.encoders import encoder_folder
+from tests.openai_server import openai_endpoint
 from tests.tiny import tiny_model
 
 STUDENT = 24
@@ -69,7 +74,7 @@ def test_every_key_finds_its_vector_and_no_other_does(
         np.save(tmp_path / name, np.stack([vector_of[tuple(key)] for key in own.tolist()]))
     with pytest.raises(RunError, match=r"not a finished store.*store\.json"):
         TeacherStore(tmp_path)
-    folder.write_json(META, {"shards": shards, "texts": 100, "dims": 5})
+    folder.write_json(META, {"shards": shards, "texts": 100, "dims": 5, "nested": True})
     store = TeacherStore(tmp_path)
     order = np.random.default_rng(1).integers(0, 100, 300)
     np.testing.assert_array_equal(store.lookup(keys[order]), vectors[order])
@@ -278,7 +283,7 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     counts = {shard: np.load(file).shape[1] for shard, file in enumerate(files)}
     for shard, piece, texts in teacher_store.pieces(counts):
         work({"shard": shard, "piece": piece, "texts": texts})
-    out.write_json(META, {"shards": store.shards, "texts": store.texts, "dims": HIDDEN})
+    out.write_json(META, {"shards": store.shards, "texts": store.texts, "dims": HIDDEN, "nested": True})
     return folder
 
 
@@ -309,7 +314,7 @@ def test_cached_and_online_teachers_give_the_same_loss(
     if projection or similarity:  # all of the teacher's dims
         vectors, dims = whole_vectors(made, tmp_path / "whole"), HIDDEN
     assert recipe.distill is not None
-    assert learned_dims(recipe.distill, HIDDEN, STUDENT) == dims
+    assert learned_dims(recipe.distill, (8, HIDDEN), STUDENT) == dims
     of = partial(teacher_of, tokens_per_pass=4096)
     cached, online = of(model=None, vectors=vectors), of(model=Folder.at(str(made.model)), vectors=None)
     assert cached is not None
@@ -326,13 +331,16 @@ def test_a_wider_teacher_is_cut_to_the_students_width(tmp_path: Path) -> None:
     """But whole where all of its dims are used; the width counts whether the recipe names it or not."""
     given = settings(tmp_path)
 
-    def dims(teacher: int, **distill: Any) -> int:
+    def dims(*teacher: int, **distill: Any) -> int:
         changed = recipe_of(given, **distill).distill
         assert changed is not None
-        return learned_dims(changed, teacher, STUDENT)
+        return learned_dims(changed, teacher if len(teacher) > 1 else (8, *teacher), STUDENT)
 
     assert dims(1024) == STUDENT
     assert dims(16) == 16
+    without = recipe_of(given).distill
+    assert without is not None
+    assert learned_dims(without, (1024,), STUDENT) == 1024, "its first dims say little"
     assert dims(1024, projection=True) == 1024
     assert dims(1024, similarity_weight=1) == 1024
     assert dims(1024, mse_weight=0, similarity_weight=1) == 1024
@@ -388,6 +396,136 @@ def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path
     known = teacher_of(model=None, vectors=out / "vectors", tokens_per_pass=4096)
     assert StageLoss(recipe.distill, facts_of(recipe), STUDENT, known).projected_dims == 16
     assert StageLoss(recipe.distill, facts_of(recipe), 16, known).projected_dims is None
+
+
+# Teachers from elsewhere.
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a row of the pairs reads, and the keys under which the student's stage knows it."""
+
+    queries: list[str]
+    passages: list[str]
+    keys: np.ndarray
+
+    @staticmethod
+    def of(made: Made, count: int = 20) -> Texts:
+        lines = list(map(json.loads, (made.prepared.parent.parent / "pairs.jsonl").open()))[:count]
+        queries, passages = [line["q"] for line in lines], [line["p"] for line in lines]
+        instruction = made.recipe.sources["pairs"].query_instruction
+        keys = [text_key(query_text(query, instruction)) for query in queries] + [text_key(p) for p in passages]
+        return Texts(queries, passages, key_numbers(pa.array(keys, KEY)))
+
+
+def vectors_of(made: Made, teacher: str, **distill: Any) -> tuple[TeacherStore, dict[str, Any]]:
+    recipe = recipe_of(made.given, teacher=teacher, epochs=1, **distill)
+    out, facts = run_teaching(Pipeline(recipe, made.pipeline.run.root.uri))
+    return TeacherStore(out / "vectors"), facts
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_a_folder_of_sentence_transformers_teaches(made: Made, tmp_path: Path, pooling: str) -> None:
+    """By the engine, or by the package where the engine has no such pooling: with its own prompts alone."""
+    from sentence_transformers import SentenceTransformer
+
+    prompts = {"query": "ask: ", "passage": "read: "}
+    folder = encoder_folder(tmp_path / "model", "xlm-roberta", pooling=pooling, prompts=prompts)
+    store, facts = vectors_of(made, str(folder))
+    assert facts["dims"] == 32, "all of them: its first dims were not trained"
+    assert not store.nested
+    texts = Texts.of(made)
+    whole = [f"ask: {q}" for q in texts.queries] + [f"read: {p}" for p in texts.passages]
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = made.recipe.data.max_tokens if pooling == "mean" else model.max_seq_length
+    expected = model.encode(whole, prompt="", normalize_embeddings=True)
+    found = store.lookup(texts.keys).astype(np.float32)
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    # A student of 24 dims is projected to its 32.
+    assert made.recipe.distill is not None
+    known = teacher_of(model=None, vectors=store._store.folder, tokens_per_pass=4096)  # noqa: SLF001
+    assert StageLoss(made.recipe.distill, facts_of(made.recipe), STUDENT, known).projected_dims == 32
+
+
+def test_an_endpoint_teaches_and_is_asked_once_for_each_text(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine(tiny_model(tmp_path / "behind", hidden=16))
+    monkeypatch.setattr("f2llm_ray.train.teachers.CHUNK", 64)
+    with openai_endpoint(lambda texts: engine.embed_counted(texts)[0]) as endpoint:
+        teacher = f"{endpoint.url}#behind"
+        prompts = {"query": "q: ", "document": "d: "}
+        endpoint.most = 100
+        with pytest.raises(RunError, match=r"behind does not embed.*quota is used up"):
+            vectors_of(made, teacher, teacher_prompts=prompts)
+        before = len(endpoint.asked)
+        assert before
+        endpoint.most = None
+        store, facts = vectors_of(made, teacher, teacher_prompts=prompts)
+        assert len(endpoint.asked) == len(set(endpoint.asked)) == facts["texts"] == store.texts
+        assert facts["encoded_texts"] == facts["texts"] - before, "what came before the failure is kept"
+    said = capsys.readouterr().out
+    assert f"{teacher} is asked for {facts['texts']:,} texts of about" in said
+    texts = Texts.of(made)
+    whole = [f"q: {q}" for q in texts.queries] + [f"d: {p}" for p in texts.passages]
+    np.testing.assert_allclose(store.lookup(texts.keys), engine.embed_counted(whole)[0], atol=1e-3)
+    with pytest.raises(RecipeError, match=r"expected URL#NAME"):
+        recipe_of(made.given, teacher="http://127.0.0.1:1/v1")
+    with pytest.raises(RecipeError, match="online needs a model folder"):
+        recipe_of(made.given, teacher=teacher, teacher_vectors="online")
+
+
+def test_a_table_of_vectors_teaches(made: Made, tmp_path: Path) -> None:
+    rows = made.prepared / "rows"
+    tables = [pq.read_table(file, columns=["query", "passage", "negatives"]) for file in rows.glob("*.parquet")]
+    columns = pa.concat_tables(tables)
+    texts = {text for name in ("query", "passage") for text in columns[name].to_pylist()}
+    texts |= {text for negatives in columns["negatives"].to_pylist() for text in negatives}
+    ordered = sorted(texts)
+    vectors = np.random.default_rng(0).normal(size=(len(ordered), 12)).astype(np.float32)
+    half = len(ordered) // 2
+    (tmp_path / "table").mkdir()
+    for name, part in (("a", slice(0, half)), ("b", slice(half, None))):
+        content = {"text": ordered[part], "vector": list(vectors[part])}
+        pq.write_table(pa.table(content), tmp_path / "table" / f"{name}.parquet")
+    store, _ = vectors_of(made, f"{tmp_path}/table/*.parquet")
+    vector_of = dict(zip(ordered, vectors, strict=True))
+    asked = Texts.of(made)
+    expected = [vector_of[text] for text in (*asked.queries, *asked.passages)]
+    np.testing.assert_allclose(store.lookup(asked.keys), expected, rtol=1e-3)
+    pq.write_table(pa.table({"text": ordered[:half], "vector": list(vectors[:half])}), tmp_path / "less.parquet")
+    with pytest.raises(
+        RunError, match=r"the table has no vector of \d+ of \d+ texts, such as '.*expected one for"
+    ):
+        vectors_of(made, str(tmp_path / "less.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"text": ["a"], "embedding": [[1.0]]},
+            r"found the columns \['text', 'embedding'\], expected text",
+        ),
+        ({"text": ["a", "b"], "vector": [[1.0], [1.0, 2.0]]}, r"found vectors of \[1, 2\] numbers"),
+        ({"text": ["a", None], "vector": [[1.0], [2.0]]}, "a row without a text or a vector"),
+        ({"text": ["a"], "vector": [[float("nan")]]}, "a vector that is not finite"),
+        ({"text": ["a"], "vector": ["1 2"]}, "vector is string, expected a list"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    pq.write_table(pa.table(content), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=rf"t\.parquet.*{message}"):
+        write_vector_table(str(tmp_path / "t.parquet"), Folder.at(str(tmp_path / "out")))
+
+
+def test_the_last_row_of_a_text_counts(tmp_path: Path) -> None:
+    content = {"text": ["a", "b", "a"], "vector": [[1.0], [2.0], [3.0]]}
+    pq.write_table(pa.table(content), tmp_path / "t.parquet", row_group_size=2)
+    out = Folder.at(str(tmp_path / "out"))
+    assert write_vector_table(str(tmp_path / "t.parquet"), out) == 1
+    assert VectorTable(out).embed_counted(["b", "a"])[0].tolist() == [[2.0], [3.0]]
 
 
 def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) -> None:

@@ -31,25 +31,28 @@ PROMPTS = "prompts.json"
 
 
 def write_store(
-    instructions: Mapping[str, str],
+    instructions: Mapping[str, str | None],
     max_tokens: int,
     shards: int,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prepared: Folder,
     store: Folder,
     *,
     prompts: TextPrompts,
+    queries: tuple[int, ...] = (QUERY, INSTRUCTED),
 ) -> tuple[int, int]:
     """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
     Args:
-        instructions: of every source's queries, by its name.
+        instructions: of every source's queries, by its name; None where the prompt stands before a query that is
+            asked with one, too.
         max_tokens: longest token list; longer texts are cut.
         shards: key ranges.
-        tokenizer: one that ends texts with EOS.
+        tokenizer: one that ends texts with EOS; None stores the whole texts (`store.code_points`).
         prepared: folder with `rows/` and `table/`.
         store: gets the files.
         prompts: what the texts start with in this store; `prepared` says those that the table's ids are of.
+        queries: whether queries are stored as they are, with their instruction, or both.
 
     Returns:
         Number of texts and of tokens.
@@ -58,14 +61,16 @@ def write_store(
 
     names = ray.data.from_items([{"source": name} for name in instructions], override_num_blocks=len(instructions))
     places = names.map_batches(
-        partial(_places, table=prepared / "table", shards=shards), batch_size=1, batch_format="pyarrow"
+        partial(_places, table=prepared / "table", shards=shards, queries=queries),
+        batch_size=1,
+        batch_format="pyarrow",
     )
     first = map_groups(places, "shard", first_places)
     tokenize = partial(
         _tokenize_part,
         instructions=dict(instructions),
         max_tokens=max_tokens,
-        tokenizer=tokenizer.to_str(),
+        tokenizer=None if tokenizer is None else tokenizer.to_str(),
         rows=prepared / "rows",
         store=store,
         prompts=prompts,
@@ -95,13 +100,14 @@ def read_prompts(prepared: Folder) -> TextPrompts:
     return TextPrompts(**prepared.read_json(PROMPTS))
 
 
-def _places(batch: pa.Table, *, table: Folder, shards: int) -> pa.Table:
+def _places(batch: pa.Table, *, table: Folder, shards: int, queries: tuple[int, ...]) -> pa.Table:
     """Key and place of every text of a source: its row's place, and its role there.
 
     Negatives that are other rows' labels have no place of their own; they are those rows' passages.
     """
     (source,) = batch["source"].to_pylist()
-    columns = {QUERY: "query_key", INSTRUCTED: "instructed_key", PASSAGE: "passage_key"}
+    names = {QUERY: "query_key", INSTRUCTED: "instructed_key", PASSAGE: "passage_key"}
+    columns = {role: name for role, name in names.items() if role in (*queries, PASSAGE)}
     rows = table.read_table(f"{source}.parquet").combine_chunks()
     piece, position = (rows[name].to_numpy() for name in ("piece", "position"))
     lists = rows["negative_keys"].combine_chunks()
@@ -130,9 +136,9 @@ def first_places(places: pa.Table) -> pa.Table:
 def _tokenize_part(
     places: pa.Table,
     *,
-    instructions: Mapping[str, str],
+    instructions: Mapping[str, str | None],
     max_tokens: int,
-    tokenizer: str,
+    tokenizer: str | None,
     rows: Folder,
     store: Folder,
     prompts: TextPrompts,
@@ -142,14 +148,16 @@ def _tokenize_part(
 
     piece = places["piece"][0].as_py()
     places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
-    loaded = Tokenizers.from_str(tokenizer)
+    encode = tokens.code_points
+    if tokenizer is not None:
+        encode = partial(tokens.tokenize, Tokenizers.from_str(tokenizer), max_tokens=max_tokens)
     file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
     texts = _texts(places, file, instructions[file["source"][0].as_py()], prompts, keyed)
     batches = iter(lambda: list(islice(texts, TOKENIZE_ROWS)), [])
     with store.writing() as path:
         lengths = tokens.write_piece(
             path / f"{piece:06d}.bin",
-            (tokens.tokenize(loaded, batch, max_tokens) for batch in batches),
+            map(encode, batches),
         )
     for name in lengths.column_names:
         places = places.append_column(name, lengths[name])
@@ -157,7 +165,7 @@ def _tokenize_part(
 
 
 def _texts(
-    places: pa.Table, file: pa.Table, instruction: str, prompts: TextPrompts, keyed: TextPrompts
+    places: pa.Table, file: pa.Table, instruction: str | None, prompts: TextPrompts, keyed: TextPrompts
 ) -> Iterator[str]:
     names = ("query", "passage", "negatives", "negative_keys")
     columns = {name: file[name].combine_chunks() for name in names}
@@ -172,7 +180,8 @@ def _texts(
             yield prompts.document + columns["passage"][position].as_py()
         else:
             query = columns["query"][position].as_py()
-            yield query_text(query, instruction) if role == INSTRUCTED else prompts.query + query
+            instructed = role == INSTRUCTED and instruction is not None
+            yield query_text(query, instruction or "") if instructed else prompts.query + query
 
 
 def _index_shard(entries: pa.Table, *, store: Folder) -> pa.Table:

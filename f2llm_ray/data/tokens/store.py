@@ -42,6 +42,16 @@ def tokenize(tokenizer: Tokenizer, texts: list[str], max_tokens: int | None = No
     return tokens if max_tokens is None else [cut(ids, max_tokens) for ids in tokens]
 
 
+def code_points(texts: list[str]) -> list[Tokens]:
+    """Texts as their Unicode code points: a store of these holds the texts themselves."""
+    return [np.frombuffer(text.encode("utf-32-le"), dtype="<u4") for text in texts]
+
+
+def text_of(points: Tokens) -> str:
+    """The text of its code points."""
+    return points.astype("<u4").tobytes().decode("utf-32-le")
+
+
 def write_piece(path: Path, batches: Iterable[list[Tokens]]) -> pa.Table:
     """Writes the tokens of one piece, batch by batch, and returns (offset, length) of each text in order.
 

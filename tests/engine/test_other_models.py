@@ -13,7 +13,7 @@ import pytest
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.evaluate.other_models import SentenceTransformers, open_folder
+from f2llm_ray.engine.other_models import SentenceTransformers, open_folder
 from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
 from f2llm_ray.model.checkpoint import INFO_FILE
 from tests.tiny import LINES, tiny_model

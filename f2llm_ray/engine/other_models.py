@@ -1,4 +1,4 @@
-"""Models from elsewhere, measured as ours are: a sentence-transformers folder, an OpenAI-compatible endpoint.
+"""Models from elsewhere as texts in, unit vectors out: of sentence-transformers, or behind an OpenAI endpoint.
 
 Shapes: n texts, d dim.
 """
@@ -9,30 +9,26 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
-from f2llm_ray.evaluate.vectors import Embedder
-from f2llm_ray.model.brought import DOCUMENT_PROMPTS
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
+from f2llm_ray.model.described import MODULES_FILE, sides
 from f2llm_ray.model.dims import Vectors
 
-MODULES_FILE = "modules.json"
+if TYPE_CHECKING:
+    from f2llm_ray.engine.engine import Engine
+
 TEXTS_PER_REQUEST = 64
 REQUESTS = 4
 """Requests at once; one that a busy endpoint refuses is sent again."""
 RETRIES = 5
 
 
-def is_endpoint(model: str) -> bool:
-    """Whether a model is given as URL#NAME."""
-    return model.startswith(("http://", "https://"))
-
-
-def open_folder(folder: Path) -> Embedder:
+def open_folder(folder: Path) -> Engine | SentenceTransformers:
     """A model folder of ours or of sentence-transformers.
 
     Raises:
@@ -77,9 +73,8 @@ class SentenceTransformers(_OtherModel):
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise RunError(f"{folder}: sentence-transformers cannot load it: {error}") from None
         dim = self.model.get_sentence_embedding_dimension()
-        own = self.model.prompts
-        document = next((own[name] for name in DOCUMENT_PROMPTS if own.get(name)), "")
-        prompts = {"query": own.get("query") or "", "document": document}
+        query, document = sides(self.model.prompts)
+        prompts = {"query": query, "document": document}
         super().__init__(folder.name, int(dim or 0), int(self.model.max_seq_length or 0), prompts)
         self.device = self.model.device.type
 
