@@ -35,6 +35,17 @@ def iso639_3(code: str) -> str:
     return str(found.part3 if found.retire_date is None else found.retire_change_to or UNKNOWN)
 
 
+@lru_cache(maxsize=4096)
+def shortest(language: str) -> str:
+    """The code of two letters of an ISO 639-3 one, by which the hub lists models; itself where there is none.
+
+    Raises:
+        DataError: python-iso639 is missing.
+    """
+    found = _entry(language)
+    return str((found and found.part1) or language)
+
+
 @lru_cache(maxsize=16_384)
 def macrolanguage(language: str) -> str:
     """ISO 639-3 code of the macrolanguage that a language belongs to ("cmn" gives "zho"), or the language itself.

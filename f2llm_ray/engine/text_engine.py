@@ -1,7 +1,7 @@
 """The text side of a model folder, without torch: its facts, its tokenizer, and its calibration.
 
 That is what serving must know of a model beyond its weights: int8 ranges of each dim, and vectors to check it by.
-Both are measured once, when the model is made, and lie beside it in `calibration.safetensors`.
+Both are measured once, when the model is made, and lie with it in `f2llm/calibration.safetensors`.
 
 Shapes: n texts, k one of the trained dims, d the whole vector.
 """
@@ -37,7 +37,7 @@ WORST = 1e-3
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibration.safetensors` holds."""
+    """What `f2llm/calibration.safetensors` holds."""
 
     ranges: Mapping[int, Vectors]
     """[2, k] by trained dim k: least and greatest value of each dim of vectors cut to k and re-normalised."""
@@ -50,7 +50,8 @@ def save_calibration(folder: Folder, calibration: Calibration) -> None:
     from safetensors.numpy import save
 
     tensors = {f"ranges.{dim}": ranges_2k for dim, ranges_2k in calibration.ranges.items()}
-    folder.write_bytes(CALIBRATION_FILE, save({**tensors, "check": calibration.check_nd}))
+    place, _, name = CALIBRATION_FILE.rpartition("/")
+    (folder / place).write_bytes(name, save({**tensors, "check": calibration.check_nd}))
 
 
 def load_calibration(folder: Path) -> Calibration | None:

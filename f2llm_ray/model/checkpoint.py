@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import TextPrompts
-from f2llm_ray.data.tokens.tokenizer import save_tokenizer
-from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE, POOLING_FLAGS, described
+from f2llm_ray.data.tokens.tokenizer import save_tokenizer, template_of
+from f2llm_ray.model.described import CONFIG_FILE, FLAG, MODULES_FILE, OTHER_FLAGS, POOLING_FLAGS, described
 from f2llm_ray.model.families import POOLINGS, Pooling, family_of, without_dropout
+from f2llm_ray.model.stock_files import mend_config
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 INFO_FILE = "f2llm.json"
-CALIBRATION_FILE = "calibration.safetensors"
+OWN = "f2llm"
+"""Folder of files that other loaders must not see: vLLM takes every .safetensors beside them for weights."""
+CALIBRATION_FILE = f"{OWN}/calibration.safetensors"
 """Ranges for int8 vectors and the vectors of the self-check (`engine.text_engine`)."""
 SAMPLE = 1 << 20
 """Bytes at each end of a weight file that are hashed; training changes every weight."""
@@ -71,6 +74,8 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     backbone.save_pretrained(folder, state_dict=state)
     save_tokenizer(folder, tokenizer, info.max_tokens, pad=pad_token(backbone.config, tokenizer))
+    causal = family_of(backbone.config).causal
+    mend_config(folder / CONFIG_FILE, info.dims, template_of(tokenizer)[1] if causal else None)
     files: dict[str, Any] = {
         INFO_FILE: asdict(info),
         "modules.json": [
@@ -81,6 +86,7 @@ def save_model(
         "1_Pooling/config.json": {
             "word_embedding_dimension": backbone.config.hidden_size,
             **{flag: info.pooling == pooling for pooling, flag in POOLING_FLAGS.items()},
+            **{f"{FLAG}{name}": False for name in OTHER_FLAGS},
             "include_prompt": True,
         },
         "2_Normalize/config.json": {},
@@ -233,8 +239,7 @@ def fingerprint(model: Folder) -> str:
     Neither its folder's place counts nor what is measured of it afterwards, its calibration.
     """
     digest = hashlib.blake2b(digest_size=8)
-    weights = [name for name in model.files(".safetensors") if name != CALIBRATION_FILE]
-    for name in (*model.files(".json"), *weights):
+    for name in (*model.files(".json"), *model.files(".safetensors")):
         with model.filesystem.open_input_file(f"{model.path}/{name}") as file:
             size = file.size()
             digest.update(f"{name} {size} ".encode())

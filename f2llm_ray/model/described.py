@@ -22,6 +22,8 @@ POOLING_FLAGS: dict[Pooling, str] = {
 POOLING_MODES: dict[str, Pooling] = {"lasttoken": "last", "mean": "mean", "cls": "cls"}
 """What version 6 calls them."""
 FLAG = "pooling_mode_"
+OTHER_FLAGS = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
+"""Poolings that the engine does not compute; some loaders want to read of each that it is off."""
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """What sentence-transformers calls the prompt of a passage; the first that a model has."""
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from f2llm_ray.data.tokens.store import Tokens
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
-MAP_FILE = "token_map.safetensors"
+MAP_FILE = "f2llm/token_map.safetensors"
 COUNTED_AT_ONCE = 1 << 24
 
 
@@ -64,7 +64,9 @@ def save_map(table: TokenMap, folder: Path) -> None:
     """Writes the map into a model folder."""
     from safetensors.numpy import save_file
 
-    save_file({"first": table.first, "ids": table.ids}, folder / MAP_FILE)
+    path = folder / MAP_FILE
+    path.parent.mkdir(exist_ok=True)
+    save_file({"first": table.first, "ids": table.ids}, path)
 
 
 def load_map(folder: Path) -> TokenMap | None:

@@ -14,6 +14,7 @@ import yaml
 from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
+from f2llm_ray.data.language import shortest
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
 from f2llm_ray.report.page import render_page
 from f2llm_ray.report.read_scores import (
@@ -114,7 +115,7 @@ def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> Model
         if metric in facts
     ]
     card: ModelCardData = hub.ModelCardData(
-        language=[tag for tag in spoken if tag not in {"und", "zxx", "mul"}],
+        language=sorted({shortest(tag) for tag in spoken if tag not in {"und", "zxx", "mul"}}),
         # A licence cannot be worked out from those of the sources: who publishes the model names it.
         license="other",
         license_name=NO_LICENCE,

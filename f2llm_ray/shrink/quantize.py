@@ -74,6 +74,7 @@ def save_quantized(parent: Path, folder: Path, *, embeddings: bool = True) -> No
     save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS_FILE)
     for name in ("config.json", INFO_FILE, "tokenizer.json", "tokenizer_config.json", MAP_FILE):
         if (parent / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(parent / name, folder / name)
 
 

@@ -29,7 +29,7 @@ from f2llm_ray.data.tokens.store import TokenStore, cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
 from f2llm_ray.model.checkpoint import check_prompts, load_info
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train import teacher_store
+from f2llm_ray.train import teacher_store, teachers
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.settings import Distill, is_endpoint
 from f2llm_ray.train.teachers import (
@@ -181,7 +181,7 @@ def _missing_pieces(counts: dict[int, int], vectors: Folder) -> list[Item]:
     """The pieces of the store that no earlier try has written."""
     there = set(vectors.files())
     return [
-        {"shard": shard, "piece": piece, "texts": texts}
+        {"shard": shard, "piece": piece, "texts": texts, "chunk": teachers.CHUNK}
         for shard, piece, texts in teacher_store.pieces(counts)
         if teacher_store.piece_file(shard, piece) not in there
     ]

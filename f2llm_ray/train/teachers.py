@@ -146,13 +146,16 @@ def missing_chunks(pieces: list[Item], vectors: Folder) -> list[Item]:
 
 def chunks_of_piece(item: Item) -> list[Item]:
     """The chunks that a piece is asked in."""
-    firsts = range(0, item["texts"], CHUNK)
-    return [{**item, "first": first, "texts": min(CHUNK, item["texts"] - first)} for first in firsts]
+    size = item["chunk"]
+    return [
+        {**item, "first": first, "texts": min(size, item["texts"] - first)}
+        for first in range(0, item["texts"], size)
+    ]
 
 
 def chunk_file(chunk: Item) -> str:
     """File with the vectors of a chunk, until its piece is written."""
-    return f"chunk-{chunk['shard']:04d}-{chunk['piece']:05d}-{chunk['first']:05d}.npy"
+    return "chunk-{shard:04d}-{piece:05d}-{first:05d}-{texts}.npy".format(**chunk)
 
 
 def chunk_keys(vectors: Folder, chunk: Item) -> Keys:

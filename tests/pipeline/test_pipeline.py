@@ -157,7 +157,7 @@ def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str,
     passages = texts["passage"].to_pylist()
     mapped = remap(parent.tokenize(passages), load_map(next(root.glob("distilled-*/model"))))
     assert [ids.tolist() for ids in mapped] == [ids.tolist() for ids in taught.tokenize(passages)]
-    assert (next(root.glob("distilled-*/model")) / "calibration.safetensors").is_file()
+    assert (next(root.glob("distilled-*/model")) / "f2llm" / "calibration.safetensors").is_file()
     card = find_model(Arguments(root=str(root))).card
     scores, types = card.scores, card.types["held"]
     assert set(types) == set(card.dims)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,6 +126,15 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, max_tokens: int, *, pad: 
         model_input_names=["input_ids", "attention_mask"],
     )
     wrapped.save_pretrained(folder)
+    _name_stock_class(folder / "tokenizer_config.json")
+
+
+def _name_stock_class(path: Path) -> None:
+    """Names the class that transformers 4 and 5 both have, in place of one of 5 alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("backend", None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
