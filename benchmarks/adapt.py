@@ -69,7 +69,6 @@ def recipe_of(given: argparse.Namespace, steps: Mapping[str, int]) -> Recipe:
         f"data.max_tokens={given.max_tokens}",
         "compute={workers: 2, cpus_per_worker: 0.5}",
         *(f"{PLACES[stage]}.max_steps={count}" for stage, count in steps.items()),
-        *(f"{PLACES[stage]}.epochs=50" for stage in steps),
     ]
     return load_recipe(RECIPE, changes)
 

@@ -6,11 +6,32 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from f2llm_ray.base.optional import require
-
 UNKNOWN = "und"
 CODE = "code:"
 """What the language of a programming language begins with, as in "code:python"."""
+
+SCRIPTS = {
+    *(
+        "aze",
+        "bos",
+        "hau",
+        "kas",
+        "kaz",
+        "kir",
+        "kur",
+        "mon",
+        "msa",
+        "pan",
+        "snd",
+        "srp",
+        "tat",
+        "tgk",
+        "tuk",
+        "uig",
+    ),
+    *("uzb", "zho", "cmn", "yue"),
+}
+"""Languages that are written in several scripts, where the script tells texts apart."""
 
 # Codes of two letters that ISO 639-1 has withdrawn or given to a group; its tables no longer list them.
 _WITHDRAWN = {"bh": "bho", "in": "ind", "iw": "heb", "ji": "yid", "jw": "jav", "mo": "ron"}
@@ -24,9 +45,6 @@ def iso639_3(code: str) -> str:
 
     Script and territory are left out: rows tell languages apart, not their variants. Codes that ISO has
     withdrawn ("iw", "mol") are followed to their successor. A code that names no one language gives "und".
-
-    Raises:
-        DataError: python-iso639 is missing.
     """
     language = re.split(r"[_\-@.]", code.strip(), maxsplit=1)[0].lower()
     found = _entry(_WITHDRAWN.get(language, language))
@@ -36,34 +54,62 @@ def iso639_3(code: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def shortest(language: str) -> str:
-    """The code of two letters of an ISO 639-3 one, by which the hub lists models; itself where there is none.
+def normal(said: str) -> str | None:
+    """What data call a language, as rows carry it: ISO 639-3, with the script where it tells ("zho-Hans").
 
-    Raises:
-        DataError: python-iso639 is missing.
+    It may be a code or a locale (`iso639_3`), a name of ISO 639-3 in English ("german"), or "code:<name>" of a
+    programming language.
+
+    Returns:
+        None for what names none.
     """
+    text = said.strip()
+    if text.startswith(CODE):
+        return text
+    subtags = re.split(r"[_\-@.]", text)
+    language = iso639_3(text)
+    if language == UNKNOWN and subtags[0].lower() != UNKNOWN:
+        named = _named(text)
+        if named is None:
+            return None
+        language = str(named.part3)
+    script = next((tag.title() for tag in subtags[1:] if re.fullmatch(r"[A-Za-z]{4}", tag)), None)
+    return f"{language}-{script}" if script is not None and language in SCRIPTS else language
+
+
+def _named(name: str) -> Any:
+    import iso639
+
+    for spelled in (name, name.title()):
+        try:
+            return iso639.Language.from_name(spelled)
+        except iso639.LanguageNotFoundError:
+            continue
+    return None
+
+
+@lru_cache(maxsize=4096)
+def shortest(language: str) -> str:
+    """The code of two letters of an ISO 639-3 one, by which the hub lists models; itself where there is none."""
     found = _entry(language)
     return str((found and found.part1) or language)
 
 
 @lru_cache(maxsize=16_384)
 def macrolanguage(language: str) -> str:
-    """ISO 639-3 code of the macrolanguage that a language belongs to ("cmn" gives "zho"), or the language itself.
-
-    Raises:
-        DataError: python-iso639 is missing.
-    """
+    """ISO 639-3 code of the macrolanguage that a language belongs to ("cmn" gives "zho"), or its own."""
     found = _entry(language)
     return str((found and found.macrolanguage) or _SAME.get(language, language))
 
 
 def _entry(code: str) -> Any:
     """The language with this code in ISO 639-3, 639-2 (bibliographic) or 639-1; None for no such code."""
-    library = require("iso639", extra="language-id")
-    languages = library.Language
+    import iso639  # 0.2 s, so not for those who read no row
+
+    languages = iso639.Language
     for find in (languages.from_part3, languages.from_part2b, languages.from_part1):
         try:
             return find(code)
-        except library.LanguageNotFoundError:
+        except iso639.LanguageNotFoundError:
             continue
     return None

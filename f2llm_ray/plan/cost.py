@@ -22,7 +22,7 @@ class Cost:
     flops_per_token: float
     hours_per_epoch: float | None
     hours: float | None
-    """Hours of training: all epochs, or `max_steps` where that ends it earlier."""
+    """Hours of training: of all epochs, or of `max_steps`."""
     teacher_hours: float | None
     """Hours before it, for the vectors of a cached teacher: at most one for each text that is drawn."""
     price: float | None
@@ -59,10 +59,9 @@ def optimizer_steps(work: StageWork, texts: CorpusSize) -> int | None:
 
     Each source ends an epoch with a batch that is filled up with further rows; this counts one for all sources.
     """
-    if texts.rows_per_epoch is None:
+    if work.max_steps is not None or texts.rows_per_epoch is None:
         return work.max_steps
-    steps = ceil(work.epochs * ceil(texts.rows_per_epoch / work.rows_per_batch) / work.accumulate)
-    return steps if work.max_steps is None else min(steps, work.max_steps)
+    return ceil(work.epochs * ceil(texts.rows_per_epoch / work.rows_per_batch) / work.accumulate)
 
 
 def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:

@@ -59,7 +59,8 @@ class TrainStage(Section):
     """Put each source's instruction before its queries."""
     epochs: Batches[int] = Field(default=1, ge=1)
     max_steps: Batches[int | None] = Field(default=None, ge=1)
-    """Optimizer steps after which the stage ends early; the schedule is stretched over the steps that are run."""
+    """Optimizer steps of the stage, in place of `epochs`: rows come again as often as that takes, and the schedule
+    is stretched over these steps."""
     global_batch: Batches[int] = Field(default=512, ge=2)
     """Rows whose passages are each other's negatives, over all workers."""
     accumulate: Batches[int] = Field(default=1, ge=1)

@@ -237,7 +237,7 @@ def _collect_keys(sources: tuple[str, ...], shards: int, out: Folder) -> dict[in
 
 
 def _used(table: BatchTable) -> dict[tuple[int, int], list[int]]:
-    """The batches that are trained on, by epoch and source: `max_steps` may leave some out."""
+    """The batches that are trained on, by epoch and source: `max_steps` may leave some of the last epoch out."""
     used = defaultdict(list)
     for entry in table.order():
         used[int(entry["epoch"]), int(entry["source"])].append(int(entry["batch"]))

@@ -12,7 +12,7 @@ from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
-from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, write_batches
+from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
 
 
@@ -53,6 +53,7 @@ def train(
     training = replace(training, prompts=read_prompts(prepared))
     if taught is None:
         write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
+    check_held_out(training, (taught or out) / BATCHES)
     settings, compute = training.settings, training.compute
     workers, gpus = compute.workers, compute.gpus_per_worker
     job = TrainJob(

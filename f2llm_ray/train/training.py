@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.progress import say
 from f2llm_ray.data.batches.build import BatchPlan, build_batches
+from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.schema import SourceFacts, TextPrompts
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.run.folder import Folder
@@ -88,9 +91,39 @@ def batch_plan(settings: TrainStage) -> BatchPlan:
     )
 
 
+FEW_HELD_OUT = 20
+"""Held-out rows below which a loss over them says little, and a score over as many candidates less."""
+
+
+def check_held_out(training: Training, batches: Folder) -> None:
+    """Looks whether there are held-out rows enough for what is asked of them, and says it where they are few.
+
+    Raises:
+        RunError: there are none, and `keep_best` goes by them.
+    """
+    with batches.as_local() as folder:
+        table = BatchTable(folder / "validation", tuple(training.sources))
+        parts = [table.batch(entry) for entry in table.order()]
+    rows = {
+        pair for part in parts for pair in zip(part["query"].to_pylist(), part["passage"].to_pylist(), strict=True)
+    }
+    if not rows and training.settings.keep_best:
+        raise RunError(
+            f"stage {training.stage!r}: keep_best needs held-out rows, and data.validation held none back; raise "
+            "data.validation, or leave keep_best out"
+        )
+    if 0 < len(rows) < FEW_HELD_OUT:
+        say(
+            f"{training.stage}: only {len(rows)} held-out rows: validation loss and score say little; raise "
+            "data.validation"
+        )
+
+
 def write_batches(training: Training, *, prepared: Folder, mined: Folder | None, out: Folder) -> None:
     """Writes the batch tables of a training into a folder, unless they are there."""
     if not out.exists("validation/order.npy"):
         seed = f"{training.seed}/{training.stage}"
         plan = batch_plan(training.settings)
-        build_batches(plan, training.sources, seed, prepared=prepared, mined=mined, out=out)
+        epochs = build_batches(plan, training.sources, seed, prepared=prepared, mined=mined, out=out)
+        if epochs > plan.epochs:
+            say(f"{training.stage}: {training.settings.max_steps:,} steps take {epochs:,} epochs of its rows")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import socket
 import time
@@ -389,8 +392,8 @@ def test_a_missing_column_lists_those_that_are_there(tmp_path: Path, source: Any
     [
         ({"query": 7, "passage": "p"}, "column 'query': found int64, expected text"),
         ({"query": "q", "passage": b"p"}, "column 'passage': found binary, expected text"),
-        ({"query": "q", "passage": "p", "negatives": "n"}, "found string, expected a list of text"),
-        ({"query": "q", "passage": "p", "negatives": [1]}, "expected a list of text"),
+        ({"query": "q", "passage": "p", "negatives": 1}, "found int64, expected text or a list of text"),
+        ({"query": "q", "passage": "p", "negatives": [1]}, "expected text or a list of text"),
         ({"query": "q", "passage": "p", "language": 1}, "column 'language': found int64"),
     ],
 )
@@ -437,7 +440,9 @@ def test_a_csv_header_that_cannot_be_read(tmp_path: Path, header: bytes, message
         ('["q", "p"]', "not a JSON object", "found list, expected a JSON object"),
         ({"query": "q"}, "no passage", r"no key 'passage', expected it beside \['query'\]"),
         ({"query": 7, "passage": "p"}, "query is not text", "query: found int 7, expected text"),
-        ({"query": "q", "passage": ["p"]}, "passage is not text", "passage: found list"),
+        ({"query": "q", "passage": ["p", 1]}, "passage is not text or a list of text", "passage: found list"),
+        ({"query": "q", "passage": []}, "empty passage", "passage: found null, expected text"),
+        ('{"query": "q", "passage": "p", "query": "r"}', "a key twice", "found the key 'query' twice"),
         ({"query": None, "passage": "p"}, "empty query", "query: found null, expected text"),
         ({"query": "q", "passage": ""}, "empty passage", "passage: found blank text"),
         ({"query": " \u3000\n", "passage": ""}, "empty query", "query: found blank text"),
@@ -452,13 +457,13 @@ def test_a_bad_json_line(tmp_path: Path, line: Any, reason: str, message: str) -
     assert drops(source) == [None, f"read: {reason}", None]
 
 
-@pytest.mark.parametrize("negatives", ["n", 3, ["n", 3], {"n": 1}])
-def test_json_negatives_that_are_no_list_of_text(tmp_path: Path, negatives: Any) -> None:
+@pytest.mark.parametrize("negatives", [3, ["n", 3], {"n": 1}, [{"text": "n"}]])
+def test_json_negatives_that_are_no_texts(tmp_path: Path, negatives: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"query": "q", "passage": "p", "negatives": negatives})
     source = jsonl(path, columns=Columns(negatives="negatives"))
-    with pytest.raises(DataError, match=r"a\.jsonl:1: negatives: found .*, expected a list of text"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: negatives: found .*, expected text or a list of text"):
         rows(source)
-    assert drops(source) == ["read: negatives is not a list of text"]
+    assert drops(source) == ["read: negatives is not text or a list of text"]
 
 
 @pytest.mark.parametrize(
@@ -482,12 +487,234 @@ def test_a_csv_quote_left_open_does_not_swallow_the_file_silently(tmp_path: Path
     source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", "a,b", '"c,d', "e,f"))
     with pytest.raises(DataError, match=r"a\.csv:3: found a line that is not CSV"):
         rows(source)
+    assert drops(source) == [None, "read: not CSV", None]
 
 
-def test_csv_negatives_that_are_no_json_list(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.csv", "query,passage,negatives", "q,p,n")
-    with pytest.raises(DataError, match=r"a\.csv:2: negatives: found str 'n', expected a list of text"):
-        rows(table_csv(path, columns=Columns(negatives="negatives")))
+TABLE = [f"where is {n},near {n}" for n in range(2000)]
+
+
+def every_line(rows_: list[dict[str, Any]], bad: set[int]) -> None:
+    """Each line of `TABLE` is a row, and the bad ones are counted."""
+    assert len(rows_) == len(TABLE)
+    assert {n for n, row in enumerate(rows_) if row["drop"]} == bad
+    for n, row in enumerate(rows_):
+        if n not in bad:
+            assert (row["query"].strip('"'), row["passage"]) == tuple(TABLE[n].split(","))
+
+
+@pytest.mark.parametrize("closed", [None, 12, 700])
+def test_a_stray_quote_costs_its_own_line(tmp_path: Path, closed: int | None) -> None:
+    """Whether nothing closes it, or another quote hundreds of rows later does."""
+    lines = [*TABLE]
+    lines[5] = f'"{lines[5]}'
+    if closed is not None:
+        lines[closed] = lines[closed].replace(",", '",')
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", *lines))
+    with pytest.raises(DataError, match=r"a\.csv:7: found a (quote after which|line that is not CSV)"):
+        rows(source)
+    every_line(rows(source, "skip"), {5})
+
+
+def test_texts_over_many_lines_are_texts(tmp_path: Path) -> None:
+    """Also long ones, with commas here and there."""
+    text = "\n".join("line, with commas," if n % 3 else "line without" for n in range(1500))
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", f'q,"{text}"', "a,b"))
+    assert pairs(rows(source)) == [("q", text), ("a", "b")]
+
+
+def test_a_broken_row_gives_its_lines_back(tmp_path: Path) -> None:
+    lines = ["a,b", '"c', 'd" e,f', "g,h"]
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", *lines))
+    assert drops(source) == [None, "read: not CSV", None, None]
+    assert pairs(rows(source, "skip"))[2:] == [('d" e', "f"), ("g", "h")]
+
+
+@pytest.mark.parametrize(("delimiter", "suffix"), [("\t", "tsv"), (";", "csv"), ("|", "csv"), (",", "csv")])
+def test_the_delimiter_is_found(tmp_path: Path, delimiter: str, suffix: str) -> None:
+    lines = [f"what, or who{delimiter}p {n}" if delimiter != "," else f"what{delimiter}p {n}" for n in range(30)]
+    expected = [tuple(line.split(delimiter)) for line in lines]
+    headed = write_lines(tmp_path / f"h.{suffix}", f"query{delimiter}passage", *lines)
+    bare = write_lines(tmp_path / f"n.{suffix}", *lines)
+    assert pairs(rows(table_csv(headed))) == expected
+    assert pairs(rows(table_csv(bare, columns=Columns(query="0", passage="1")))) == expected
+    assert pairs(rows(table_csv(bare, names=("query", "passage")))) == expected
+    assert pairs(rows(table_csv(headed, delimiter=delimiter))) == expected
+    other = ";" if delimiter == "," else ","
+    with pytest.raises(DataError, match="no column"):
+        table_csv(headed, delimiter=other).pieces("s")
+
+
+def test_quotes_and_encodings_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes('query,passage\n"é,ü"\n'.encode("cp1252"))
+    source = table_csv(tmp_path / "a.csv", encoding="windows-1252", quotes=False)
+    assert pairs(rows(source)) == [('"é', 'ü"')]
+    (tmp_path / "b.csv").write_bytes("query\tpassage\nдом\thouse\n".encode("utf-16"))
+    assert pairs(rows(table_csv(tmp_path / "b.csv", encoding="utf-16"))) == [("дом", "house")]
+    with pytest.raises(ValidationError, match="found 'klingon', expected an encoding"):
+        table_csv("a.csv", encoding="klingon")
+    with pytest.raises(ValidationError, match="delimiter: parquet has none; it is for csv and tsv"):
+        parquet("a.parquet", delimiter=";")
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a\.csv:1: found the column 'query' twice"):
+        table_csv(write_lines(tmp_path / "a.csv", "query,passage,query", "a,b,c")).pieces("s")
+    twice = pa.Table.from_arrays([pa.array(["x"])] * 3, names=["query", "passage", "query"])
+    with pytest.raises(DataError, match="found the column 'query' twice"):
+        parquet(write_parquet(tmp_path / "a.parquet", twice)).pieces("s")
+
+
+# --- layouts ----------------------------------------------------------------------------------------------
+
+
+COMPRESSED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+def test_a_folder_has_its_compressed_files_too(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", {"query": "plain", "passage": "p"})
+    for ending, compress in COMPRESSED.items():
+        line = json.dumps({"query": ending, "passage": "p"}).encode()
+        (tmp_path / f"b.jsonl{ending}").write_bytes(compress(line + b"\n"))
+    zstd = pa.Codec("zstd").compress(b'{"query": ".zst", "passage": "p"}\n', asbytes=True)
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd)
+    assert {query for query, _ in pairs(rows(jsonl(tmp_path)))} == {"plain", ".zst", *COMPRESSED}
+    assert pairs(rows(jsonl(tmp_path / "b.jsonl.xz"))) == [(".xz", "p")]
+    (tmp_path / "b.jsonl.xz").write_bytes(b"\xfd7zXZ\x00 no")
+    with pytest.raises(DataError, match=r"b\.jsonl\.xz: cannot be read"):
+        rows(jsonl(tmp_path / "b.jsonl.xz"))
+
+
+def test_one_empty_file_among_many_is_no_fault(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", PAIRS[0])
+    (tmp_path / "b.jsonl").touch()
+    write_lines(tmp_path / "c.jsonl", "")
+    assert len(rows(jsonl(tmp_path))) == 1
+
+
+POSITIVES = [
+    {"query": "a", "pos": ["1", "2"], "neg": ["x"]},
+    {"query": "b", "pos": ["3"], "neg": []},
+    {"query": "c", "pos": ["4", None, " "], "neg": ["y", "z"]},
+]
+
+
+def test_each_of_several_passages_makes_a_row(tmp_path: Path) -> None:
+    columns = Columns(passage="pos", negatives="neg")
+    for source in layouts_of_lists(tmp_path, POSITIVES, columns):
+        found = rows(source, "skip")
+        assert [(row["query"], row["passage"], row["negatives"]) for row in found if not row["drop"]] == [
+            ("a", "1", ["x"]),
+            ("a", "2", ["x"]),
+            ("b", "3", []),
+            ("c", "4", ["y", "z"]),
+        ]
+        assert [row["drop"] for row in found if row["drop"]] == ["read: empty passage"] * 2
+        with pytest.raises(DataError, match=r"(:3|row 2 \(counted from 0\)): passage: found null"):
+            rows(source)
+
+
+def layouts_of_lists(folder: Path, records: list[dict[str, Any]], columns: Columns) -> list[SourceBase]:
+    datasets.Dataset.from_list(records).save_to_disk(folder / "saved")
+    return [
+        parquet(write_parquet(folder / "a.parquet", records), columns=columns),
+        jsonl(write_lines(folder / "a.jsonl", *records), columns=columns),
+        DatasetsSource(path=str(folder / "saved"), columns=columns),
+    ]
+
+
+def test_passages_may_be_objects(tmp_path: Path) -> None:
+    records = [
+        {
+            "query": "a",
+            "positive_passages": [
+                {"docid": "1", "title": "T", "text": "one"},
+                {"docid": "2", "title": "", "text": "two"},
+            ],
+            "negative_passages": [{"docid": "3", "title": "N", "text": "no"}],
+        }
+    ]
+    columns = Columns(passage="positive_passages", negatives="negative_passages", item="{title}: {text}")
+    for source in layouts_of_lists(tmp_path, records, columns):
+        found = rows(source)
+        assert pairs(found) == [("a", "T: one"), ("a", ": two")]
+        assert [row["negatives"] for row in found] == [["N: no"]] * 2
+
+
+@pytest.mark.parametrize("negatives", [("no_1", "no_2", "no_10"), "no_*"])
+def test_negatives_in_several_columns(tmp_path: Path, negatives: str | tuple[str, ...]) -> None:
+    records = [
+        {"anchor": "a", "positive": "p", "no_1": "x", "no_10": "z", "no_2": "y"},
+        {"anchor": "b", "positive": "q", "no_1": None, "no_10": " ", "no_2": "w"},
+    ]
+    columns = Columns(query="anchor", passage="positive", negatives=negatives)
+    for source in layouts_of_lists(tmp_path, records, columns):
+        assert [row["negatives"] for row in rows(source)] == [["x", "y", "z"], ["w"]]
+
+
+def test_triplets_have_one_negative_as_text(tmp_path: Path) -> None:
+    records = [
+        {"anchor": "a", "positive": "p", "negative": "n"},
+        {"anchor": "b", "positive": "q", "negative": None},
+    ]
+    columns = Columns(query="anchor", passage="positive", negatives="negative")
+    for source in layouts_of_lists(tmp_path, records, columns):
+        assert [row["negatives"] for row in rows(source)] == [["n"], []]
+
+
+def test_n_tuples_by_their_usual_names(tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "a.parquet", [{"question": "q", "answer": "a", "negative_2": "y", "negative_1": "x"}]
+    )
+    (row,) = rows(F2llmSource(paths=(path,)))
+    assert (row["query"], row["passage"], row["negatives"]) == ("q", "a", ["x", "y"])
+
+
+# --- languages --------------------------------------------------------------------------------------------
+
+
+def test_languages_are_one_code_each(tmp_path: Path) -> None:
+    said = [
+        "de",
+        "deu",
+        "ger",
+        "de-AT",
+        "de_CH.UTF-8",
+        "German",
+        "german",
+        "code:go",
+        "zh-Hans",
+        "sr@latin",
+        "eng-Latn",
+    ]
+    lines = [{"query": str(n), "passage": "p", "lang": code} for n, code in enumerate(said)]
+    source = jsonl(write_lines(tmp_path / "a.jsonl", *lines), columns=Columns(language="lang"))
+    assert [row["language"] for row in rows(source)] == ["deu"] * 7 + ["code:go", "zho-Hans", "srp", "eng"]
+
+
+def test_an_unknown_language_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    lines = [{"query": "q", "passage": "p", "lang": code} for code in ("eng", "xx-klingon", None)]
+    source = jsonl(write_lines(tmp_path / "a.jsonl", *lines), columns=Columns(language="lang"), language="fra")
+    with pytest.raises(DataError, match=r"a\.jsonl:2: language: found 'xx-klingon', expected an ISO 639 code"):
+        rows(source)
+    assert drops(source) == [None, "read: unknown language", None]
+    assert [row["language"] for row in rows(source, "skip")][::2] == ["eng", "fra"]
+
+
+def test_the_language_of_a_source_is_a_code() -> None:
+    assert jsonl("a", language="pt_BR").language == "por"
+    assert jsonl("a", language="zh-Hant").language == "zho-Hant"
+    assert jsonl("a", language="code:go").language == "code:go"
+    with pytest.raises(ValidationError, match="found 'english', expected an ISO 639 code such as eng"):
+        jsonl("a", language="english")
+    with pytest.raises(ValidationError, match="found 'klingonisch', expected an ISO 639 code such as deu"):
+        jsonl("a", language="klingonisch")
+
+
+def test_csv_negatives_are_a_text_or_a_json_list(tmp_path: Path) -> None:
+    lines = ["q,p,n", 'q,p,"[""a"", ""b""]"', "q,p,", "q,p,7"]
+    path = write_lines(tmp_path / "a.csv", "query,passage,negatives", *lines)
+    found = rows(table_csv(path, columns=Columns(negatives="negatives")))
+    assert [row["negatives"] for row in found] == [["n"], ["a", "b"], [], ["7"]]
 
 
 def test_bad_parquet_rows(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.teacher import TeacherVectors, check_online, learned_dims, teach, teacher_of
 from f2llm_ray.train.teacher_store import TeacherStore
 from f2llm_ray.train.teachers import PieceEncoder
-from f2llm_ray.train.training import Training, write_batches
+from f2llm_ray.train.training import Training, check_held_out, write_batches
 from f2llm_ray.train.vector_table import VectorTable, write_vector_table
 from tests.corpus import write_corpus
 from tests.encoders import encoder_folder
@@ -366,6 +366,31 @@ def test_sources_without_held_out_rows_are_trained_on(made: Made, tmp_path: Path
     )
     assert len(trained.order()) >= len(made.batches.order())
     assert list(read(held_out, made.prepared / "tokens", rank=0, world=1)) == []
+    check_held_out(training_of(recipe), out)
+    best = recipe_of(made.given, keep_best=True)
+    with pytest.raises(
+        RunError, match=r"stage 'distilled': keep_best needs held-out rows, and data\.validation held"
+    ):
+        check_held_out(training_of(best), out)
+
+
+def test_more_steps_than_the_epochs_have_see_the_rows_again(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def order(folder: Path, **distill: Any) -> np.ndarray:
+        training = training_of(recipe_of(made.given, epochs=1, **distill))
+        write_batches(training, prepared=Folder.at(str(made.prepared)), mined=None, out=Folder.at(str(folder)))
+        return BatchTable(folder / "train", made.batches.sources).order()
+
+    once = order(tmp_path / "once")
+    again = order(tmp_path / "again", max_steps=2 * len(once) + 1)
+    assert len(again) == 2 * len(once) + 1
+    np.testing.assert_array_equal(again[: len(once)], once)
+    assert [int((again["epoch"] == epoch).sum()) for epoch in range(3)] == [len(once), len(once), 1]
+    assert f"distilled: {len(again)} steps take 3 epochs" in capsys.readouterr().out
+    assert len(order(tmp_path / "few", max_steps=3)) == 3
+    check_held_out(training_of(made.recipe), Folder.at(str(tmp_path / "once")))
+    assert "held-out rows: validation loss and score say little" in capsys.readouterr().out
 
 
 def test_a_teacher_of_another_run_width_and_tokenizer(made: Made, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ class BatchPlan:
 
     epochs: int
     max_batches: int | None
-    """Batches, over all epochs, after which the order ends; all when None."""
+    """Batches of the order, over as many epochs as that takes; those of `epochs` when None."""
     held_out_batches: int
     """Batches of held-out rows, at most."""
     global_batch: int
@@ -47,7 +47,7 @@ def build_batches(
     prepared: Folder,
     mined: Folder | None,
     out: Folder,
-) -> None:
+) -> int:
     """Writes the batch tables of a training: `train/` for all epochs and `validation/` for the held-out rows.
 
     Args:
@@ -57,23 +57,37 @@ def build_batches(
         prepared: folder of the prepare stage.
         mined: folder of the mining stage, whose negatives replace the prepared ones.
         out: folder that gets both tables.
+
+    Returns:
+        Epochs of `train/`, the last of which may be cut.
     """
     import ray.data
 
-    work = [
-        {"source": source, "epoch": epoch, "split": split}
-        for split, epochs in (("train", plan.epochs), ("validation", 1))
-        for epoch in range(epochs)
-        for source in sources
-    ]
     write = partial(_write_epoch, plan=plan, sources=sources, seed=seed, prepared=prepared, mined=mined, out=out)
-    written = ray.data.from_items(work, override_num_blocks=len(work)).map(write).take_all()
-    counts = {(row["split"], row["epoch"], row["source"]): row["batches"] for row in written}
-    splits = (("train", plan.epochs, plan.max_batches), ("validation", 1, plan.held_out_batches))
-    for split, epochs, most in splits:
-        table = [[counts[split, epoch, source] for source in sources] for epoch in range(epochs)]
+    counts: dict[tuple[str, int, str], int] = {}
+
+    def write_epochs(split: str, epochs: range) -> None:
+        work = [{"source": source, "epoch": epoch, "split": split} for epoch in epochs for source in sources]
+        for row in ray.data.from_items(work, override_num_blocks=len(work)).map(write).take_all():
+            counts[row["split"], row["epoch"], row["source"]] = row["batches"]
+
+    def batches(split: str, epochs: int) -> list[list[int]]:
+        return [[counts[split, epoch, source] for source in sources] for epoch in range(epochs)]
+
+    epochs = plan.epochs
+    write_epochs("train", range(epochs))
+    while last := sum(batches("train", epochs)[-1]):
+        missing = (plan.max_batches or 0) - sum(map(sum, batches("train", epochs)))
+        if missing <= 0:
+            break
+        more = -(-missing // last)  # epochs may differ by a batch, so that it may take another round
+        write_epochs("train", range(epochs, epochs + more))
+        epochs += more
+    write_epochs("validation", range(1))
+    for split, count, most in (("train", epochs, plan.max_batches), ("validation", 1, plan.held_out_batches)):
         with (out / split).writing() as folder:
-            np.save(folder / "order.npy", mix(table, seed=seed, max_steps=most))
+            np.save(folder / "order.npy", mix(batches(split, count), seed=seed, max_steps=most))
+    return epochs
 
 
 def _write_epoch(

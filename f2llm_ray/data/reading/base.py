@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from f2llm_ray.base.section import Neutral, Output, Section
+from f2llm_ray.data.language import CODE, normal
 from f2llm_ray.data.schema import ROW, Task
 from f2llm_ray.run.inputs import InputFile
 
@@ -35,6 +37,19 @@ class SourceBase(Section, ABC):
     language: Output[str | None] = None
     """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it. Where nothing
     says it, `data.language_id` fills in what it detects; without it the language stays unknown."""
+
+    @field_validator("language")
+    @classmethod
+    def _is_code(cls, value: str | None) -> str | None:
+        """A code as rows carry it; those of ISO 639-3 are looked up later, where tables are read."""
+        if value is None or value.startswith(CODE) or re.fullmatch(r"[a-z]{3}(-[A-Z][a-z]{3})?", value):
+            return value
+        code = normal(value)
+        if code is None or not re.fullmatch(r"[A-Za-z]{2,3}([_\-@.].*)?", value):
+            meant = "such as deu" if code is None else f"such as {code}"
+            raise ValueError(f"found {value!r}, expected an ISO 639 code {meant}")
+        return code
+
     instruction: Output[str | None] = None
     """Said before each query in stages with instructions; the paper's default for the task when unset."""
     cap: Output[int | None] = Field(default=None, ge=1)

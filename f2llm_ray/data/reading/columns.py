@@ -5,7 +5,8 @@ A field may be made of several columns, by a template such as "{title}: {body}".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, reduce
 from string import Formatter
 from typing import Any
@@ -16,7 +17,8 @@ import pyarrow.compute as pc
 from pydantic import field_validator
 
 from f2llm_ray.base.section import Output, Section
-from f2llm_ray.data.ragged import filter_lists
+from f2llm_ray.data.language import normal
+from f2llm_ray.data.ragged import filter_lists, lengths_of, list_array
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
 from f2llm_ray.data.reading.values import ColumnKind, Fault
@@ -34,6 +36,8 @@ TEXTS = pa.schema(
     ]
 )
 
+LISTS = ("negatives", "item")
+"""Fields of `Columns` that are no column of one text."""
 Template = tuple[tuple[str, str | None], ...]
 """Pieces of text, each with the column that follows it, or None."""
 
@@ -48,32 +52,54 @@ class Columns(Section):
 
     query: Output[str] = "query"
     passage: Output[str] = "passage"
-    negatives: Output[str | None] = None
-    """A list of texts (in CSV a cell with a JSON list); null and blank entries are left out."""
+    """A text, or a list of texts, each of which makes a row with the query."""
+    negatives: Output[str | tuple[str, ...] | None] = None
+    """A text or a list of texts (in CSV a cell with a text or a JSON list); several columns of them; or a pattern
+    such as negative_*, whose columns are taken by their numbers. Null and blank texts are left out."""
+    item: Output[str | None] = None
+    """What an object in a list of passages or negatives reads, as a template of its keys: "{title} {text}"."""
     language: Output[str | None] = None
-    """ISO 639-3 of the query; the source's `language` where the column is unset, null or blank."""
+    """Language of the query, by any code of ISO 639, locale or English name; the source's `language` where the
+    column is unset, null or blank."""
     passage_language: Output[str | None] = None
-    """ISO 639-3 of the passage, or "code:<name>"; the query's where unset, null or blank."""
+    """The same of the passage, or "code:<name>"; the query's where unset, null or blank."""
     label: Output[str | None] = None
     """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
 
-    @field_validator("query", "passage", "language", "passage_language")
+    @field_validator("query", "passage", "language", "passage_language", "item")
     @classmethod
     def _is_template(cls, value: str | None) -> str | None:
         if value is not None:
             template(value)
         return value
 
+    def read_item(self, item: Mapping[str, Any]) -> str | None:
+        """What an object in a list reads; None without text, or where the recipe does not say what it reads."""
+        if self.item is None:
+            return None
+        texts = [(literal, str(item.get(key) or "") if key else "") for literal, key in template(self.item)]
+        return "".join(map("".join, texts)) if any(text.strip() for _, text in texts) else None
+
     def joined(self) -> list[str]:
         """The columns that templates name."""
-        texts = [text for field, text in self if text is not None and field != "negatives"]
+        texts = [text for field, text in self if text is not None and field not in LISTS]
         return [column for text in texts for _, column in template(text) if column]
 
-    def kinds(self) -> dict[str, ColumnKind]:
-        """All columns that are read, with what they hold."""
-        plain = [text for field, text in self if text is not None and (field == "negatives" or not template(text))]
+    def kinds(self, names: Sequence[str] = ()) -> dict[str, ColumnKind]:
+        """All columns that are read, with what they hold.
+
+        Args:
+            names: the columns of the table, where they are known: a pattern stands for some of them.
+        """
+        plain = [text for field, text in self if text is not None and field not in LISTS and not template(text)]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
-        return kinds if self.negatives is None else kinds | {self.negatives: "texts"}
+        lists: dict[str, ColumnKind] = dict.fromkeys(self.negative_columns(names), "texts")
+        return {**kinds, **({} if template(self.passage) else {self.passage: "texts"}), **lists}
+
+    def negative_columns(self, names: Sequence[str]) -> list[str]:
+        """The columns with negatives, in the order in which a row's negatives are listed."""
+        said = (self.negatives,) if isinstance(self.negatives, str) else self.negatives or ()
+        return [column for text in said for column in (_numbered(text, names) if "*" in text else [text])]
 
 
 @lru_cache(maxsize=256)
@@ -106,20 +132,61 @@ def join_columns(columns: Mapping[str, pa.Array], parts: Template) -> pa.Array:
 
 
 def texts_of(rows: Rows, columns: Columns) -> pa.Table:
-    """The columns of rows as a table of `TEXTS`; what is wrong with them goes to the rows' faults."""
-    found = []
+    """The columns of rows as a table of `TEXTS`; what is wrong with them goes to the rows' faults.
+
+    A row with several passages becomes as many, which are `rows.spread`.
+    """
+    found: dict[str, pa.Array] = {}
     for field in TEXTS:
-        text: str | None = getattr(columns, field.name)
+        text = getattr(columns, field.name)
         if text is None:
-            found.append(pa.nulls(len(rows), field.type))
+            found[field.name] = pa.nulls(len(rows), field.type)
         elif field.name == "negatives":
-            found.append(rows.column(text, "texts", field=field.name, required=True).cast(field.type))
+            found[field.name] = _negatives(rows, columns)
         elif parts := template(text):
             texts = {c: rows.column(c, "text", field=field.name).cast(field.type) for _, c in parts if c}
-            found.append(join_columns(texts, parts))
+            found[field.name] = join_columns(texts, parts)
+        elif field.name == "passage" and rows.has_lists(text):
+            found[field.name] = rows.column(text, "texts", field=field.name, required=True, item=columns.read_item)
         else:
-            found.append(rows.column(text, "text", field=field.name, required=True).cast(field.type))
-    return pa.table(found, schema=TEXTS)
+            found[field.name] = rows.column(text, "text", field=field.name, required=True).cast(field.type)
+    passages = found["passage"]
+    if pa.types.is_list(passages.type):
+        # A list without a text is a row without a passage, which is counted.
+        empty = pc.fill_null(pc.equal(pc.list_value_length(passages), 0), True)
+        passages = pc.if_else(empty, pa.scalar([None], passages.type), passages)
+        origin = pc.list_parent_indices(passages)
+        found = {name: array.take(origin) for name, array in found.items() if name != "passage"}
+        found["passage"] = pc.list_flatten(passages).cast(pa.string())
+        rows.spread(origin.to_numpy())
+    return pa.table([found[name] for name in TEXTS.names], schema=TEXTS)
+
+
+def _negatives(rows: Rows, columns: Columns) -> pa.Array:
+    """The negatives of each row as one list; null where its only column is null."""
+    names = columns.negative_columns(rows.names)
+    required = "*" not in "".join(columns.negatives or ())
+    lists = [
+        rows.column(name, "texts", field="negatives", required=required, item=columns.read_item).cast(TEXT_LIST)
+        for name in names
+    ]
+    if not lists:
+        return pa.nulls(len(rows), TEXT_LIST)
+    if len(lists) == 1:
+        return lists[0]
+    filled = [pc.fill_null(array, pa.scalar([], TEXT_LIST)) for array in lists]
+    stacked = pa.concat_arrays(filled)
+    row_by_row = np.arange(len(stacked)).reshape(len(lists), len(rows)).T.ravel()
+    ordered = stacked.take(pa.array(row_by_row))
+    lengths = lengths_of(ordered).reshape(len(rows), len(lists)).sum(axis=1)
+    return list_array(ordered.flatten(), lengths)
+
+
+def _numbered(pattern: str, names: Sequence[str]) -> list[str]:
+    """The columns that a pattern matches, by the number that its first star stands for."""
+    matched = re.compile(re.escape(pattern).replace(r"\*", "(.*)"))
+    found = [(match.group(1), name) for name in names if (match := matched.fullmatch(name))]
+    return [name for _, name in sorted(found, key=lambda pair: (len(pair[0]), pair[0]))]
 
 
 def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: BadRow) -> pa.Table:
@@ -134,14 +201,15 @@ def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: 
         for row in np.flatnonzero(_blank(columns[field])).tolist():
             found = "null" if columns[field][row].as_py() is None else "blank text"
             rows.faults.setdefault(row, Fault(f"empty {field}", f"{field}: found {found}, expected text"))
+    codes = {field: _codes(columns[field], field, rows) for field in ("language", "passage_language")}
     if bad_row == "error":
         rows.refuse_faults()
     drop = [f"read: {rows.faults[row].reason}" if row in rows.faults else None for row in range(count)]
     kept = pa.array([reason is None for reason in drop], pa.bool_())
     given = pc.and_(kept, columns["negatives"].is_valid())
     negatives = pc.if_else(given, columns["negatives"], pa.scalar([], TEXT_LIST))
-    language = _filled(columns["language"], source.language)
-    passage_language = _filled(columns["passage_language"], None)
+    language = _filled(codes["language"], source.language)
+    passage_language = _filled(codes["passage_language"], None)
     same = pc.fill_null(pc.equal(passage_language, language), False)
     return pa.table(
         {
@@ -163,6 +231,23 @@ def _blank(texts: pa.Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether each text is null, empty or white space."""
     blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0)
     return np.asarray(pc.fill_null(blank, True).to_numpy(zero_copy_only=False), dtype=np.bool_)
+
+
+def _codes(languages: pa.Array, field: str, rows: Rows) -> pa.Array:
+    """Languages by the codes that rows carry (`language.normal`); what names none is a fault, and null."""
+    encoded = pc.dictionary_encode(_filled(languages, None))
+    said: list[str] = encoded.dictionary.to_pylist()
+    codes = [normal(text) for text in said]
+    for place, code in enumerate(codes):
+        if code is None:
+            fault = Fault(
+                f"unknown {field}",
+                f"{field}: found {said[place]!r}, expected an ISO 639 code, a locale, an English name or "
+                "code:<name>",
+            )
+            for row in np.flatnonzero(encoded.indices.fill_null(-1).to_numpy() == place).tolist():
+                rows.faults.setdefault(row, fault)
+    return pa.array(codes, pa.string()).take(encoded.indices)
 
 
 def _filled(languages: pa.Array, default: str | None) -> pa.Array:

@@ -46,7 +46,8 @@ class DatasetsSource(SourceBase):
         path = _saved_folder(self.path)
         place = f"source {name!r}: {self.path}"
         dataset = self._load(path, place)
-        check_columns(dataset.features.arrow_schema, self.columns.kinds().items(), place)
+        schema = dataset.features.arrow_schema
+        check_columns(schema, self.columns.kinds(schema.names).items(), place)
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"{place}: found no rows in split {self.split!r}, expected at least one")
@@ -58,8 +59,9 @@ class DatasetsSource(SourceBase):
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one range of rows."""
         place = f"source {name!r}: {self.path}"
-        columns = list(self.columns.kinds())
-        dataset = self._load(piece["folder"], place).select_columns(columns).with_format("arrow")
+        dataset = self._load(piece["folder"], place)
+        columns = list(self.columns.kinds(dataset.column_names))
+        dataset = dataset.select_columns(columns).with_format("arrow")
         for first in range(piece["start"], piece["stop"], TABLE_ROWS):
             rows = Rows(place, columns, dataset[first : min(first + TABLE_ROWS, piece["stop"])], first)
             yield finish(self, name, texts_of(rows, self.columns), rows, bad_row)

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.ragged import list_array
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
-from f2llm_ray.data.reading.columns import TEXTS, Columns, finish, texts_of
+from f2llm_ray.data.reading.columns import Columns, finish, texts_of
+from f2llm_ray.data.reading.lines import UTF8, Dialect
 from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.data.reading.tables import FilePart, Format, Rows, TableFile, check_columns
-from f2llm_ray.data.reading.values import ColumnKind
+from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, suffixes_of
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 
-NEGATIVE = re.compile(r"negative_\d+")
+QUERIES = ("query", "anchor", "question")
+PASSAGES = ("passage", "positive", "answer", "document")
+"""What n-tuples call the two; the first that a file has."""
 
 
 class FilesSource(SourceBase):
@@ -37,24 +37,29 @@ class FilesSource(SourceBase):
     def _file_format(self) -> Format:
         return "parquet"
 
-    @property
-    def _layout(self) -> Columns:
+    def _layout(self, names: Sequence[str]) -> Columns:
+        """Which column of a file with these names holds what."""
+        del names
         return Columns()
 
+    @property
+    def _dialect(self) -> Dialect | None:
+        return None
+
     def inputs(self, name: str) -> list[InputFile]:
-        """The files in the order of `paths`, each once, sorted within a folder or glob.
+        """The files in the order of `paths`, each once, sorted within a folder or glob; without those of 0 bytes.
 
         Raises:
-            DataError: a path that matches nothing, or an empty file.
+            DataError: a path that matches nothing, or all files are empty.
         """
         found: dict[str, InputFile] = {}
         for path in self.paths:
-            files = find_files(path, (f".{self._file_format}",), f"source {name!r}: {path}").values()
+            files = find_files(path, suffixes_of(self._file_format), f"source {name!r}: {path}").values()
             found |= {file.uri: found.get(file.uri, file) for file in files}
-        for file in found.values():
-            if file.size == 0:
-                raise DataError(f"source {name!r}: {file.uri}: found an empty file, expected rows")
-        return list(found.values())
+        with_rows = [file for file in found.values() if file.size != 0]
+        if not with_rows:
+            raise DataError(f"source {name!r}: {next(iter(found))}: found an empty file, expected rows")
+        return with_rows
 
     def pieces(self, name: str) -> list[Piece]:
         """One per row group or text file; the columns of every file are checked here."""
@@ -62,13 +67,13 @@ class FilesSource(SourceBase):
         for file in self.inputs(name):
             table = self._table(name, file.uri)
             schema = table.schema()
-            columns = self._layout.kinds() | self._more(schema)
+            columns = self._layout(() if schema is None else schema.names).kinds(schema.names if schema else ())
             if schema is not None:
                 check_columns(schema, columns.items(), table.place)
             parts = table.parts()
-            if not parts:
-                raise DataError(f"{table.place}: found no rows, expected at least one")
             pieces += [{"file": file.uri, "columns": list(columns), **asdict(part)} for part in parts]
+        if not pieces:
+            raise DataError(f"{table.place}: found no rows, expected at least one")
         return pieces
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
@@ -77,65 +82,85 @@ class FilesSource(SourceBase):
         part = FilePart(**{field.name: piece[field.name] for field in fields(FilePart)})
         unseen: set[str] | None = None
         for rows in table.read(part, piece["columns"]):
-            unseen = (set(self._layout.joined()) if unseen is None else unseen) - set(rows.names)
-            yield finish(self, name, self._texts(rows), rows, bad_row)
-        if unseen is None:
+            layout = self._layout(rows.names)
+            unseen = (set(layout.joined()) if unseen is None else unseen) - set(rows.names)
+            yield finish(self, name, texts_of(rows, layout), rows, bad_row)
+        if unseen is None and len(self.inputs(name)) == 1:
             raise DataError(f"{table.place}: found no rows, expected at least one")
         if unseen:  # a row may lack a key of a template, but a key that all rows lack is a slip in the recipe
             key = repr(min(unseen))
             raise DataError(f"{table.place}: no row has the key {key} of the template, expected it in some")
 
-    def _more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
-        """Further columns of a file that are read."""
-        del schema
-        return {}
-
-    def _texts(self, rows: Rows) -> pa.Table:
-        return texts_of(rows, self._layout)
-
     def _table(self, name: str, uri: str) -> TableFile:
-        return TableFile(Folder.at(uri), self._file_format, f"source {name!r}: {uri}")
+        return TableFile(Folder.at(uri), self._file_format, f"source {name!r}: {uri}", self._dialect)
 
 
 class TableSource(FilesSource):
     """Tables with columns of text.
 
-    Of parquet only the columns that are used are read. JSON lines have an object per line. CSV (commas, double
-    quotes) and TSV (tabs, no quotes) have the names of the columns in the first line.
+    Of parquet only the columns that are used are read. JSON lines have an object per line. CSV has double quotes
+    and the delimiter that its first line has most of (comma, tab, semicolon, |), TSV tabs and no quotes; the first
+    line has the names of the columns. Text files may be compressed (.gz, .bz2, .zst, .xz).
     """
 
     format: Output[Literal["parquet", "jsonl", "csv", "tsv"]]
     columns: Columns = Columns()
+    delimiter: Output[str | None] = Field(default=None, min_length=1, max_length=1)
+    """Of CSV; found by the first lines where unset."""
+    names: Output[tuple[str, ...] | None] = Field(default=None, min_length=1)
+    """The names of the columns of CSV or TSV files that do not begin with them. Where `columns` has numbers alone,
+    such as {query: "0", passage: "1"}, they are those of the columns, and there is no line of names either."""
+    quotes: Output[bool] = True
+    """Of CSV: whether double quotes are part of the format, and not of the text."""
+    encoding: Output[str] = UTF8
+    """Of CSV and TSV, by Python's name, such as cp1252 or utf-16."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_encoding(cls, value: str) -> str:
+        try:
+            return codecs.lookup(value).name
+        except LookupError:
+            raise ValueError(f"found {value!r}, expected an encoding such as utf-8, cp1252 or utf-16") from None
+
+    @model_validator(mode="after")
+    def _has_cells(self) -> TableSource:
+        said = {"delimiter", "names", "quotes", "encoding"} & self.model_fields_set
+        if said and self.format not in ("csv", "tsv"):
+            raise ValueError(f"{min(said)}: {self.format} has none; it is for csv and tsv")
+        return self
 
     @property
     def _file_format(self) -> Format:
         return self.format
 
-    @property
-    def _layout(self) -> Columns:
+    def _layout(self, names: Sequence[str]) -> Columns:
+        del names
         return self.columns
+
+    @property
+    def _dialect(self) -> Dialect | None:
+        if self.format not in ("csv", "tsv"):
+            return None
+        tabs = self.format == "tsv"
+        numbers = all(column.isdecimal() for column in self.columns.kinds())
+        names = self.names if self.names is not None or not numbers else ()
+        delimiter = "\t" if tabs else self.delimiter
+        return Dialect(delimiter, self.quotes and not tabs, names, self.encoding)
 
 
 class F2llmSource(FilesSource):
     """The F2LLM-v2 dataset: one Parquet file per source with query, passage and negative_1 to negative_n.
 
     There n is 24 for retrieval and clustering and 1 for classification. It may differ between the files of a
-    source, and rows may have fewer: a null or blank negative counts as absent.
+    source, and rows may have fewer: a null or blank negative counts as absent. Tables of n-tuples call the query
+    and the passage by other names, the usual ones of which are known.
     """
 
     format: Output[Literal["f2llm"]] = "f2llm"
 
-    def _more(self, schema: pa.Schema | None) -> dict[str, ColumnKind]:
-        return dict.fromkeys(filter(NEGATIVE.fullmatch, () if schema is None else schema.names), "text")
-
-    def _texts(self, rows: Rows) -> pa.Table:
-        """The negatives of each row in the order of their numbers."""
-        texts, names = super()._texts(rows), filter(NEGATIVE.fullmatch, rows.names)
-        negatives = sorted(names, key=lambda name: int(name.rpartition("_")[2]))
-        if not negatives:
-            return texts
-        stacked = pa.concat_arrays([rows.column(name, "text", field="negatives") for name in negatives])
-        row_by_row = np.arange(len(stacked)).reshape(len(negatives), len(rows)).T.ravel()
-        values = stacked.take(pa.array(row_by_row)).cast(pa.string())
-        lists = list_array(values, np.full(len(rows), len(negatives)))
-        return texts.set_column(2, TEXTS.field("negatives"), lists)
+    def _layout(self, names: Sequence[str]) -> Columns:
+        query, passage = (
+            next((name for name in usual if name in names), usual[0]) for usual in (QUERIES, PASSAGES)
+        )
+        return Columns(query=query, passage=passage, negatives="negative_*")

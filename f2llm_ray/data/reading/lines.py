@@ -1,11 +1,14 @@
-"""Lines of users' text files as records: JSON lines, CSV and TSV, all of them UTF-8 with or without a BOM."""
+"""Lines of users' text files as records: JSON lines, and tables of cells (CSV, TSV)."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.reading.values import Fault, not_utf8
@@ -16,6 +19,33 @@ Numbered = Iterator[tuple[int, Record | Fault]]
 
 CSV_FIELD_CHARS = 100_000_000
 UTF8_MARK = b"\xef\xbb\xbf"
+UTF8 = "utf-8"
+DELIMITERS = (",", "\t", ";", "|")
+"""Those that are looked for where the recipe names none."""
+SAMPLE_LINES = 20
+"""Lines of a file without a header that its delimiter is found by."""
+SWALLOWED = 4
+"""Lines inside one field which, if each reads like a row, tell of a quote that nobody closed:
+of a text over several lines, hardly every one has as many delimiters as a row."""
+LOOK_EVERY = 256
+"""Lines of one row after which it is looked whether they read like rows."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How cells are written."""
+
+    delimiter: str | None = None
+    """None where it is found by the first lines."""
+    quotes: bool = True
+    """Whether a field in double quotes may hold delimiters and line ends."""
+    names: tuple[str, ...] | None = None
+    """The names of the columns where the file does not begin with them; () numbers them from 0."""
+    encoding: str = UTF8
+
+
+class DuplicateKeyError(ValueError):
+    """A key stands twice in a JSON object."""
 
 
 def json_records(lines: Iterable[bytes], first: int = 1) -> Numbered:
@@ -26,33 +56,52 @@ def json_records(lines: Iterable[bytes], first: int = 1) -> Numbered:
             yield number, _json_record(data)
 
 
-def cell_records(lines: Iterable[bytes], place: str, *, tabs: bool) -> tuple[list[str], Numbered]:
+def cell_records(lines: Iterable[bytes], place: str, dialect: Dialect) -> tuple[list[str], Numbered]:
     """Names of the columns, and a record for each row that is not blank.
 
-    CSV has commas and double quotes, between which a field may hold line ends; TSV has tabs and no quotes.
+    A row whose quote was never closed is a fault of its first line, and the lines after it are read as rows.
 
     Raises:
-        DataError: the first line has no names.
+        DataError: the first line has no names, or a name twice.
     """
-    rows = _cell_rows(lines, tabs=tabs)
-    number, names = next(rows, (1, []))
-    if isinstance(names, Fault):
-        raise DataError(f"{place}:{number}: {names.message}")
-    if not names:
-        raise DataError(f"{place}:1: found a blank line, expected names of columns")
+    cells = _Cells(lines, dialect)
+    rows = iter(cells)
+    if dialect.names is not None:
+        names = list(dialect.names) or [str(number) for number in range(cells.width)]
+    else:
+        number, found = next(rows, (1, []))
+        if isinstance(found, Fault):
+            raise DataError(f"{place}:{number}: {found.message}")
+        if not found:
+            raise DataError(f"{place}:1: found a blank line, expected names of columns")
+        names = found
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{place}:1: found the column {twice[0]!r} twice, expected each name once")
+    cells.width = len(names)
     return names, ((number, _cell_record(names, fields)) for number, fields in rows if fields)
 
 
 def _json_record(line: bytes) -> Record | Fault:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return not_utf8(error, suffix=" of the line")
+    except DuplicateKeyError as error:
+        return Fault("a key twice", f"found the key {error} twice in one object, expected each once")
     except (ValueError, RecursionError) as error:
         return Fault("not JSON", f"found a line that is not JSON ({error}), expected a JSON object")
     if not isinstance(value, dict):
         return Fault("not a JSON object", f"found {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Record:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise DuplicateKeyError(repr(next(key for key in keys if keys.count(key) > 1)))
+    return found
 
 
 def _cell_record(names: list[str], fields: list[str] | Fault) -> Record | Fault:
@@ -64,33 +113,128 @@ def _cell_record(names: list[str], fields: list[str] | Fault) -> Record | Fault:
     return Fault(f"too {many} fields", f"found {len(fields)} fields, expected {len(names)}: {names}")
 
 
-def _cell_rows(lines: Iterable[bytes], *, tabs: bool) -> Iterator[tuple[int, list[str] | Fault]]:
-    number, fault = 0, None
+class _SwallowedError(Exception):
+    """The lines of the row that is being read are rows themselves."""
 
-    def decoded() -> Iterator[str]:
-        nonlocal number, fault
-        for number, line in enumerate(lines, start=1):
-            data = line.removeprefix(UTF8_MARK) if number == 1 else line
+
+class _Cells:
+    """Rows of cells with the number of their first line; what is wrong with one is a `Fault`.
+
+    Args:
+        lines: the lines of the file, undecoded.
+        dialect: how they are written.
+    """
+
+    def __init__(self, lines: Iterable[bytes], dialect: Dialect) -> None:
+        self.dialect = dialect
+        self._coming = enumerate(lines, start=1)
+        self._back: deque[tuple[int, bytes]] = deque()
+        """Lines that were looked at, or given back by a row with a fault; they come again."""
+        self._taken: list[tuple[int, bytes]] = []
+        """The lines of the row that is being read."""
+        self._fault: Fault | None = None
+        self._back.extend(islice(self._coming, SAMPLE_LINES))
+        sample = [self._decoded(*line) for line in self._back]
+        self._fault = None
+        headed = dialect.names is None
+        self.delimiter = dialect.delimiter or _delimiter(sample, headed=headed, quotes=dialect.quotes)
+        self.width = len(self._cut(sample[0]) or ()) if sample else 0
+        """Number of columns."""
+
+    def __iter__(self) -> Iterator[tuple[int, list[str] | Fault]]:
+        csv.field_size_limit(CSV_FIELD_CHARS)  # documents may exceed the module's 131,072
+        reader = self._reader(self._lines())
+        name = "CSV" if self.dialect.quotes else "TSV"
+        while True:
+            self._taken.clear()
+            self._fault = None
             try:
-                yield data.decode("utf-8")
-            except UnicodeDecodeError as error:
-                fault = (number, not_utf8(error, suffix=" of the line"))
-                yield data.decode("utf-8", errors="replace")
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                found = f"found a line that is not {name} ({error}), expected {name}"
+                yield self._give_back(Fault(f"not {name}", found))
+            except _SwallowedError:
+                yield self._give_back(self._not_closed())
+            else:
+                if not self._swallowed():
+                    yield self._taken[0][0], self._fault or fields
+                    continue
+                yield self._give_back(self._not_closed())
+            reader = self._reader(self._lines())
 
-    csv.field_size_limit(CSV_FIELD_CHARS)  # documents may exceed the module's 131,072
-    name = "TSV" if tabs else "CSV"
-    if tabs:
-        reader = csv.reader(decoded(), strict=True, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(decoded(), strict=True)
-    while True:
-        first = number + 1
-        fault = None
+    def _lines(self) -> Iterator[str]:
+        while True:
+            if self._back:
+                number, line = self._back.popleft()
+            else:
+                number, line = next(self._coming, (0, b""))
+                if not number:
+                    return
+            self._taken.append((number, line))
+            if len(self._taken) % LOOK_EVERY == 0 and self._swallowed():
+                raise _SwallowedError
+            yield self._decoded(number, line)
+
+    def _decoded(self, number: int, line: bytes) -> str:
+        encoding = self.dialect.encoding
+        data = line.removeprefix(UTF8_MARK) if number == 1 and encoding == UTF8 else line
         try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield first, Fault(f"not {name}", f"found a line that is not {name} ({error}), expected {name}")
-        else:
-            yield fault or (first, fields)
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            self._fault = not_utf8(error, suffix=" of the line", encoding=encoding)
+            return data.decode(encoding, errors="replace")
+
+    def _swallowed(self) -> bool:
+        """Whether each line inside the row, its first and last left out, reads like a row of the table."""
+        inside = self._taken[1:-1]
+        if self.width < 2 or len(inside) < SWALLOWED:
+            return False
+        fault = self._fault
+        alike = all(len(self._cut(self._decoded(*line)) or ()) == self.width for line in inside)
+        self._fault = fault
+        return alike
+
+    def _give_back(self, fault: Fault) -> tuple[int, Fault]:
+        """Takes the first line of the row for broken, and lets the others come again."""
+        self._back.extendleft(reversed(self._taken[1:]))
+        return self._taken[0][0], fault
+
+    def _not_closed(self) -> Fault:
+        return Fault(
+            "a quote that is not closed",
+            f"found a quote after which {len(self._taken):,} lines or more would be one row, though each reads "
+            f"like one of {self.width} fields; expected the quote to be closed in its line",
+        )
+
+    def _cut(self, line: str) -> list[str] | None:
+        """The fields of one line by itself, None where it is no row."""
+        try:
+            return next(self._reader([line]), None)
+        except csv.Error:
+            return None
+
+    def _reader(self, lines: Iterable[str]) -> Iterator[list[str]]:
+        return _reader(lines, self.delimiter, quotes=self.dialect.quotes, strict=True)
+
+
+def _reader(lines: Iterable[str], delimiter: str, *, quotes: bool, strict: bool) -> Iterator[list[str]]:
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+    return csv.reader(lines, strict=strict, delimiter=delimiter, quoting=quoting)
+
+
+def _delimiter(lines: list[str], *, headed: bool, quotes: bool) -> str:
+    """The delimiter of a file: that which names the most columns or, without names, cuts all lines alike."""
+
+    def widths(delimiter: str) -> list[int]:
+        try:
+            return [len(row) for row in _reader(lines, delimiter, quotes=quotes, strict=False) if row]
+        except csv.Error:
+            return [0]
+
+    found = {delimiter: widths(delimiter) or [0] for delimiter in DELIMITERS}
+    if headed:
+        return max(DELIMITERS, key=lambda delimiter: found[delimiter][0])
+    alike = [delimiter for delimiter in DELIMITERS if found[delimiter][0] > 1 and len(set(found[delimiter])) == 1]
+    return next((delimiter for delimiter in ("\t", *DELIMITERS) if delimiter in alike), DELIMITERS[0])

@@ -6,27 +6,32 @@ and a part is read as `Rows`, whose columns are checked when they are asked for.
 
 from __future__ import annotations
 
+import codecs
 import io
+import lzma
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import Literal, get_args
+from typing import IO, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.data.reading.lines import Numbered, Record, cell_records, json_records
+from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.reading.lines import UTF8, Dialect, Numbered, Record, cell_records, json_records
 from f2llm_ray.data.reading.paths import listed, store_errors
 from f2llm_ray.data.reading.values import (
     ColumnKind,
     Fault,
     Faults,
+    ReadItem,
     check_type,
     from_arrow,
     from_cells,
     from_python,
+    is_list,
 )
 from f2llm_ray.run.folder import Folder
 
@@ -35,6 +40,15 @@ SUFFIXES: tuple[str, ...] = tuple(f".{name}" for name in get_args(Format))
 TABLE_ROWS = 4_096
 """Rows per table: with 24 negatives of 4 kB each a table stays below the 2 GB that Arrow's offsets reach."""
 READ_BYTES = 1 << 20
+COMPRESSED = ("", ".gz", ".bz2", ".zst", ".xz")
+"""Endings after the format's, by which a text file is known to be compressed."""
+WIDE = ("utf-16", "utf-32")
+"""Encodings in which a line does not end in one byte."""
+
+
+def suffixes_of(format_: Format) -> tuple[str, ...]:
+    """The endings of the files of a format; text may be compressed."""
+    return tuple(f".{format_}{end}" for end in (COMPRESSED if format_ != "parquet" else ("",)))
 
 
 @dataclass
@@ -54,17 +68,40 @@ class Rows:
     """Whether records are of CSV, where every value is text."""
     faults: Faults = field(default_factory=dict)
     """Rows with something wrong: what was no record, and what `column` found since; the first fault of each."""
+    origin: Ints | None = None
+    """After `spread`, the record of each row."""
 
     def __len__(self) -> int:
         return len(self.content)
 
     def at(self, row: int) -> str:
         """Names a row for a person: by its line where the file has lines, by its number within parquet."""
+        row = row if self.origin is None else int(self.origin[row])
         if self.lines:
             return f"{self.place}:{self.lines[row]}"
         return f"{self.place}: row {self.first + row} (counted from 0)"
 
-    def column(self, name: str, kind: ColumnKind, *, field: str | None = None, required: bool = False) -> pa.Array:
+    def spread(self, origin: Ints) -> None:
+        """Makes several rows of some records; faults of a record are those of each of its rows."""
+        self.origin = origin
+        if self.faults:
+            self.faults = {row: self.faults[old] for row, old in enumerate(origin.tolist()) if old in self.faults}
+
+    def has_lists(self, name: str) -> bool:
+        """Whether some row has a list in a column."""
+        if isinstance(self.content, pa.Table):
+            return name in self.content.column_names and is_list(self.content.schema.field(name).type)
+        return not self.cells and any(isinstance(record.get(name), list) for record in self.content)
+
+    def column(
+        self,
+        name: str,
+        kind: ColumnKind,
+        *,
+        field: str | None = None,
+        required: bool = False,
+        item: ReadItem | None = None,
+    ) -> pa.Array:
         """A column as an array of `values.TYPES`; it is null in rows with a fault, which go to `faults`.
 
         Args:
@@ -72,17 +109,18 @@ class Rows:
             kind: what it holds.
             field: what rows call it, where the reasons of faults shall say that.
             required: every record must have the key, though its value may be null.
+            item: what an object in a list of texts reads.
 
         Raises:
             DataError: no row has the column, or it is of another kind as a whole.
         """
         if isinstance(self.content, pa.Table):
             check_columns(self.content.schema, [(name, kind)], self.place)
-            array, faults = from_arrow(self.content[name], name, kind, field)
+            array, faults = from_arrow(self.content[name], name, kind, field, item)
         else:
             values = [record.get(name) for record in self.content]
             try:
-                array, faults = (from_cells if self.cells else from_python)(values, name, kind, field)
+                array, faults = (from_cells if self.cells else from_python)(values, name, kind, field, item)
             except (pa.ArrowException, OverflowError) as error:
                 raise DataError(f"{self.place}: column {name!r}: found values of several types: {error}") from None
             if required:
@@ -127,6 +165,8 @@ class TableFile:
     format: Format
     place: str
     """What messages call it."""
+    dialect: Dialect | None = None
+    """How cells are written; None is as CSV and TSV are by default."""
 
     @classmethod
     def at(cls, file: Folder) -> TableFile:
@@ -144,11 +184,15 @@ class TableFile:
         """The columns with their types, null in CSV and TSV, which have none; None for JSON lines."""
         if self.format == "parquet":
             with self._parquet() as file:
+                names = file.schema_arrow.names
+                twice = sorted({name for name in names if names.count(name) > 1})
+                if twice:
+                    raise DataError(f"{self.place}: found the column {twice[0]!r} twice, expected each name once")
                 return file.schema_arrow
         if self.format == "jsonl":
             return None
         with self._stream(FilePart()) as stream:
-            names, _ = cell_records(stream, self.place, tabs=self.format == "tsv")
+            names, _ = self._cells(stream)
         return pa.schema([(name, pa.null()) for name in names])
 
     def parts(self, max_rows: int | None = None) -> list[FilePart]:
@@ -190,6 +234,15 @@ class TableFile:
             table = file.read_row_group(part.row_group, _among(names, columns))
             return Rows(self.place, names, table, part.first_row - part.start)
 
+    def _cells(self, stream: Iterable[bytes]) -> tuple[list[str], Numbered]:
+        """The names of the columns of CSV or TSV, and its records."""
+        tabs = Dialect(delimiter="\t", quotes=False)
+        dialect = self.dialect or (tabs if self.format == "tsv" else Dialect())
+        if codecs.lookup(dialect.encoding).name.startswith(WIDE):
+            decoded = io.TextIOWrapper(cast(IO[bytes], stream), dialect.encoding, errors="replace", newline="\n")
+            stream, dialect = (line.encode() for line in decoded), replace(dialect, encoding=UTF8)
+        return cell_records(stream, self.place, dialect)
+
     @contextmanager
     def _parquet(self) -> Iterator[pq.ParquetFile]:
         """The file, open as parquet."""
@@ -208,16 +261,17 @@ class TableFile:
         """The bytes of a part, which are iterated by line."""
         try:
             if part.stop is None:
-                with io.BufferedReader(
-                    self.file.filesystem.open_input_stream(self.file.path), READ_BYTES
-                ) as stream:
-                    yield stream
+                with ExitStack() as opened:
+                    stream = opened.enter_context(self.file.filesystem.open_input_stream(self.file.path))
+                    if self.file.path.endswith(".xz"):  # the one of these that Arrow does not know
+                        stream = opened.enter_context(lzma.open(stream))
+                    yield opened.enter_context(io.BufferedReader(stream, READ_BYTES))
                 return
             with self.file.filesystem.open_input_file(self.file.path) as file:
                 file.seek(part.start)
                 data = file.read(part.stop - part.start)
             yield io.BytesIO(data)
-        except store_errors() as error:
+        except store_errors(lzma.LZMAError, EOFError) as error:
             raise DataError(f"{self.place}: cannot be read: {error}") from None
 
     def _records(self, part: FilePart, rows: int | None) -> Iterator[Rows]:
@@ -226,7 +280,7 @@ class TableFile:
             if self.format == "jsonl":
                 found: Numbered = json_records(stream, part.first_row + 1)
             else:
-                names, found = cell_records(stream, self.place, tabs=self.format == "tsv")
+                names, found = self._cells(stream)
             while chunk := list(islice(found, rows)):
                 faults = {row: record for row, (_, record) in enumerate(chunk) if isinstance(record, Fault)}
                 records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in chunk]

@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
 
 ColumnKind = Literal["text", "texts", "label", "number", "any"]
-"""What a column holds: text, a list of text, a label (text or a whole number, read as text), a finite number, or
-anything of one type. A value may always be null."""
+"""What a column holds: text, texts (one or a list), a label (text or a whole number, read as text), a finite
+number, or anything of one type. A value may always be null."""
 
 EXPECTED: dict[ColumnKind, str] = {
     "text": "text",
-    "texts": "a list of text",
+    "texts": "text or a list of text",
     "label": "text or a whole number",
     "number": "a number",
 }
@@ -42,6 +43,8 @@ class Fault:
     """Column, what was found and what was expected."""
 
 
+ReadItem = Callable[[Mapping[str, Any]], str | None]
+"""What an object in a list of texts reads; None where that is not known."""
 Faults = dict[int, Fault]
 """By row of the table."""
 Column = tuple[pa.Array, Faults]
@@ -55,10 +58,10 @@ def wrong_kind(column: str, kind: ColumnKind, value: object, field: str | None =
     return Fault(f"{field or column} is not {EXPECTED[kind]}", message)
 
 
-def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "") -> Fault:
-    """The fault of bytes that are not UTF-8."""
+def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "", encoding: str = "utf-8") -> Fault:
+    """The fault of bytes that are not in the encoding of their file."""
     found = f"found byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
-    return Fault("not UTF-8", f"{prefix}{found}{suffix}, expected UTF-8")
+    return Fault(f"not {encoding.upper()}", f"{prefix}{found}{suffix}, expected {encoding.upper()}")
 
 
 def check_type(found: pa.DataType, column: str, kind: ColumnKind, place: str) -> None:
@@ -67,17 +70,15 @@ def check_type(found: pa.DataType, column: str, kind: ColumnKind, place: str) ->
     Raises:
         DataError: it is of another kind.
     """
-    inner = found.value_type if _is_list(found) else found
-    fits = _is_text(inner) or pa.types.is_null(inner)
-    if (
-        kind in {"text", "texts"}
-        and not pa.types.is_null(found)
-        and (_is_list(found) != (kind == "texts") or not fits)
-    ):
+    inner = found.value_type if kind == "texts" and is_list(found) else found
+    fits = _is_text(inner) or pa.types.is_null(inner) or (inner is not found and pa.types.is_struct(inner))
+    if kind in {"text", "texts"} and not fits:
         raise DataError(f"{place}: column {column!r}: found {found}, expected {EXPECTED[kind]}")
 
 
-def from_python(values: Sequence[Any], column: str, kind: ColumnKind, field: str | None = None) -> Column:
+def from_python(
+    values: Sequence[Any], column: str, kind: ColumnKind, field: str | None = None, item: ReadItem | None = None
+) -> Column:
     """A column of JSON values.
 
     Raises:
@@ -87,7 +88,7 @@ def from_python(values: Sequence[Any], column: str, kind: ColumnKind, field: str
     typed: list[Any] = []
     for row, value in enumerate(values):
         try:
-            typed.append(_typed(value, kind))
+            typed.append(_typed(value, kind, item))
         except (TypeError, ValueError):
             typed.append(None)
             faults[row] = wrong_kind(column, kind, value, field)
@@ -101,10 +102,16 @@ def from_python(values: Sequence[Any], column: str, kind: ColumnKind, field: str
         return pa.array(typed, TYPES.get(kind)), faults
 
 
-def from_cells(cells: Sequence[str | None], column: str, kind: ColumnKind, field: str | None = None) -> Column:
+def from_cells(
+    cells: Sequence[str | None],
+    column: str,
+    kind: ColumnKind,
+    field: str | None = None,
+    item: ReadItem | None = None,
+) -> Column:
     """A column of CSV: lists are JSON, and in a column of any kind texts that all are numbers become numbers."""
     if kind == "texts":
-        return from_python([_list_cell(cell) for cell in cells], column, kind, field)
+        return from_python([_list_cell(cell) for cell in cells], column, kind, field, item)
     if kind == "any":
         for numbers in (pa.int64(), pa.float64()):
             try:
@@ -114,21 +121,28 @@ def from_cells(cells: Sequence[str | None], column: str, kind: ColumnKind, field
     return from_python(cells, column, kind, field)
 
 
-def from_arrow(values: pa.ChunkedArray, column: str, kind: ColumnKind, field: str | None = None) -> Column:
+def from_arrow(
+    values: pa.ChunkedArray, column: str, kind: ColumnKind, field: str | None = None, item: ReadItem | None = None
+) -> Column:
     """A column of a table, whose type `check_type` has accepted."""
     if kind == "any":
         return values.combine_chunks(), {}
+    if kind == "texts" and _is_text(values.type):
+        array, faults = from_arrow(values, column, "text", field)
+        return _as_lists(array), faults
+    if kind == "texts" and is_list(values.type) and pa.types.is_struct(values.type.value_type):
+        return from_python(values.to_pylist(), column, kind, field, item)
     array = (values.cast(TYPES[kind]) if kind in {"text", "texts"} else values).combine_chunks()
     faults = {}
     try:
         array.validate(full=True)
     except pa.ArrowInvalid:  # Parquet promises UTF-8 and Arrow does not check on reading
-        is_list = pa.types.is_list(array.type)
-        rows = array.cast(pa.list_(pa.large_binary()) if is_list else pa.large_binary()).to_pylist()
+        lists = pa.types.is_list(array.type)
+        rows = array.cast(pa.list_(pa.large_binary()) if lists else pa.large_binary()).to_pylist()
         for row, value in enumerate(rows):
             try:
                 rows[row] = (
-                    [text and text.decode() for text in value] if is_list and value else value and value.decode()
+                    [text and text.decode() for text in value] if lists and value else value and value.decode()
                 )
             except UnicodeDecodeError as error:
                 rows[row], faults[row] = None, not_utf8(error, f"{column}: ")
@@ -139,7 +153,13 @@ def from_arrow(values: pa.ChunkedArray, column: str, kind: ColumnKind, field: st
     return array, wrong | faults
 
 
-def _typed(value: Any, kind: ColumnKind) -> Any:
+def _as_lists(texts: pa.Array) -> pa.Array:
+    """Each text as a list of one; null where it is null."""
+    lists = pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), texts)
+    return pc.if_else(texts.is_valid(), lists, pa.scalar(None, lists.type))
+
+
+def _typed(value: Any, kind: ColumnKind, item: ReadItem | None = None) -> Any:
     """A JSON value as `kind` has it, or a ValueError or TypeError."""
     if value is None or kind == "any":
         return value
@@ -147,8 +167,9 @@ def _typed(value: Any, kind: ColumnKind) -> Any:
         if math.isfinite(number := float(value)):
             return number
     elif kind == "texts":
-        if isinstance(value, list) and all(isinstance(text, str | None) for text in value):
-            return value
+        texts = [_text_of(entry, item) for entry in (value if isinstance(value, list) else [value])]
+        if all(isinstance(text, str | None) for text in texts):
+            return texts
     elif isinstance(value, str):
         return value
     elif kind == "label" and isinstance(value, int):
@@ -156,12 +177,21 @@ def _typed(value: Any, kind: ColumnKind) -> Any:
     raise ValueError
 
 
+def _text_of(entry: Any, item: ReadItem | None) -> Any:
+    """The text of an entry of a list; the entry itself where it has none."""
+    text = item(entry) if item is not None and isinstance(entry, dict) else None
+    return entry if text is None else text
+
+
 def _list_cell(cell: str | None) -> Any:
-    """What a CSV cell with a JSON list holds; null where it is blank, the cell itself where it is no JSON."""
+    """What a CSV cell with a JSON list holds; null where it is blank, the cell itself where it is another text."""
+    if not cell or not cell.strip():
+        return None
     try:
-        return json.loads(cell) if cell and cell.strip() else None
+        value = json.loads(cell)
     except (ValueError, RecursionError):
         return cell
+    return value if isinstance(value, list) else cell
 
 
 def _is_unicode(value: Any) -> bool:
@@ -177,5 +207,6 @@ def _is_text(found: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _is_list(found: pa.DataType) -> bool:
+def is_list(found: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
     return bool(pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found))
