@@ -11,17 +11,23 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
 
 from f2llm_ray.model.dims import EMBEDDING_TYPES, EmbeddingType, Quantized
 from f2llm_ray.serve.settings import Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
 
-TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+TYPES = {
+    401: "authentication_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
 """`type` of an error by its status; "invalid_request_error" for all others."""
 
 
@@ -88,10 +94,30 @@ class Body(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class EmbeddingOptions(Body):
-    """The fields that both routes have. An unknown one is refused, so that a misspelt `dimensions` is noticed."""
+def _takes_null(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
+class RequestBody(Body):
+    """A request, in which null stands for the default of a field unless it has a meaning of its own there.
+
+    An unknown field is refused, so that a misspelt `dimensions` is noticed.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        fields = cls.model_fields.items()
+        unset = {name for name, field in fields if not field.is_required() and not _takes_null(field.annotation)}
+        return {name: value for name, value in content.items() if value is not None or name not in unset}
+
+
+class EmbeddingOptions(RequestBody):
+    """The fields that both routes have."""
 
     dimensions: int | None = None
     """One of the dims the model was trained for (see /info); the whole vector when unset."""

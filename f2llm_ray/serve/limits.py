@@ -29,16 +29,20 @@ class RequestSlots:
         self.limits = limits
         self.taken = 0
 
+    def check(self) -> None:
+        """Raises ApiError 429 when all slots are taken."""
+        if self.taken >= self.limits.max_queued:
+            message = f"{self.taken} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"
+            raise ApiError(429, "overloaded", message, retry_after=RETRY_AFTER_S)
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Holds a slot for one request, from before its body is read until it is answered.
+        """Holds a slot for one request, from when its body is there until it is answered.
 
         Raises:
             ApiError: 429 when all slots are taken.
         """
-        if self.taken >= self.limits.max_queued:
-            message = f"{self.taken} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"
-            raise ApiError(429, "overloaded", message, retry_after=RETRY_AFTER_S)
+        self.check()
         self.taken += 1
         try:
             yield
@@ -93,6 +97,14 @@ def check_prompt(prompt_name: str | None, instruction: str | None, info: ModelIn
         problem = f"{info.name} has no prompt {prompt_name!r}; it has: {', '.join(info.prompts)}"
         raise _wrong("prompt_name", "invalid_prompt", problem)
     return "" if prompt_name is None else info.prompts[prompt_name]
+
+
+def check_prompted(prompt: str, inputs: int, limits: Serving) -> None:
+    """Raises 413 where a prompt before each input would make more text than a body may have."""
+    if len(prompt) * inputs > limits.max_body_bytes:
+        problem = f"{len(prompt):,} characters before each of {inputs} inputs"
+        problem += f" are more than {limits.max_body_bytes:,} together"
+        raise _wrong("instruction", "too_much_text", problem, status=413)
 
 
 def check_inputs(inputs: Sequence[str] | Sequence[Sequence[int]], limits: Serving, param: str) -> None:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
 """Paths that need no key: probes and pages. They show neither vectors nor facts of a model."""
-COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", "/v1/models", "/info", "/health"})
+MODELS = "/v1/models"
+COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", MODELS, "/info", "/health"})
 """Routes with a counter of their own; all others count as "other", or a scanner would make a counter per path."""
 LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""
@@ -83,6 +84,9 @@ class RequestMiddleware:
             return
         policy = self.policy()
         started = time.perf_counter()
+        head = scope["method"] == "HEAD"
+        if head:  # answered as GET is, without the body
+            scope = {**scope, "method": "GET"}
         path = path_of(scope)
         status, key = 499, None  # 499: the client left before an answer began
 
@@ -90,7 +94,7 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            await send(message)
+            await send({**message, "body": b""} if head and message["type"] == "http.response.body" else message)
 
         try:
             if policy.keys is not None and path not in OPEN:
@@ -104,7 +108,7 @@ class RequestMiddleware:
             raise
         finally:
             seconds = time.perf_counter() - started
-            route = path if path in COUNTED else "other"
+            route = MODELS if path.startswith(f"{MODELS}/") else path if path in COUNTED else "other"
             policy.metrics.request(route, status, seconds)
             if policy.access_log:
                 _log(scope, path=route, status=status, seconds=seconds, key=key)

@@ -128,7 +128,7 @@ class Replica:
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
         texts, ids = api.split(given)
-        if sum(map(len, texts)) + sum(map(len, ids)) <= SHORT:
+        if sum(map(len, texts)) + sum(map(len, ids)) + len(ask.instruction or "") <= SHORT:
             tokens = self._tokenize(ask, texts, ids, param)
         else:
             tokens = await asyncio.to_thread(self._tokenize, ask, texts, ids, param)
@@ -149,6 +149,10 @@ class Replica:
                 ids, vocabulary=self.vocabulary, prefix=self.prefix, eos=self.eos, param=param
             )
         else:
+            limits.check_prompted(prompt, len(texts), self.settings)
+            if ask.instruction is not None:
+                alone = self.engine.tokenize([prompt])
+                limits.check_lengths(alone, max_tokens=self.card.max_tokens, truncate=False, param="instruction")
             tokens = self.engine.tokenize(texts, prompt=prompt)
         return limits.check_lengths(tokens, max_tokens=self.card.max_tokens, truncate=ask.truncate, param=param)
 

@@ -7,6 +7,7 @@ that are rarely called, and documents all.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 EMBEDDINGS, EMBED, SEARCH = "/v1/embeddings", "/embed", "/search"
 ROUTES = frozenset({EMBEDDINGS, EMBED, SEARCH})
+BODY_S = 30
+"""Seconds in which a body must have come; a slow one holds no place meanwhile."""
 
 
 class RequestHandler(Protocol):
@@ -64,28 +67,37 @@ class TextRoutes:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
+        handler.slots.check()
+        body = await _body(scope, receive, handler.settings)
+        if body is None:
+            return
         with handler.slots.held():
-            body = await _body(scope, receive, handler.settings)
-            if body is None:
-                return
             answer = await handler.answer(route, body)
         scope.setdefault("state", {})["answer"] = answer
         await send_json(send, 200, answer.content)
 
 
 async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | None:
-    """Reads a body, no further than the limit; None where the client leaves before its end."""
+    """Reads a body, no further than the limit; None where the client leaves before its end.
+
+    Raises:
+        ApiError: 413 for a larger one, 408 where it does not come in `BODY_S` seconds.
+    """
     announced = header(scope, b"content-length") or ""
     limits.check_body(int(announced) if announced.isdecimal() else 0, settings)
     body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        limits.check_body(len(body), settings)
-        if not message.get("more_body", False):
-            return body
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                body += message.get("body", b"")
+                limits.check_body(len(body), settings)
+                if not message.get("more_body", False):
+                    return body
+    except TimeoutError:
+        raise api.ApiError(408, "slow_body", f"the body did not come within {BODY_S} s") from None
 
 
 def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp:
@@ -117,6 +129,14 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
     async def models() -> Response:
         """The models that can be asked for, with their dims, lengths and measured scores."""
         return _json(api.ModelList(data=handler().models()).model_dump_json().encode())
+
+    @app.get("/v1/models/{name:path}", **_docs(api.ModelCard))
+    async def model(name: str) -> Response:
+        """One of them, by its name or another that it goes by."""
+        cards = handler().models()
+        limits.check_model(name, [known for card in cards for known in (card.id, *card.aliases)])
+        found = next(card for card in cards if name in (card.id, *card.aliases))
+        return _json(found.model_dump_json().encode())
 
     @app.get("/info", **_docs(info))
     async def facts() -> Response:

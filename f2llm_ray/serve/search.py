@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import ModelInfo, fingerprint
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve.api import Body
+from f2llm_ray.serve.api import Body, RequestBody
 
 MANIFEST = "_manifest.json"
 """The file that jobs/embed.py writes last, beside the shards."""
@@ -25,10 +25,8 @@ MOST_ROWS = 100_000
 """Passages of a corpus: 400 MB of vectors at d = 1024, and tens of milliseconds per search on one core."""
 
 
-class SearchRequest(Body):
+class SearchRequest(RequestBody):
     """Body of POST /search."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     query: str

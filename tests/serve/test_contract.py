@@ -52,6 +52,36 @@ def test_embedding_types(server: Server, dim: int) -> None:
     np.testing.assert_array_equal(plain.json()["ubinary"], wanted["ubinary"])
 
 
+@pytest.mark.parametrize("route", ["/v1/embeddings", "/embed"])
+def test_null_means_unset(server: Server, route: str) -> None:
+    """As OpenAI reads it: LiteLLM sends null for what its user left out."""
+    field = {"/v1/embeddings": "input", "/embed": "inputs"}[route]
+    ask = {"model": "tiny", field: ["one", "two"]}
+    nulls = dict.fromkeys(("encoding_format", "truncate", "dimensions", "prompt_name", "embedding_types"))
+    plain, given = (server.post(route, body) for body in (ask, ask | nulls))
+    assert given.status_code == 200, given.text
+    assert given.json() == plain.json()
+    missing = server.post(route, {**ask, field: None})
+    assert (missing.status_code, error_of(missing)["param"]) == (400, field)
+
+
+def test_one_model_and_heads(server: Server) -> None:
+    """Clients look a model up before they ask it, and probes ask for heads alone."""
+    listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
+    assert httpx.get(f"{server.url}/v1/models/tiny", timeout=60).json() == listed[0]
+    named = httpx.get(
+        f"{server.url}{KEYED}/v1/models/text-embedding-3-small",
+        headers={"Authorization": f"Bearer {server.key}"},
+        timeout=60,
+    )
+    assert "text-embedding-3-small" in named.json()["aliases"]
+    other = httpx.get(f"{server.url}/v1/models/gpt-4", timeout=60)
+    assert (other.status_code, error_of(other)["code"]) == (404, "model_not_found")
+    for path in ("/health", "/v1/models", "/v1/models/tiny", "/info"):
+        head = httpx.head(f"{server.url}{path}", timeout=60)
+        assert (head.status_code, head.content) == (200, b"")
+
+
 def test_types_that_are_refused(server: Server) -> None:
     for types, status, code in (
         ([], 422, "invalid_value"),

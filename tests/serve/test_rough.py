@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.serve.endpoint import KEYED, TEXTS, Server, error_of
+from tests.serve.endpoint import KEYED, MAX_QUEUED, TEXTS, Server, error_of
 
 ALLOWED = {200, 400, 404, 413, 422}
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
@@ -113,6 +113,28 @@ def test_a_slow_client_keeps_nobody_waiting(server: Server) -> None:
         connection.sendall(body[5:])
         assert b"200 OK" in connection.recv(1000)
         connection.close()
+
+
+def test_more_slow_bodies_than_places_refuse_nobody(server: Server) -> None:
+    """A place is taken when the body is there."""
+    slow = [_connect(server, 5000) for _ in range(MAX_QUEUED + 12)]
+    for connection in slow:
+        connection.sendall(b'{"inputs": ')
+    answers = [server.post("/embed", {"inputs": f"meanwhile {n}"}) for n in range(5)]
+    assert [answer.status_code for answer in answers] == [200] * 5
+    for connection in slow:
+        connection.close()
+
+
+def test_an_instruction_before_many_inputs_is_bounded_together(server: Server) -> None:
+    """20,000 characters before each of 1,000 inputs are 20 MB of a body of 25 kB."""
+    started = time.monotonic()
+    many = {"inputs": ["a"] * 1000, "instruction": "b " * 10_000, "truncate": True}
+    answer = server.post("/embed", many)
+    assert (answer.status_code, error_of(answer)["code"]) == (413, "too_much_text")
+    alone = server.post("/embed", {**many, "inputs": ["a"]})
+    assert (alone.status_code, error_of(alone)["param"]) == (422, "instruction")
+    assert time.monotonic() - started < 5
 
 
 def test_clients_that_leave_hold_no_place(server: Server) -> None:

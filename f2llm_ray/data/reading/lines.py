@@ -20,7 +20,7 @@ Numbered = Iterator[tuple[int, Record | Fault]]
 CSV_FIELD_CHARS = 100_000_000
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF8 = "utf-8"
-DELIMITERS = (",", "\t", ";", "|")
+DELIMITERS = (",", ";", "|", "\t")
 """Those that are looked for where the recipe names none."""
 SAMPLE_LINES = 20
 """Lines of a file without a header that its delimiter is found by."""
@@ -237,4 +237,5 @@ def _delimiter(lines: list[str], *, headed: bool, quotes: bool) -> str:
     if headed:
         return max(DELIMITERS, key=lambda delimiter: found[delimiter][0])
     alike = [delimiter for delimiter in DELIMITERS if found[delimiter][0] > 1 and len(set(found[delimiter])) == 1]
-    return next((delimiter for delimiter in ("\t", *DELIMITERS) if delimiter in alike), DELIMITERS[0])
+    # The last ones are the rarest in texts: where they cut all lines alike, that is no chance.
+    return alike[-1] if alike else DELIMITERS[0]
