@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.progress import say
@@ -42,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-rows", type=int, default=1024, help="rows that are embedded and written at a time"
     )
+    parser.add_argument(
+        "--on-bad-row",
+        default="error",
+        choices=("error", "skip"),
+        help="stop at a row without text, or leave it out and count it",
+    )
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per CPU core)")
     return parser
 
@@ -53,7 +60,7 @@ def embed(arguments: argparse.Namespace) -> None:
 
     names = (
         *("input", "column", "output", "id_column", "dimensions"),
-        *("dtype", "prompt_name", "shard_rows", "batch_rows"),
+        *("dtype", "prompt_name", "shard_rows", "batch_rows", "on_bad_row"),
     )
     keep = tuple(name for name in arguments.keep_columns.split(",") if name)
     job = EmbedJob(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
@@ -68,7 +75,18 @@ def embed(arguments: argparse.Namespace) -> None:
         f" ({done['startup_seconds']} s to start, then {done['rows_per_second']} rows/s,"
         f" {done['tokens_per_second']} tokens/s);"
         f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
+        f"{_counted(done)}"
     )
+
+
+def _counted(done: dict[str, Any]) -> str:
+    """What a person should know of the rows and shards, where there is something."""
+    found = {
+        "texts cut at the model's length": done["cut"],
+        "rows without text left out": done["skipped"],
+        "shards of files that changed or are gone removed": done["shards_removed"],
+    }
+    return "".join(f"; {count:,} {what}" for what, count in found.items() if count)
 
 
 def _model(arguments: argparse.Namespace) -> str:

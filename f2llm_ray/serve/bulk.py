@@ -1,7 +1,8 @@
 """Bulk embedding: files in, parquet shards of vectors out, on Ray Data actors that each hold an engine.
 
 A unit of at most `shard_rows` rows is what is done or not done. It becomes one shard, written aside and moved into
-place, so a run that was cut off goes on where it stopped.
+place, so a run that was cut off goes on where it stopped, and files that were added or changed cost only their own
+shards.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import SUFFIXES
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.inputs import InputFile
+from f2llm_ray.run.inputs import InputFile, InputIndex
 from f2llm_ray.serve.inputs import Unit, units_of
 from f2llm_ray.serve.search import MANIFEST
 from f2llm_ray.serve.shards import DTYPES, EmbedCount, EmbedJob, ShardWriter
@@ -42,6 +43,8 @@ class Survey:
     units: list[Unit]
     waiting: list[Unit]
     """Those without a shard."""
+    stale: list[str]
+    """Shards of files that have changed or are gone."""
 
 
 def survey(job: EmbedJob) -> Survey:
@@ -57,11 +60,16 @@ def survey(job: EmbedJob) -> Survey:
     info = load_info(model)
     check_settings(job, info, model)
     files = find_files(source.uri, SUFFIXES, source.uri)
-    settings = settings_of(job, model, info, source, files)
-    check_output(output, settings)
-    units, done = units_of(files, job.shard_rows), set(output.files(".parquet"))
+    settings = settings_of(job, model, info, source)
+    before = check_output(output, settings)
+    known = known_files(files, before)
+    units = units_of(files, {name: entry["number"] for name, entry in known.items()}, job.shard_rows)
+    there = output.files(".parquet")
+    # A file that changed has a new number, so that its old shards are those of no unit.
+    stale = [shard for shard in there if shard not in {unit.shard for unit in units}]
     absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
-    return Survey(absolute, settings, units, [unit for unit in units if unit.shard not in done])
+    waiting = [unit for unit in units if unit.shard not in set(there)]
+    return Survey(absolute, {**settings, "files": known}, units, waiting, stale)
 
 
 def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
@@ -80,7 +88,9 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     started = time.time()
     found, output = survey(job), Folder.at(job.output)
     units, waiting = found.units, found.waiting
-    claim(output, found.settings)
+    for shard in found.stale:
+        output.filesystem.delete_file(f"{output.path}/{shard}")
+    output.write_json(SETTINGS, found.settings)
     count, ready = _embed_units(found.job, waiting, len(units), workers)
     seconds, working = time.time() - started, time.time() - ready
     facts = {"shards": len(units), **asdict(_totals(output, units))}
@@ -94,6 +104,7 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
         "output_uri": output.uri,
         "embedded_now": asdict(count),
         "shards_skipped": len(units) - len(waiting),
+        "shards_removed": len(found.stale),
         "seconds": round(seconds, 2),
         "startup_seconds": round(seconds - working, 2),
         "rows_per_second": round(count.rows / working, 1) if waiting else 0.0,
@@ -125,15 +136,12 @@ def check_settings(job: EmbedJob, info: ModelInfo, model: Folder) -> None:
             raise RunError(f"keep columns: {name!r} is a column of the shards already")
 
 
-def settings_of(
-    job: EmbedJob, model: Folder, info: ModelInfo, source: Folder, files: Mapping[str, InputFile]
-) -> dict[str, Any]:
-    """All that decides what the shards hold."""
+def settings_of(job: EmbedJob, model: Folder, info: ModelInfo, source: Folder) -> dict[str, Any]:
+    """All that decides what the shards hold, but for the files themselves."""
     return {
         "model": info.name,
         "model_fingerprint": fingerprint(model),
         "input": source.uri,
-        "files": {name: file.size for name, file in files.items()},
         "column": job.column,
         "id_column": job.id_column,
         "keep": list(job.keep),
@@ -144,26 +152,48 @@ def settings_of(
     }
 
 
-def check_output(output: Folder, settings: Mapping[str, Any]) -> None:
+def known_files(files: Mapping[str, InputFile], before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What tells each file from what was there before under its name, and its number.
+
+    A file keeps its number as long as its content stays; one that is new or has changed gets the next.
+
+    Args:
+        files: the input by name.
+        before: what this gave for the run before; empty without one.
+    """
+    index, found = InputIndex(), dict[str, dict[str, Any]]()
+    free = 1 + max((entry["number"] for entry in before.values()), default=-1)
+    for name, file in files.items():
+        (known,) = index.known([file])
+        old = before.get(name)
+        if old is None or old["digest"] != known.digest:
+            old, free = {"number": free, "digest": known.digest}, free + 1
+        found[name] = old
+    return found
+
+
+def check_output(output: Folder, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Refuses an output that was made with other settings, which the message names, or of something else.
+
+    Returns:
+        The files that it was made of (`known_files`).
 
     Raises:
         RunError: it was.
     """
     if output.exists(SETTINGS):
-        before = output.read_json(SETTINGS)
+        before: dict[str, Any] = output.read_json(SETTINGS)
         changed = {key: value for key, value in settings.items() if before.get(key) != value}
         other = [f"{key} (was {_short(before.get(key))}, now {_short(value)})" for key, value in changed.items()]
         if other:
             raise RunError(f"{output.uri}: holds shards made with another {', '.join(other)}; give another output")
-    elif output.files(".parquet"):
+        files: dict[str, Any] = before["files"]
+        if not all(isinstance(entry, dict) for entry in files.values()):
+            raise RunError(f"{output.uri}: made by an earlier version of this package; give another output")
+        return files
+    if output.files(".parquet"):
         raise RunError(f"{output.uri}: holds parquet files of something else; give another output")
-
-
-def claim(output: Folder, settings: Mapping[str, Any]) -> None:
-    """Marks the output as made with these settings."""
-    if not output.exists(SETTINGS):
-        output.write_json(SETTINGS, settings)
+    return {}
 
 
 def _short(value: Any) -> str:

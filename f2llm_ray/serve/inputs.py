@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.reading.base import BadRow
 from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile
 from f2llm_ray.data.reading.values import wrong_kind
 from f2llm_ray.run.folder import Folder
@@ -27,20 +28,29 @@ class Unit(FilePart):
     uri: str
 
 
-def units_of(files: Mapping[str, InputFile], shard_rows: int) -> list[Unit]:
-    """The units of the input, numbered in its order, of at most `shard_rows` rows each but for CSV and TSV.
+def units_of(files: Mapping[str, InputFile], numbers: Mapping[str, int], shard_rows: int) -> list[Unit]:
+    """The units of the input in its order, of at most `shard_rows` rows but for CSV, TSV and compressed files.
 
     A JSON lines file is read once for this, to find its lines.
+
+    Args:
+        files: the input by name.
+        numbers: the number of each file, by which its shards are called.
+        shard_rows: rows of a unit.
 
     Raises:
         DataError: a file cannot be read, or has another suffix than those of tables.
     """
-    units: list[Unit] = []
-    for name, file in files.items():
-        for part in TableFile.at(Folder.at(file.uri)).parts(shard_rows):
-            shard = f"shard-{len(units):06d}.parquet"
-            units.append(Unit(shard=shard, file=name, uri=file.uri, **asdict(part)))
-    return units
+    return [
+        Unit(shard=f"{shards_of(numbers[name])}{place:06d}.parquet", file=name, uri=file.uri, **asdict(part))
+        for name, file in files.items()
+        for place, part in enumerate(TableFile.at(Folder.at(file.uri)).parts(shard_rows))
+    ]
+
+
+def shards_of(number: int) -> str:
+    """What the names of a file's shards begin with."""
+    return f"shard-{number:05d}-"
 
 
 class UnitReader:
@@ -52,21 +62,24 @@ class UnitReader:
         column: the column of the texts.
         id_column: the column of the ids; row numbers within the file where there is none.
         keep: further columns that are handed on.
+        bad_row: whether a row without text or id is an error, or is left out.
     """
 
-    def __init__(self, column: str, id_column: str | None, keep: Sequence[str] = ()) -> None:
-        self.column, self.id_column, self.keep = column, id_column, tuple(keep)
+    def __init__(
+        self, column: str, id_column: str | None, keep: Sequence[str] = (), bad_row: BadRow = "error"
+    ) -> None:
+        self.column, self.id_column, self.keep, self.bad_row = column, id_column, tuple(keep), bad_row
         self.columns = list(dict.fromkeys([column, *([] if id_column is None else [id_column]), *keep]))
         self._group: tuple[tuple[str, int], Rows] | None = None
 
-    def read(self, unit: Unit) -> tuple[pa.LargeStringArray, dict[str, pa.Array]]:
-        """Texts of a unit, and its other columns by the names that they have in the shard.
+    def read(self, unit: Unit) -> tuple[pa.LargeStringArray, dict[str, pa.Array], int]:
+        """Texts of a unit, its other columns by the names that they have in the shard, and rows that are left out.
 
         Raises:
             DataError: the file cannot be read, has no such column, or a row has no text or no id.
         """
         rows = self._rows(unit)
-        rows.refuse_faults()
+        self._refuse(rows)
         for name in self.columns:
             if name not in rows.names and (rows.names or len(rows)):  # blank lines have neither rows nor columns
                 raise DataError(f"{rows.place}: no column {name!r}; the columns are {rows.names}")
@@ -81,8 +94,16 @@ class UnitReader:
             ids = {"id": others[self.id_column]}
             for row in np.flatnonzero(ids["id"].is_null()).tolist():
                 rows.faults.setdefault(row, wrong_kind(self.id_column, "label", None))
-        rows.refuse_faults()
-        return texts, ids | {name: _typed(others[name]) for name in self.keep}
+        self._refuse(rows)
+        columns = ids | {name: _typed(others[name]) for name in self.keep}
+        if not rows.faults:
+            return texts, columns, 0
+        good = pa.array([row not in rows.faults for row in range(len(rows))])
+        return texts.filter(good), {name: c.filter(good) for name, c in columns.items()}, len(rows.faults)
+
+    def _refuse(self, rows: Rows) -> None:
+        if self.bad_row == "error":
+            rows.refuse_faults()
 
     def _rows(self, unit: Unit) -> Rows:
         table = TableFile.at(Folder.at(unit.uri))

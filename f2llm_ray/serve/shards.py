@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.data.reading.base import BadRow
 from f2llm_ray.data.tokens.store import Tokens, cut
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
@@ -48,6 +49,8 @@ class EmbedJob:
     """Rows of a shard: what is lost when a worker dies, and the share of work that a worker takes at a time."""
     batch_rows: int = 1024
     """Rows that are sorted by length, embedded and written at a time."""
+    on_bad_row: BadRow = "error"
+    """Whether a row without text stops its shard, or is left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class EmbedCount:
     tokens: int = 0
     cut: int = 0
     """Texts that were longer than the model's max_tokens."""
+    skipped: int = 0
+    """Rows that were left out, having no text or no id."""
 
     def __add__(self, other: EmbedCount) -> EmbedCount:
         return EmbedCount(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
@@ -85,7 +90,7 @@ class ShardWriter:
 
     def __init__(self, job: EmbedJob) -> None:
         self.job = job
-        self.reader = UnitReader(job.column, job.id_column, job.keep)
+        self.reader = UnitReader(job.column, job.id_column, job.keep, job.on_bad_row)
         self.output = Folder.at(job.output)
         with Folder.at(job.model).as_local() as folder:
             self.engine = Engine(folder)
@@ -115,7 +120,7 @@ class ShardWriter:
         Raises:
             DataError: a file that cannot be read, a missing column, or a row without text.
         """
-        texts, columns = self.reader.read(unit)
+        texts, columns, skipped = self.reader.read(unit)
         fields = [pa.field(name, values.type) for name, values in columns.items()]
         schema = pa.schema([*fields, pa.field("embedding", self.kind)])
         # Measured on 16,384 x 256: snappy saves nothing on floats and takes twice the time; bytes stand in parquet
@@ -127,7 +132,7 @@ class ShardWriter:
             "use_dictionary": [*columns, *([vectors_path] if counted else [])],
             "write_statistics": [*columns],
         }
-        count = EmbedCount(rows=len(texts))
+        count = EmbedCount(rows=len(texts), skipped=skipped)
         # The counts travel in the shard, so that a manifest can be made of shards from many runs.
         with (
             self.output.replacing(unit.shard) as temporary,

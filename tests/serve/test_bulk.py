@@ -59,7 +59,8 @@ def here(job: EmbedJob, *, unit: int = 0) -> pa.Table:
     """One unit's shard, written in this process by the code that the actors run."""
     output = Folder.at(job.output)
     output.create()
-    chosen = units_of(find_files(job.input, tables.SUFFIXES, job.input), job.shard_rows)[unit]
+    files = find_files(job.input, tables.SUFFIXES, job.input)
+    chosen = units_of(files, {name: number for number, name in enumerate(files)}, job.shard_rows)[unit]
     ShardWriter(job).write(chosen)
     return pq.read_table(f"{output.path}/{chosen.shard}")
 
@@ -97,7 +98,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     assert [len(pq.read_table(shard)) for shard in made] == [80, 80, 40]
 
     # The next run makes what is not there, and nothing else; what a killed worker left goes.
-    (output / ".shard-000001.parquet.0a1b").write_bytes(b"PAR1")
+    (output / ".shard-00000-000001.parquet.0a1b").write_bytes(b"PAR1")
     made[1].unlink()
     times = {shard: shard.stat().st_mtime_ns for shard in made if shard.exists()}
     jsonl.write_text("\n".join(lines), encoding="utf-8")
@@ -129,9 +130,50 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     ):
         with pytest.raises(RunError, match=message):
             run(replace(job, **change))
-    (source / "c.jsonl").write_text('{"text": "new"}')
-    with pytest.raises(RunError, match="files"):
-        run(job)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_files_that_change_cost_their_own_shards(tmp_path: Path, folder: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    contents: dict[str, list[str | None]] = {"a": ["one", None, "two"], "b": ["three", "four"], "c": ["five"]}
+
+    def write(name: str) -> None:
+        pq.write_table(pa.table({"t": pa.array(contents[name], pa.string())}), source / f"{name}.parquet")
+
+    for name in "ab":
+        write(name)
+    job = EmbedJob(model=str(folder), input=str(source), column="t", output=str(output))
+    with pytest.raises(DataError, match=r"a\.parquet: row 1 \(counted from 0\): t: found null, expected text"):
+        run(job, workers=1)
+    (of_b,) = output.glob("*.parquet")
+    made = of_b.stat().st_mtime_ns
+
+    skipped = run(replace(job, on_bad_row="skip"), workers=1)
+    assert (skipped["rows"], skipped["skipped"], skipped["shards_skipped"]) == (4, 1, 1)
+    table = pq.read_table(output)
+    assert sorted(zip(table["file"].to_pylist(), table["id"].to_pylist(), strict=True))[:2] == [
+        ("a.parquet", 0),
+        ("a.parquet", 2),
+    ], "rows keep their true numbers"
+
+    contents["a"][1] = "mended"
+    for name in "ac":
+        write(name)
+    mended = run(job, workers=1)
+    assert (mended["rows"], mended["skipped"], mended["shards_removed"]) == (6, 0, 1)
+    assert mended["embedded_now"]["rows"] == 4
+    assert of_b.stat().st_mtime_ns == made
+    (source / "b.parquet").rename(source / "z.parquet")
+    (source / "a.parquet").unlink()
+    left = run(job, workers=1)
+    assert (left["rows"], left["shards"], left["shards_removed"]) == (3, 2, 2)
+    table = pq.read_table(output)
+    texts = {"z.parquet": contents["b"], "c.parquet": contents["c"]}
+    expected = [
+        texts[file][row] for file, row in zip(*(table[n].to_pylist() for n in ("file", "id")), strict=True)
+    ]
+    np.testing.assert_allclose(vectors_of(table), Engine(folder).embed(expected), atol=1e-5)
 
 
 def test_row_numbers_stand_in_for_ids(tmp_path: Path, folder: Path) -> None:
@@ -197,7 +239,7 @@ def test_long_texts_are_cut_and_counted(tmp_path: Path, folder: Path) -> None:
     job = EmbedJob(model=str(folder), input=str(tmp_path / "a.parquet"), column="t", output=str(tmp_path / "o"))
     table = here(job)
     np.testing.assert_allclose(vectors_of(table), Engine(folder).embed([long, "short"]), atol=1e-5)
-    counts = json.loads(pq.read_metadata(tmp_path / "o" / "shard-000000.parquet").metadata[b"f2llm"])
+    counts = json.loads(pq.read_metadata(tmp_path / "o" / "shard-00000-000000.parquet").metadata[b"f2llm"])
     assert counts["cut"] == 1
     assert counts["tokens"] > MAX_TOKENS
 

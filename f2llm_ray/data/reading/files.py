@@ -16,7 +16,7 @@ from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
 from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, suffixes_of
+from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 
@@ -54,7 +54,7 @@ class FilesSource(SourceBase):
         """
         found: dict[str, InputFile] = {}
         for path in self.paths:
-            files = find_files(path, suffixes_of(self._file_format), f"source {name!r}: {path}").values()
+            files = find_files(path, (f".{self._file_format}",), f"source {name!r}: {path}").values()
             found |= {file.uri: found.get(file.uri, file) for file in files}
         with_rows = [file for file in found.values() if file.size != 0]
         if not with_rows:

@@ -16,6 +16,16 @@ from f2llm_ray.run.inputs import InputFile
 _HTTP_ERRORS = {"httpx": "HTTPError", "httpx2": "HTTPError", "aiohttp": "ClientError"}
 
 
+COMPRESSED = (".gz", ".bz2", ".zst", ".xz")
+"""Endings after a format's own, by which a text file is known to be compressed."""
+
+
+def plain_name(name: str) -> str:
+    """The name of a file without the ending of its compression; Parquet compresses inside, and has none."""
+    bare = name.rpartition(".")[0] if name.endswith(COMPRESSED) else name
+    return name if bare.endswith(".parquet") else bare
+
+
 def store_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """What opening and reading a file may raise, on a disk and in an object store, for an `except` clause."""
     loaded = [(sys.modules.get(module), name) for module, name in _HTTP_ERRORS.items()]
@@ -25,8 +35,9 @@ def store_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
 def find_files(path: str, suffixes: tuple[str, ...], place: str) -> dict[str, InputFile]:
     """Finds the files that a path stands for, as paths or URIs that `Folder.at` opens.
 
-    A path is a file, whatever its suffix; a folder, which stands for all files below it with one of the suffixes;
-    or a glob (*, [abc], ** over folders). Files and folders whose names begin with a dot are left out.
+    A path is a file, whatever its suffix; a folder, which stands for all files below it with one of the suffixes,
+    compressed or not; or a glob (*, [abc], ** over folders). Files and folders whose names begin with a dot are
+    left out.
 
     Returns:
         By name relative to the folder, or to the part of a glob before its first wildcard, sorted by it.
@@ -55,7 +66,7 @@ def _matching(path: str, suffixes: tuple[str, ...]) -> dict[str, InputFile]:
     if info.type == fs.FileType.File:
         return {info.base_name: InputFile(folder.uri, info.size)}
     if info.type == fs.FileType.Directory:
-        return {name: file for name, file in _below(path) if name.endswith(suffixes)}
+        return {name: file for name, file in _below(path) if plain_name(name).endswith(suffixes)}
     start, question, options = path.partition("?") if "://" in path else (path, "", "")  # "?": a URI's options
     parts = start.split("/")
     wild = next((i for i, part in enumerate(parts) if "*" in part or "[" in part), None)

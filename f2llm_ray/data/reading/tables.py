@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.lines import UTF8, Dialect, Numbered, Record, cell_records, json_records
-from f2llm_ray.data.reading.paths import listed, store_errors
+from f2llm_ray.data.reading.paths import listed, plain_name, store_errors
 from f2llm_ray.data.reading.values import (
     ColumnKind,
     Fault,
@@ -40,15 +40,8 @@ SUFFIXES: tuple[str, ...] = tuple(f".{name}" for name in get_args(Format))
 TABLE_ROWS = 4_096
 """Rows per table: with 24 negatives of 4 kB each a table stays below the 2 GB that Arrow's offsets reach."""
 READ_BYTES = 1 << 20
-COMPRESSED = ("", ".gz", ".bz2", ".zst", ".xz")
-"""Endings after the format's, by which a text file is known to be compressed."""
 WIDE = ("utf-16", "utf-32")
 """Encodings in which a line does not end in one byte."""
-
-
-def suffixes_of(format_: Format) -> tuple[str, ...]:
-    """The endings of the files of a format; text may be compressed."""
-    return tuple(f".{format_}{end}" for end in (COMPRESSED if format_ != "parquet" else ("",)))
 
 
 @dataclass
@@ -176,7 +169,7 @@ class TableFile:
             DataError: another suffix.
         """
         for name in get_args(Format):
-            if file.path.endswith(f".{name}"):
+            if plain_name(file.path).endswith(f".{name}"):
                 return cls(file, name, file.uri)
         raise DataError(f"{file.uri}: expected a {listed(SUFFIXES)} file")
 
@@ -199,14 +192,15 @@ class TableFile:
         """The parts of the file in their order.
 
         Parquet is cut into row groups, and JSON lines into runs of lines, for which the file is read once. CSV and
-        TSV files are one part, since a field may have line ends.
+        TSV files are one part, since a field may have line ends, and so is what is compressed.
 
         Args:
             max_rows: rows, or lines, of a part at most; None cuts no row groups and leaves text files whole.
         """
         if self.format == "parquet":
             return list(self._row_groups(max_rows))
-        return [FilePart()] if max_rows is None or self.format != "jsonl" else list(self._runs_of_lines(max_rows))
+        lines = self.format == "jsonl" and plain_name(self.file.path) == self.file.path  # else nothing to seek in
+        return [FilePart()] if max_rows is None or not lines else list(self._runs_of_lines(max_rows))
 
     def read(self, part: FilePart, columns: Collection[str]) -> Iterator[Rows]:
         """Reads a row group, or a text file, `TABLE_ROWS` at a time; of parquet only these columns."""
