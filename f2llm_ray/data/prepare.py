@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.progress import say
 from f2llm_ray.data.account import STEPS
 from f2llm_ray.data.decontaminate import Screened, make_screen
 from f2llm_ray.data.dedup import NEAR
@@ -115,7 +116,7 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     lap("dedup", left)
     tokenizer = _tokenizer(task, folder)
     lap("tokenizer", account.left)
-    texts, tokens = write_store(
+    store = write_store(
         task.instructions,
         settings.max_tokens,
         shards,
@@ -124,12 +125,22 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
         folder / "tokens",
         prompts=task.prompts,
     )
-    lap("tokens", texts)
+    lap("tokens", store.texts)
+    if store.cut:
+        say(
+            f"prepare: {sum(store.cut.values()):,} of {store.texts:,} texts are longer than data.max_tokens "
+            f"({settings.max_tokens}) and were cut"
+        )
     if near is not None:
         near["samples"] = [
             sample for name in task.sources for sample in samples(folder, name, NEAR, SAMPLES_PER_SOURCE)
         ]
-    facts = {"texts": texts, "tokens": tokens, "vocabulary": tokenizer.get_vocab_size()}
+    facts = {
+        "texts": store.texts,
+        "tokens": store.tokens,
+        "cut_texts": store.cut,
+        "vocabulary": tokenizer.get_vocab_size(),
+    }
     counted = account.card()
     card = {**counted, "near_dedup": near, **facts, "seconds": laps}
     kept = {name: {"rows": account.kept(name)} for name in task.sources}

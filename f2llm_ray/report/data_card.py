@@ -80,6 +80,13 @@ def headline(card: Card) -> list[str]:
             f"There are {formatting.plural(texts, 'distinct text')} of {formatting.plural(tokens, 'token')} "
             f"({tokens / texts:.1f} each), in a vocabulary of {formatting.count(vocabulary)}."
         )
+    longer = card.get("cut_texts")
+    if texts and longer:
+        cut, most = sum(longer.values()), max(longer, key=lambda name: (longer[name], name))
+        share, of_most = formatting.share(cut, texts), formatting.count(longer[most])
+        sentences.append(
+            f"{formatting.plural(cut, 'text')} ({share}) were too long and cut, most of {most} ({of_most})."
+        )
     return sentences
 
 

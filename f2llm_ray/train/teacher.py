@@ -163,7 +163,7 @@ def _reads_anew(found: Teacher, teacher: Folder | str, settings: Distill, prepar
 
 
 def _own_store(
-    write: Callable[[Folder], tuple[int, int]], teacher: Folder | str, prepared: Folder, store: Folder
+    write: Callable[[Folder], object], teacher: Folder | str, prepared: Folder, store: Folder
 ) -> Folder:
     """The store of what the teacher reads, tokens or texts; written unless it is there."""
     if not store.exists(META):

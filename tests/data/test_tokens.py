@@ -27,7 +27,7 @@ def build(folder: Path, texts: dict[str, list[int]], pieces: int) -> tokens.Toke
         )
         key = pa.array([text_key(name) for name in mine], pa.binary(16))
         entries.append(pa.table({"key": key, "piece": pa.array([piece] * len(mine), pa.int64())}))
-        entries[-1] = pa.table([*entries[-1].columns, *lengths.columns], ["key", "piece", "offset", "length"])
+        entries[-1] = pa.table([*entries[-1].columns, *lengths.columns], ["key", "piece", *lengths.column_names])
     table = pa.concat_tables(entries)
     shard = shard_of(key_numbers(table["key"]), SHARDS)
     for number in range(SHARDS):
@@ -54,7 +54,8 @@ def test_texts_whose_keys_share_their_first_half_are_told_apart(tmp_path: Path) 
     keys = [b"\x10" * 8 + bytes([n]) * 8 for n in (1, 2, 3)]
     lengths = tokens.write_piece(tmp_path / "000000.bin", [[np.array([n], np.uint32) for n in (1, 2, 3)]])
     entries = pa.table(
-        [pa.array(keys, pa.binary(16)), pa.array([0] * 3), *lengths.columns], ["key", "piece", "offset", "length"]
+        [pa.array(keys, pa.binary(16)), pa.array([0] * 3), *lengths.columns],
+        ["key", "piece", *lengths.column_names],
     )
     tokens.write_index(tmp_path, 0, entries)
     tokens.write_meta(tmp_path, shards=1, texts=3, tokens=3)
@@ -71,8 +72,19 @@ def test_an_unknown_key_and_an_unfinished_store_are_refused(tmp_path: Path) -> N
         tokens.TokenStore(tmp_path)
 
 
-def test_long_texts_are_cut_with_eos_still_last() -> None:
+def test_long_texts_are_cut_with_eos_still_last(tmp_path: Path) -> None:
     assert tokens.cut(np.array([5, 6, 7, 9], np.uint32), 3).tolist() == [5, 6, 9]
+    batch = [np.array(ids, np.uint32) for ids in ([5, 6, 7, 9], [5, 6, 9], [9])]
+    for _ in range(2):  # written, and found written
+        lengths = tokens.write_piece(tmp_path / "000000.bin", [batch], max_tokens=3)
+        assert lengths.to_pydict() == {"offset": [0, 3, 6], "length": [3, 3, 1], "whole": [4, 3, 1]}
+    stored = np.fromfile(tmp_path / "000000.bin", "<u4")
+    assert stored.tolist() == [5, 6, 9, 5, 6, 9, 9]
+
+
+def test_texts_themselves_can_be_stored() -> None:
+    texts = ["", "plain", "猫が👩‍👩‍👧‍👦", "é\x00"]
+    assert [tokens.text_of(points) for points in tokens.code_points(texts)] == texts
     assert tokens.cut(np.array([5, 9], np.uint32), 3).tolist() == [5, 9]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -30,6 +32,16 @@ TOKENIZE_ROWS = 4096
 PROMPTS = "prompts.json"
 
 
+@dataclass(frozen=True)
+class StoreFacts:
+    """What a token store holds."""
+
+    texts: int
+    tokens: int
+    cut: dict[str, int]
+    """Texts that were longer than the longest token list, by source."""
+
+
 def write_store(
     instructions: Mapping[str, str | None],
     max_tokens: int,
@@ -40,7 +52,7 @@ def write_store(
     *,
     prompts: TextPrompts,
     queries: tuple[int, ...] = (QUERY, INSTRUCTED),
-) -> tuple[int, int]:
+) -> StoreFacts:
     """Writes a token store of all texts in the table; pieces that an earlier try has finished stay as they are.
 
     Args:
@@ -55,7 +67,7 @@ def write_store(
         queries: whether queries are stored as they are, with their instruction, or both.
 
     Returns:
-        Number of texts and of tokens.
+        What the store holds.
     """
     import ray.data
 
@@ -79,15 +91,17 @@ def write_store(
     written = map_groups(first, "piece", tokenize)
     indexed = map_groups(written, "shard", partial(_index_shard, store=store))
     progress, texts, total, done = Progress("prepare: tokens", shards, "shards"), 0, 0, set()
+    longer: Counter[str] = Counter()
     for row in indexed.iter_rows():
         done.add(row["shard"])
         texts, total = texts + row["texts"], total + row["tokens"]
+        longer.update(json.loads(row["cut"]))
         progress.update(len(done), f"{texts:,} texts", f"{total:,} tokens")
     with store.writing() as path:
         for shard in set(range(shards)) - done:  # a small corpus leaves key ranges empty
             tokens.write_index(path, shard, INDEX.empty_table())
         tokens.write_meta(path, shards=shards, texts=texts, tokens=total)
-    return texts, total
+    return StoreFacts(texts, total, dict(sorted(longer.items())))
 
 
 def write_prompts(prepared: Folder, prompts: TextPrompts) -> None:
@@ -150,7 +164,7 @@ def _tokenize_part(
     places = places.sort_by([(name, "ascending") for name in ("position", "role", "key")])
     encode = tokens.code_points
     if tokenizer is not None:
-        encode = partial(tokens.tokenize, Tokenizers.from_str(tokenizer), max_tokens=max_tokens)
+        encode = partial(tokens.tokenize, Tokenizers.from_str(tokenizer))
     file = rows.read_table(part_file(piece), ["source", "query", "passage", "negatives", "negative_keys"])
     texts = _texts(places, file, instructions[file["source"][0].as_py()], prompts, keyed)
     batches = iter(lambda: list(islice(texts, TOKENIZE_ROWS)), [])
@@ -158,9 +172,11 @@ def _tokenize_part(
         lengths = tokens.write_piece(
             path / f"{piece:06d}.bin",
             map(encode, batches),
+            None if tokenizer is None else max_tokens,
         )
     for name in lengths.column_names:
         places = places.append_column(name, lengths[name])
+    places = places.append_column("source", pa.repeat(file["source"][0], len(places)))
     return places.drop_columns(["position", "role"])
 
 
@@ -188,4 +204,12 @@ def _index_shard(entries: pa.Table, *, store: Folder) -> pa.Table:
     shard = entries["shard"][0].as_py()
     with store.writing() as path:
         tokens.write_index(path, shard, entries)
-    return pa.table({"shard": [shard], "texts": [len(entries)], "tokens": [pc.sum(entries["length"]).as_py()]})
+    longer = entries.filter(pc.greater(entries["whole"], entries["length"]))
+    return pa.table(
+        {
+            "shard": [shard],
+            "texts": [len(entries)],
+            "tokens": [pc.sum(entries["length"]).as_py()],
+            "cut": [json.dumps(Counter(longer["source"].to_pylist()))],
+        }
+    )

@@ -52,25 +52,30 @@ def text_of(points: Tokens) -> str:
     return points.astype("<u4").tobytes().decode("utf-32-le")
 
 
-def write_piece(path: Path, batches: Iterable[list[Tokens]]) -> pa.Table:
-    """Writes the tokens of one piece, batch by batch, and returns (offset, length) of each text in order.
+def write_piece(path: Path, batches: Iterable[list[Tokens]], max_tokens: int | None = None) -> pa.Table:
+    """Writes the tokens of one piece, batch by batch, each text cut to `max_tokens` where given.
 
     The lengths lie beside the tokens, written last: a piece that has them is finished and is not written again.
+
+    Returns:
+        (offset, length, whole) of each text in order; `whole` is its length before it was cut.
     """
     finished = path.with_suffix(".lengths.npy")
     if not finished.exists():
-        lengths: list[int] = []
+        lengths: list[tuple[int, int]] = []
         with path.open("wb") as file:
             for batch in batches:
-                lengths += [len(tokens) for tokens in batch]
+                stored = batch if max_tokens is None else [cut(tokens, max_tokens) for tokens in batch]
+                lengths += [(len(kept), len(tokens)) for kept, tokens in zip(stored, batch, strict=True)]
                 if batch:
-                    file.write(np.concatenate(batch).astype("<u4").tobytes())
+                    file.write(np.concatenate(stored).astype("<u4").tobytes())
         temporary = path.with_suffix(".lengths.tmp.npy")
-        np.save(temporary, np.array(lengths, dtype=np.uint32))
+        np.save(temporary, np.array(lengths, dtype=np.uint32).reshape(-1, 2).T)
         temporary.replace(finished)
-    length = np.load(finished)
+    length, whole = np.load(finished)
     offset = np.cumsum(length, dtype=np.uint64) - length
-    return pa.table({"offset": pa.array(offset, pa.uint64()), "length": pa.array(length, pa.uint32())})
+    columns = {"length": pa.array(length, pa.uint32()), "whole": pa.array(whole, pa.uint32())}
+    return pa.table({"offset": pa.array(offset, pa.uint64()), **columns})
 
 
 def write_index(folder: Path, shard: int, entries: pa.Table) -> None:
