@@ -61,9 +61,11 @@ class Identifier:
     def tag(self, rows: pa.Table) -> pa.Table:
         """Adds the columns of `FOUND` to cleaned rows of `schema.ROW`, and fills in languages that nobody claimed.
 
-        Nothing is detected in rows that are dropped already, in code, in queries with fewer letters than
-        `min_chars`, and below the threshold. Claimed and detected language are compared as macrolanguages, so that
-        Mandarin agrees with Chinese. With drop="mismatch" rows that differ are tagged.
+        Nothing is detected in rows that are dropped already, in code, in texts with fewer letters than
+        `min_chars`, and below the threshold. The query is asked first; where that gives nothing, the passage of a
+        retrieval row that claims no other language for it: three of four queries of help pages are too short by
+        themselves. Claimed and detected language are compared as macrolanguages, so that Mandarin agrees with
+        Chinese. With drop="mismatch" rows that differ are tagged.
 
         Raises:
             DataError: the model cannot be loaded.
@@ -89,17 +91,27 @@ class Identifier:
         return rows
 
     def _guesses(self, rows: pa.Table) -> list[tuple[str, float] | None]:
-        """Language and confidence of each row's query, None where it is not asked for or not known."""
+        """Language and confidence of each row, None where it is not asked for or not known."""
         guesses: list[tuple[str, float] | None] = [None] * len(rows)
-        queries = pc.utf8_slice_codeunits(rows["query"], 0, max(CHARS, 2 * self.settings.min_chars))
-        letters = pc.count_substring_regex(queries, r"\pL")
         code = pc.fill_null(pc.starts_with(rows["language"], CODE), False)
-        asked = pc.and_(pc.is_null(rows["drop"]), pc.greater_equal(letters, self.settings.min_chars))
-        places = pc.indices_nonzero(pc.and_not(asked, code))
+        asked = pc.and_not(pc.is_null(rows["drop"]), code)
+        self._guess(rows["query"], asked, guesses)
+        alike = pc.and_(pc.is_null(rows["passage_language"]), pc.equal(rows["task"], "retrieval"))
+        unknown = pa.array([guess is None for guess in guesses], pa.bool_())
+        self._guess(rows["passage"], pc.and_(pc.and_(asked, alike), unknown), guesses)
+        return guesses
+
+    def _guess(
+        self, column: pa.ChunkedArray, asked: pa.ChunkedArray, guesses: list[tuple[str, float] | None]
+    ) -> None:
+        """Puts in what the asked texts of a column tell."""
+        texts = pc.utf8_slice_codeunits(column, 0, max(CHARS, 2 * self.settings.min_chars))
+        letters = pc.count_substring_regex(texts, r"\pL")
+        places = pc.indices_nonzero(pc.and_(asked, pc.greater_equal(letters, self.settings.min_chars)))
         if not len(places):
-            return guesses
+            return
         model = _loaded(self.model)
-        for place, text in zip(places.to_pylist(), queries.take(places).to_pylist(), strict=True):
+        for place, text in zip(places.to_pylist(), texts.take(places).to_pylist(), strict=True):
             labels, scores = model.predict(" ".join(text.split()))
             language = model.languages.get(labels[0]) if labels else None
             if language is None:
@@ -107,7 +119,6 @@ class Identifier:
             score = min(float(scores[0]), 1.0)  # sums of floats give 1.00003
             if score >= self.settings.confidence.get(language, self.settings.min_confidence):
                 guesses[place] = language, score
-        return guesses
 
 
 @dataclass(frozen=True)

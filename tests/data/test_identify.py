@@ -79,6 +79,17 @@ def test_claims_are_judged_and_kept_unless_the_recipe_drops_them() -> None:
     assert column(rows, "drop", drop="mismatch") == [None, MISMATCH, None, None, earlier]
 
 
+def test_a_passage_tells_what_a_short_query_does_not() -> None:
+    """But not where it is in a language of its own, or a label."""
+    long = DECLARED["deu"]
+    rows = [row("Hilfe", passage=long), row("Hilfe", "eng", passage=long), row(DECLARED["fra"], passage=long)]
+    rows += [row("Hilfe", passage=long, passage_language="deu"), row("Hilfe", passage=long, drop="read: no")]
+    assert column(rows, "detected") == ["deu", "deu", "fra", None, None]
+    assert column(rows, "verdict") == ["filled", "differs", "filled", None, None]
+    labelled = rows_table(rows[:1], source="s", task="classification")
+    assert Identifier(LanguageId()).tag(labelled)["detected"].to_pylist() == [None]
+
+
 @pytest.mark.parametrize(
     ("language", "claims"),
     [
