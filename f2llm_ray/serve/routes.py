@@ -8,6 +8,7 @@ that are rarely called, and documents all.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -23,6 +24,11 @@ from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.middleware import RequestMiddleware, RequestPolicy, header, path_of, send_json
 from f2llm_ray.serve.search import SearchAnswer, SearchRequest
 from f2llm_ray.serve.settings import Serving
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout
+else:
+    from async_timeout import timeout  # a dependency of aiohttp, and so of Ray Serve, on this Python
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -87,7 +93,7 @@ async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | No
     limits.check_body(int(announced) if announced.isdecimal() else 0, settings)
     body = b""
     try:
-        async with asyncio.timeout(BODY_S):
+        async with timeout(BODY_S):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -96,7 +102,7 @@ async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | No
                 limits.check_body(len(body), settings)
                 if not message.get("more_body", False):
                     return body
-    except TimeoutError:
+    except asyncio.TimeoutError:
         raise api.ApiError(408, "slow_body", f"the body did not come within {BODY_S} s") from None
 
 

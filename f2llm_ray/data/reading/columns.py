@@ -183,10 +183,10 @@ def _negatives(rows: Rows, columns: Columns) -> pa.Array:
 
 
 def _numbered(pattern: str, names: Sequence[str]) -> list[str]:
-    """The columns that a pattern matches, by the number that its first star stands for."""
-    matched = re.compile(re.escape(pattern).replace(r"\*", "(.*)"))
-    found = [(match.group(1), name) for name in names if (match := matched.fullmatch(name))]
-    return [name for _, name in sorted(found, key=lambda pair: (len(pair[0]), pair[0]))]
+    """The columns that a pattern matches, by the number that its star stands for."""
+    matched = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)", 1))
+    found = [(int(match.group(1)), name) for name in names if (match := matched.fullmatch(name))]
+    return [name for _, name in sorted(found)]
 
 
 def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: BadRow) -> pa.Table:
