@@ -437,7 +437,8 @@ def test_a_csv_header_that_cannot_be_read(tmp_path: Path, header: bytes, message
     [
         ("{not json", "not JSON", "found a line that is not JSON"),
         ("[" * 100_000, "not JSON", "found a line that is not JSON"),
-        ('["q", "p"]', "not a JSON object", "found list, expected a JSON object"),
+        ('["q", "p"]', "no query", r"no key 'query', expected it beside \['0', '1'\]"),
+        ("7", "not a JSON object", "found int, expected a JSON object or array"),
         ({"query": "q"}, "no passage", r"no key 'passage', expected it beside \['query'\]"),
         ({"query": 7, "passage": "p"}, "query is not text", "query: found int 7, expected text"),
         ({"query": "q", "passage": ["p", 1]}, "passage is not text or a list of text", "passage: found list"),
@@ -614,6 +615,7 @@ def test_each_of_several_passages_makes_a_row(tmp_path: Path) -> None:
 
 
 def layouts_of_lists(folder: Path, records: list[dict[str, Any]], columns: Columns) -> list[SourceBase]:
+    folder.mkdir(exist_ok=True)
     datasets.Dataset.from_list(records).save_to_disk(folder / "saved")
     return [
         parquet(write_parquet(folder / "a.parquet", records), columns=columns),
@@ -659,6 +661,50 @@ def test_triplets_have_one_negative_as_text(tmp_path: Path) -> None:
     columns = Columns(query="anchor", passage="positive", negatives="negative")
     for source in layouts_of_lists(tmp_path, records, columns):
         assert [row["negatives"] for row in rows(source)] == [["n"], []]
+
+
+def test_an_array_per_line_and_paths_into_what_is_nested(tmp_path: Path) -> None:
+    arrays = jsonl(write_lines(tmp_path / "a.jsonl", '["t", "b"]', '["u", "c", "more"]'))
+    columns = Columns(query="0", passage="1")
+    assert pairs(rows(arrays.model_copy(update={"columns": columns}))) == [("t", "b"), ("u", "c")]
+    sets = jsonl(write_lines(tmp_path / "b.jsonl", {"set": ["x", "y"]}, {"set": ["z"]}))
+    sets = sets.model_copy(update={"columns": Columns(query="set.0", passage="set.1")})
+    assert drops(sets) == [None, "read: empty passage"]
+    assert pairs(rows(sets, "skip"))[0] == ("x", "y")
+    records = [{"q": "a", "answers": {"text": ["one", "two"], "start": [1, 2]}}]
+    for path, expected in (("answers.text.1", ["two"]), ("answers.text", ["one", "two"])):
+        for source in layouts_of_lists(
+            tmp_path / path.replace(".", "-"), records, Columns(query="q", passage=path)
+        ):
+            assert [passage for _, passage in pairs(rows(source))] == expected
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_file_is_an_array_of_rows_or_lines(tmp_path: Path, indent: int | None) -> None:
+    records = [*PAIRS[:2], {"query": 7, "passage": "p"}]
+    (tmp_path / "a.json").write_text(json.dumps(records, indent=indent))
+    source = TableSource(format="json", paths=(str(tmp_path),))
+    assert drops(source) == [None, None, "read: query is not text"]
+    with pytest.raises(DataError, match=r"a\.json: row 2 \(counted from 0\): query: found int 7"):
+        rows(source)
+    write_lines(tmp_path / "a.json", *PAIRS)
+    assert pairs(rows(source)) == [(row["query"], row["passage"]) for row in PAIRS]
+    write_lines(tmp_path / "a.json", '["a", "b"]', '["c", "d"]')
+    assert pairs(rows(source.model_copy(update={"columns": Columns(query="0", passage="1")})))[1] == ("c", "d")
+    (tmp_path / "a.json").write_text('[{"query": "q"')
+    with pytest.raises(DataError, match=r"a\.json: found a file that is not JSON"):
+        rows(source)
+
+
+def test_numbers_of_a_dataset_that_stand_for_labels_are_names(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    saved = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
+    saved.save_to_disk(tmp_path / "d")
+    source = DatasetsSource(path=str(tmp_path / "d"), columns=Columns(query="text", passage="label"))
+    assert drops(source) == [None, None, "read: empty passage"]
+    assert [passage for _, passage in pairs(rows(source, "skip"))] == ["yes", "no", ""]
 
 
 def test_n_tuples_by_their_usual_names(tmp_path: Path) -> None:

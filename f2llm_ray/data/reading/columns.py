@@ -45,6 +45,7 @@ Template = tuple[tuple[str, str | None], ...]
 class Columns(Section):
     """Which column, or key, holds what.
 
+    A column of what is nested is a path, such as "answers.text.0"; the entries of an array have numbers, from "0".
     Every field but the negatives may also be a template of several columns, such as "{title}: {body}", where a
     doubled brace stands for a brace. What a row has no text for is left empty; a row without text for any of the
     template's columns has an empty field.

@@ -14,7 +14,7 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.paths import find_files, store_errors
-from f2llm_ray.data.reading.tables import TABLE_ROWS, Rows, check_columns
+from f2llm_ray.data.reading.tables import TABLE_ROWS, Rows, check_columns, roots
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
 
@@ -47,7 +47,9 @@ class DatasetsSource(SourceBase):
         place = f"source {name!r}: {self.path}"
         dataset = self._load(path, place)
         schema = dataset.features.arrow_schema
-        check_columns(schema, self.columns.kinds(schema.names).items(), place)
+        named = [name for name, feature in dataset.features.items() if hasattr(feature, "int2str")]
+        kinds = self.columns.kinds(schema.names).items()
+        check_columns(schema, [(column, kind) for column, kind in kinds if column not in named], place)
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"{place}: found no rows in split {self.split!r}, expected at least one")
@@ -60,10 +62,18 @@ class DatasetsSource(SourceBase):
         """Reads one range of rows."""
         place = f"source {name!r}: {self.path}"
         dataset = self._load(piece["folder"], place)
-        columns = list(self.columns.kinds(dataset.column_names))
-        dataset = dataset.select_columns(columns).with_format("arrow")
+        columns = [
+            root for root in dataset.column_names if root in roots(self.columns.kinds(dataset.column_names))
+        ]
+        dataset = dataset.select_columns(columns)
+        labels = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
+        dataset = dataset.with_format("arrow")
         for first in range(piece["start"], piece["stop"], TABLE_ROWS):
-            rows = Rows(place, columns, dataset[first : min(first + TABLE_ROWS, piece["stop"])], first)
+            table = dataset[first : min(first + TABLE_ROWS, piece["stop"])]
+            for column, feature in labels.items():  # numbers that stand for names
+                names = [None if n is None or n < 0 else feature.int2str(n) for n in table[column].to_pylist()]
+                table = table.set_column(table.column_names.index(column), column, pa.array(names, pa.string()))
+            rows = Rows(place, columns, table, first)
             yield finish(self, name, texts_of(rows, self.columns), rows, bad_row)
 
     def _load(self, folder: str | None, place: str) -> Any:

@@ -98,12 +98,13 @@ class FilesSource(SourceBase):
 class TableSource(FilesSource):
     """Tables with columns of text.
 
-    Of parquet only the columns that are used are read. JSON lines have an object per line. CSV has double quotes
+    Of parquet only the columns that are used are read. JSON lines have an object (or an array) per line, a
+    .json file is an array of such. CSV has double quotes
     and the delimiter that its first line has most of (comma, tab, semicolon, |), TSV tabs and no quotes; the first
     line has the names of the columns. Text files may be compressed (.gz, .bz2, .zst, .xz).
     """
 
-    format: Output[Literal["parquet", "jsonl", "csv", "tsv"]]
+    format: Output[Literal["parquet", "jsonl", "json", "csv", "tsv"]]
     columns: Columns = Columns()
     delimiter: Output[str | None] = Field(default=None, min_length=1, max_length=1)
     """Of CSV; found by the first lines where unset."""

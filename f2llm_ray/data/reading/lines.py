@@ -48,6 +48,21 @@ class DuplicateKeyError(ValueError):
     """A key stands twice in a JSON object."""
 
 
+def array_records(data: bytes, place: str) -> Numbered:
+    """The objects of a file that is one JSON array, numbered from 0.
+
+    Raises:
+        DataError: it is none.
+    """
+    try:
+        values = json.loads(data.removeprefix(UTF8_MARK).decode("utf-8"), object_pairs_hook=_object)
+    except DuplicateKeyError as error:
+        raise DataError(f"{place}: found the key {error} twice in one object, expected each once") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: found a file that is not JSON: {error}") from None
+    return ((number, _as_record(value)) for number, value in enumerate(values))
+
+
 def json_records(lines: Iterable[bytes], first: int = 1) -> Numbered:
     """One per line that is not blank; `first` is the number of the first line."""
     for number, line in enumerate(lines, start=first):
@@ -91,8 +106,15 @@ def _json_record(line: bytes) -> Record | Fault:
         return Fault("a key twice", f"found the key {error} twice in one object, expected each once")
     except (ValueError, RecursionError) as error:
         return Fault("not JSON", f"found a line that is not JSON ({error}), expected a JSON object")
+    return _as_record(value)
+
+
+def _as_record(value: Any) -> Record | Fault:
+    """An object as it is, and an array as one with the places of its entries for keys."""
+    if isinstance(value, list):
+        return {str(place): entry for place, entry in enumerate(value)}
     if not isinstance(value, dict):
-        return Fault("not a JSON object", f"found {type(value).__name__}, expected a JSON object")
+        return Fault("not a JSON object", f"found {type(value).__name__}, expected a JSON object or array")
     return value
 
 

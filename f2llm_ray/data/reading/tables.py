@@ -13,14 +13,23 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import IO, Literal, cast, get_args
+from typing import IO, Any, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.reading.lines import UTF8, Dialect, Numbered, Record, cell_records, json_records
+from f2llm_ray.data.reading.lines import (
+    UTF8,
+    UTF8_MARK,
+    Dialect,
+    Numbered,
+    Record,
+    array_records,
+    cell_records,
+    json_records,
+)
 from f2llm_ray.data.reading.paths import listed, plain_name, store_errors
 from f2llm_ray.data.reading.values import (
     ColumnKind,
@@ -35,8 +44,9 @@ from f2llm_ray.data.reading.values import (
 )
 from f2llm_ray.run.folder import Folder
 
-Format = Literal["parquet", "jsonl", "csv", "tsv"]
-SUFFIXES: tuple[str, ...] = tuple(f".{name}" for name in get_args(Format))
+Format = Literal["parquet", "jsonl", "json", "csv", "tsv"]
+SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv")
+"""By which a table is known; .json files are read where a recipe names the format, since many are no tables."""
 TABLE_ROWS = 4_096
 """Rows per table: with 24 negatives of 4 kB each a table stays below the 2 GB that Arrow's offsets reach."""
 READ_BYTES = 1 << 20
@@ -83,8 +93,9 @@ class Rows:
     def has_lists(self, name: str) -> bool:
         """Whether some row has a list in a column."""
         if isinstance(self.content, pa.Table):
-            return name in self.content.column_names and is_list(self.content.schema.field(name).type)
-        return not self.cells and any(isinstance(record.get(name), list) for record in self.content)
+            known = name in self.content.column_names
+            return is_list(self.content.schema.field(name).type) if known else "." in name
+        return not self.cells and any(isinstance(walked(record, name), list) for record in self.content)
 
     def column(
         self,
@@ -107,11 +118,17 @@ class Rows:
         Raises:
             DataError: no row has the column, or it is of another kind as a whole.
         """
-        if isinstance(self.content, pa.Table):
+        if isinstance(self.content, pa.Table) and name not in self.content.column_names and "." in name:
+            root = name.partition(".")[0]
+            check_columns(self.content.schema, [(root, "any")], self.place)
+            values = [walked({root: value}, name) for value in self.content[root].to_pylist()]
+            array, faults = from_python(values, name, kind, field, item)
+        elif isinstance(self.content, pa.Table):
             check_columns(self.content.schema, [(name, kind)], self.place)
             array, faults = from_arrow(self.content[name], name, kind, field, item)
         else:
-            values = [record.get(name) for record in self.content]
+            nested = "." in name
+            values = [walked(record, name) if nested else record.get(name) for record in self.content]
             try:
                 array, faults = (from_cells if self.cells else from_python)(values, name, kind, field, item)
             except (pa.ArrowException, OverflowError) as error:
@@ -120,7 +137,7 @@ class Rows:
                 faults |= {
                     row: Fault(f"no {field or name}", f"found no key {name!r}, expected it beside {list(record)}")
                     for row, record in enumerate(self.content)
-                    if name not in record
+                    if name.partition(".")[0] not in record and name not in record
                 }
         self.faults = {**faults, **self.faults}
         return array
@@ -169,12 +186,12 @@ class TableFile:
             DataError: another suffix.
         """
         for name in get_args(Format):
-            if plain_name(file.path).endswith(f".{name}"):
+            if f".{name}" in SUFFIXES and plain_name(file.path).endswith(f".{name}"):
                 return cls(file, name, file.uri)
         raise DataError(f"{file.uri}: expected a {listed(SUFFIXES)} file")
 
     def schema(self) -> pa.Schema | None:
-        """The columns with their types, null in CSV and TSV, which have none; None for JSON lines."""
+        """The columns with their types, null in CSV and TSV, which have none; None for JSON."""
         if self.format == "parquet":
             with self._parquet() as file:
                 names = file.schema_arrow.names
@@ -182,7 +199,7 @@ class TableFile:
                 if twice:
                     raise DataError(f"{self.place}: found the column {twice[0]!r} twice, expected each name once")
                 return file.schema_arrow
-        if self.format == "jsonl":
+        if self.format in ("jsonl", "json"):
             return None
         with self._stream(FilePart()) as stream:
             names, _ = self._cells(stream)
@@ -228,6 +245,15 @@ class TableFile:
             table = file.read_row_group(part.row_group, _among(names, columns))
             return Rows(self.place, names, table, part.first_row - part.start)
 
+    def _json(self, data: bytes) -> tuple[Numbered, bool]:
+        """The records of a .json file, an array or lines, and whether they are numbered by line."""
+        if data.removeprefix(UTF8_MARK).lstrip().startswith(b"["):
+            lines = data.splitlines()
+            first = lines[0].strip() if lines else b""
+            if not (len(lines) > 1 and first.endswith(b"]")):  # else an array per line
+                return array_records(data, self.place), False
+        return json_records(io.BytesIO(data)), True
+
     def _cells(self, stream: Iterable[bytes]) -> tuple[list[str], Numbered]:
         """The names of the columns of CSV or TSV, and its records."""
         tabs = Dialect(delimiter="\t", quotes=False)
@@ -271,16 +297,20 @@ class TableFile:
     def _records(self, part: FilePart, rows: int | None) -> Iterator[Rows]:
         with self._stream(part) as stream:
             names: list[str] | None = None
+            numbered = True
             if self.format == "jsonl":
                 found: Numbered = json_records(stream, part.first_row + 1)
+            elif self.format == "json":
+                found, numbered = self._json(b"".join(stream))
             else:
                 names, found = self._cells(stream)
             while chunk := list(islice(found, rows)):
                 faults = {row: record for row, (_, record) in enumerate(chunk) if isinstance(record, Fault)}
                 records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in chunk]
                 keys = list(dict.fromkeys(chain.from_iterable(records))) if names is None else names
-                lines = [number for number, _ in chunk]
-                yield Rows(self.place, keys, records, lines=lines, cells=names is not None, faults=faults)
+                first, lines = chunk[0][0], [number for number, _ in chunk] if numbered else []
+                cells = names is not None
+                yield Rows(self.place, keys, records, first, lines=lines, cells=cells, faults=faults)
 
     def _row_groups(self, max_rows: int | None) -> Iterator[FilePart]:
         with self._parquet() as file:
@@ -300,6 +330,21 @@ class TableFile:
                 first_row, start = first_row + count, start + size
 
 
+def walked(record: Record, name: str) -> Any:
+    """The value of a key, or of a path into what is nested, such as "answers.text.0"; None where there is none."""
+    if name in record or "." not in name:
+        return record.get(name)
+    value: Any = record
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
 def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], place: str) -> None:
     """Checks that a table has columns of these kinds.
 
@@ -307,10 +352,19 @@ def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], 
         DataError: a column is missing (the message lists those that are there) or has another type.
     """
     for column, kind in columns:
+        root = column.partition(".")[0]
+        if column not in schema.names and root in schema.names and pa.types.is_nested(schema.field(root).type):
+            continue  # a path into it
         if column not in schema.names:
             raise DataError(f"{place}: no column {column!r}; the columns are {schema.names}")
         check_type(schema.field(column).type, column, kind, place)
 
 
 def _among(names: list[str], columns: Collection[str]) -> list[str]:
-    return [name for name in names if name in columns]
+    wanted = roots(columns)
+    return [name for name in names if name in wanted]
+
+
+def roots(columns: Iterable[str]) -> set[str]:
+    """The columns themselves, and those that paths begin with."""
+    return {name for column in columns for name in (column, column.partition(".")[0])}
