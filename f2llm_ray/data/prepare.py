@@ -88,6 +88,9 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
         before = sum(done["seconds"] for done in laps.values())
         laps[step] = {"seconds": round(time.monotonic() - started - before, 2), "rows": rows}
 
+    notes = [note for name, source in task.sources.items() for note in source.notes(name)]
+    for note in notes:
+        say(f"prepare: {note}")
     screen = make_screen(task.screened, settings.decontaminate)
     parts = parts_of(task.sources, _part_key(task))
     account = write_rows(task.sources, settings, parts=parts, screen=screen, rows=folder / "rows", known=known)
@@ -142,7 +145,7 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
         "vocabulary": tokenizer.get_vocab_size(),
     }
     counted = account.card()
-    card = {**counted, "near_dedup": near, **facts, "seconds": laps}
+    card = {**counted, "near_dedup": near, **facts, "seconds": laps, "notes": notes}
     kept = {name: {"rows": account.kept(name)} for name in task.sources}
     summary = {"rows": counted["steps"], "languages": account.languages(), "sources": kept}
     return {**summary, **facts, "step_seconds": laps}, card

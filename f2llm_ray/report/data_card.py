@@ -87,7 +87,7 @@ def headline(card: Card) -> list[str]:
         sentences.append(
             f"{formatting.plural(cut, 'text')} ({share}) were too long and cut, most of {most} ({of_most})."
         )
-    return sentences
+    return [*sentences, *(f"{note[:1].upper()}{note[1:]}." for note in card.get("notes") or [])]
 
 
 def _rows_kept(rows: list[Row]) -> str:

@@ -23,6 +23,7 @@ from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.columns import Columns
 from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.files import F2llmSource, TableSource
+from f2llm_ray.data.reading.parallel import ParallelSource
 from f2llm_ray.data.reading.tables import TABLE_ROWS
 from f2llm_ray.data.schema import ROW, TASKS
 from f2llm_ray.recipe.files import load_recipe
@@ -585,11 +586,47 @@ def test_a_folder_has_its_compressed_files_too(tmp_path: Path) -> None:
         rows(jsonl(tmp_path / "b.jsonl.xz"))
 
 
-def test_one_empty_file_among_many_is_no_fault(tmp_path: Path) -> None:
+def test_one_empty_file_among_many_is_no_fault_and_told(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", PAIRS[0])
     (tmp_path / "b.jsonl").touch()
     write_lines(tmp_path / "c.jsonl", "")
-    assert len(rows(jsonl(tmp_path))) == 1
+    (tmp_path / "notes.txt").write_text("no rows")
+    source = jsonl(tmp_path)
+    assert len(rows(source)) == 1
+    empty, other = source.notes("s")
+    assert re.fullmatch(r"source 's': 1 files empty, such as .*b\.jsonl", empty)
+    assert re.fullmatch(
+        r"source 's': 1 files passed over, having another ending than \.jsonl, such as .*\.txt", other
+    )
+    assert jsonl(tmp_path / "a.jsonl").notes("s") == []
+
+
+def parallel(folder: Path, one: str, other: str, **settings: Any) -> ParallelSource:
+    (folder / "x.de").write_text(one, encoding="utf-8")
+    (folder / "x.en.gz").write_bytes(gzip.compress(other.encode()))
+    return ParallelSource(queries=str(folder / "x.de"), passages=str(folder / "x.en.gz"), **settings)
+
+
+def test_lines_of_two_files_translate_each_other(tmp_path: Path) -> None:
+    text = ("eins\n\nzwei\r\ndrei", "one\n\ntwo\r\nthree\n")
+    source = parallel(tmp_path, *text, language="deu", passage_language="en")
+    found = rows(source)
+    assert pairs(found) == [("eins", "one"), ("zwei", "two"), ("drei", "three")]
+    assert {(row["language"], row["passage_language"]) for row in found} == {("deu", "eng")}
+    assert [file.uri for file in source.inputs("s")] == source.piece_inputs(source.pieces("s")[0])
+
+
+def test_lines_that_do_not_match_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"x\.de:3: found a line in one of .* alone, expected as many lines in both"
+    ):
+        rows(parallel(tmp_path, "a\nb\n", "a\nb\nc\n"))
+    half = parallel(tmp_path, "a\n \nc\n", "x\ny\nz\n")
+    assert drops(half) == [None, "read: empty query", None]
+    with pytest.raises(DataError, match=r"x\.de:2: query: found blank text"):
+        rows(half)
+    with pytest.raises(ValidationError, match="passage_language: found .klingonisch."):
+        parallel(tmp_path, "a", "b", passage_language="klingonisch")
 
 
 POSITIVES = [

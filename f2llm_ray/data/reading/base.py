@@ -72,6 +72,11 @@ class SourceBase(Section, ABC):
             DataError: the source is not there.
         """
 
+    def notes(self, name: str) -> list[str]:
+        """What a person should know of the source before it is read, such as files that are passed over."""
+        del name
+        return []
+
     def piece_inputs(self, piece: Piece) -> list[str]:
         """URIs of those of `inputs` that a piece is read from: all, where a piece does not say which."""
         return [piece["file"]] if "file" in piece else [entry.uri for entry in self.inputs("")]

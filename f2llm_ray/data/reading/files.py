@@ -15,7 +15,7 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
-from f2llm_ray.data.reading.paths import find_files
+from f2llm_ray.data.reading.paths import find_files, passed_over
 from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile
@@ -52,14 +52,26 @@ class FilesSource(SourceBase):
         Raises:
             DataError: a path that matches nothing, or all files are empty.
         """
+        found = self._found(name)
+        with_rows = [file for file in found if file.size != 0]
+        if not with_rows:
+            raise DataError(f"source {name!r}: {found[0].uri}: found an empty file, expected rows")
+        return with_rows
+
+    def notes(self, name: str) -> list[str]:
+        """Empty files, and files of other formats in the folders."""
+        suffix = f".{self._file_format}"
+        empty = [file.uri for file in self._found(name) if file.size == 0]
+        other = [f"{path}/{found}" for path in self.paths for found in passed_over(path, (suffix,))]
+        told = ((empty, "empty"), (other, f"passed over, having another ending than {suffix}"))
+        return [f"source {name!r}: {len(some):,} files {what}, such as {some[0]}" for some, what in told if some]
+
+    def _found(self, name: str) -> list[InputFile]:
         found: dict[str, InputFile] = {}
         for path in self.paths:
             files = find_files(path, (f".{self._file_format}",), f"source {name!r}: {path}").values()
             found |= {file.uri: found.get(file.uri, file) for file in files}
-        with_rows = [file for file in found.values() if file.size != 0]
-        if not with_rows:
-            raise DataError(f"source {name!r}: {next(iter(found))}: found an empty file, expected rows")
-        return with_rows
+        return list(found.values())
 
     def pieces(self, name: str) -> list[Piece]:
         """One per row group or text file; the columns of every file are checked here."""

@@ -55,6 +55,14 @@ def find_files(path: str, suffixes: tuple[str, ...], place: str) -> dict[str, In
     return found
 
 
+def passed_over(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The names of the files below a folder that it does not stand for; none where the path is no folder."""
+    folder = Folder.at(path)
+    if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+        return []
+    return [name for name, _ in _below(path) if not plain_name(name).endswith(suffixes)]
+
+
 def listed(names: tuple[str, ...]) -> str:
     """The names as a person lists them: "a, b or c"."""
     return " or ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

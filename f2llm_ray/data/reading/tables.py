@@ -201,7 +201,7 @@ class TableFile:
                 return file.schema_arrow
         if self.format in ("jsonl", "json"):
             return None
-        with self._stream(FilePart()) as stream:
+        with self.stream(FilePart()) as stream:
             names, _ = self._cells(stream)
         return pa.schema([(name, pa.null()) for name in names])
 
@@ -277,7 +277,7 @@ class TableFile:
             raise DataError(f"{self.place}: cannot be read: {error}") from None
 
     @contextmanager
-    def _stream(self, part: FilePart) -> Iterator[Iterable[bytes]]:
+    def stream(self, part: FilePart) -> Iterator[Iterable[bytes]]:
         """The bytes of a part, which are iterated by line."""
         try:
             if part.stop is None:
@@ -295,7 +295,7 @@ class TableFile:
             raise DataError(f"{self.place}: cannot be read: {error}") from None
 
     def _records(self, part: FilePart, rows: int | None) -> Iterator[Rows]:
-        with self._stream(part) as stream:
+        with self.stream(part) as stream:
             names: list[str] | None = None
             numbered = True
             if self.format == "jsonl":
@@ -324,7 +324,7 @@ class TableFile:
 
     def _runs_of_lines(self, count: int) -> Iterator[FilePart]:
         first_row = start = 0
-        with self._stream(FilePart()) as lines:
+        with self.stream(FilePart()) as lines:
             while size := sum(map(len, islice(lines, count))):
                 yield FilePart(first_row, None, start, start + size)
                 first_row, start = first_row + count, start + size
