@@ -23,6 +23,7 @@ from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.columns import Columns
 from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.files import F2llmSource, TableSource
+from f2llm_ray.data.reading.judged import JudgedSource
 from f2llm_ray.data.reading.parallel import ParallelSource
 from f2llm_ray.data.reading.tables import TABLE_ROWS
 from f2llm_ray.data.schema import ROW, TASKS
@@ -616,6 +617,59 @@ def test_lines_of_two_files_translate_each_other(tmp_path: Path) -> None:
     assert [file.uri for file in source.inputs("s")] == source.piece_inputs(source.pieces("s")[0])
 
 
+def beir(folder: Path, *, jsonl_: bool = True) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    if jsonl_:
+        write_lines(folder / "queries.jsonl", {"_id": "q1", "text": "when"}, {"_id": "q2", "text": "where"})
+        corpus = [{"_id": 1, "title": "Noon", "text": "at twelve"}, {"_id": 2, "title": "", "text": "here"}]
+        lines = [json.dumps(line).encode() for line in corpus]
+        (folder / "corpus.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines)))
+    else:
+        write_parquet(folder / "queries.parquet", [{"_id": "q1", "text": "when"}, {"_id": "q2", "text": "where"}])
+        write_parquet(
+            folder / "corpus.parquet",
+            [{"_id": "1", "title": "Noon", "text": "at twelve"}, {"_id": "2", "title": None, "text": "here"}],
+        )
+    lines = ["query-id\tcorpus-id\tscore", "q1\t1\t1", "q2\t2\t2", "q2\t1\t0", "q9\t1\t1", "q1\t7\t1"]
+    write_lines(folder / "qrels" / "train.tsv", *lines)
+    write_lines(folder / "qrels" / "test.tsv", lines[0], "q1\t2\t1")
+    return folder
+
+
+@pytest.mark.parametrize("jsonl_", [True, False])
+def test_judgements_join_queries_and_passages(tmp_path: Path, *, jsonl_: bool) -> None:
+    source = JudgedSource(folder=str(beir(tmp_path / "set", jsonl_=jsonl_)), language="eng")
+    found = rows(source, "skip")
+    assert pairs(found)[:2] == [("when", "Noon at twelve"), ("where", "here")]
+    assert [row["drop"] for row in found] == [None, None, "read: not in the queries", "read: not in the corpus"]
+    with pytest.raises(DataError, match=r"train\.tsv:5: found the id 'q9', which is not in the queries"):
+        rows(source)
+    assert pairs(rows(JudgedSource(folder=str(tmp_path / "set"), split="test"))) == [("when", "here")]
+    with pytest.raises(DataError, match=r"\(qrels\): found .* expected qrels/dev or qrels-dev among them"):
+        JudgedSource(folder=str(tmp_path / "set"), split="dev").inputs("s")
+    assert len(source.inputs("s")) == 3
+    assert {file.uri for file in source.inputs("s")} == set(source.piece_inputs(source.pieces("s")[0]))
+
+
+def test_the_files_of_ms_marco(tmp_path: Path) -> None:
+    """No names of columns anywhere; quotes are part of the texts."""
+    files = {
+        "queries": write_lines(tmp_path / "queries.tsv", '1\twhat is "x', "2\twhy"),
+        "corpus": write_lines(tmp_path / "collection.tsv", "10\ta letter", "11\tbecause"),
+        "qrels": write_lines(tmp_path / "qrels.tsv", "1\t0\t10\t1", "2\t0\t11\t1", "2\t0\t10\t0"),
+    }
+    assert pairs(rows(JudgedSource(**files))) == [('what is "x', "a letter"), ("why", "because")]
+    with pytest.raises(ValidationError, match=r"set either folder, or queries, corpus and qrels"):
+        JudgedSource(folder="f", **files)
+    with pytest.raises(ValidationError, match=r"set either folder, or queries, corpus and qrels"):
+        JudgedSource(queries="q")
+    files["qrels"] = write_lines(tmp_path / "odd.tsv", "a\tb\tc\td\te")
+    with pytest.raises(
+        DataError, match=r"odd\.tsv:1: found the columns \['a', 'b', 'c', 'd', 'e'\], expected one of"
+    ):
+        rows(JudgedSource(**files))
+
+
 def test_lines_that_do_not_match_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"x\.de:3: found a line in one of .* alone, expected as many lines in both"
@@ -625,7 +679,7 @@ def test_lines_that_do_not_match_are_named(tmp_path: Path) -> None:
     assert drops(half) == [None, "read: empty query", None]
     with pytest.raises(DataError, match=r"x\.de:2: query: found blank text"):
         rows(half)
-    with pytest.raises(ValidationError, match="passage_language: found .klingonisch."):
+    with pytest.raises(ValidationError, match=r"passage_language: found .klingonisch."):
         parallel(tmp_path, "a", "b", passage_language="klingonisch")
 
 

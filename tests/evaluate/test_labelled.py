@@ -159,8 +159,8 @@ def test_no_text_that_is_tested_may_be_trained_on(kind: str, tmp_path: Path) -> 
         ),
         (
             "reranking",
-            [{**RANKED[0], "negative": "2"}],
-            "test.jsonl:1: negative: found str '2', expected a list of text",
+            [{**RANKED[0], "negative": 2}],
+            "test.jsonl:1: negative: found int 2, expected text or a list of text",
         ),
         (
             "reranking",

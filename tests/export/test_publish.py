@@ -61,7 +61,7 @@ def test_the_copy_has_name_and_licence_and_the_folder_stays(folder: Path) -> Non
     assert sent.files["model.safetensors"] == before[folder / "model.safetensors"]
     card = sent.files["README.md"].decode()
     front = yaml.safe_load(card.split("---\n")[1])
-    assert (front["license"], front["language"]) == ("apache-2.0", ["deu", "eng"])
+    assert (front["license"], front["language"]) == ("apache-2.0", ["de", "en"])
     assert "license_name" not in front
     assert "MODEL_FOLDER" not in card
     assert f'SentenceTransformer("{REPO}"' in card

@@ -15,12 +15,14 @@ from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.docstrings import DocstringsSource
 from f2llm_ray.data.reading.files import F2llmSource, TableSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
+from f2llm_ray.data.reading.judged import JudgedSource
 from f2llm_ray.data.reading.parallel import ParallelSource
 
 Source: TypeAlias = Annotated[
     TableSource
     | F2llmSource
     | DatasetsSource
+    | JudgedSource
     | ParallelSource
     | GettextSource
     | GettextDomainSource

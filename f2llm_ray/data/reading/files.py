@@ -138,9 +138,10 @@ class TableSource(FilesSource):
 
     @model_validator(mode="after")
     def _has_cells(self) -> TableSource:
-        said = {"delimiter", "names", "quotes", "encoding"} & self.model_fields_set
+        of_cells = ("delimiter", "names", "quotes", "encoding")
+        said = [name for name in of_cells if getattr(self, name) != type(self).model_fields[name].default]
         if said and self.format not in ("csv", "tsv"):
-            raise ValueError(f"{min(said)}: {self.format} has none; it is for csv and tsv")
+            raise ValueError(f"{said[0]}: {self.format} has none; it is for csv and tsv")
         return self
 
     @property
