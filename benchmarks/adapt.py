@@ -174,6 +174,7 @@ def sentence_transformers(pipeline: Pipeline, backbone: Path, seconds: float, ou
     each = train(PROBE_STEPS)[1] / PROBE_STEPS
     steps = round(seconds / each)
     model, spent = train(steps)
+    model.max_seq_length = pipeline.recipe.model_tokens  # as ours: it reads longer texts than it was trained on
     model.save(str(out / "sentence-transformers"))
     return {"steps": steps, "seconds": round(spent)}
 

@@ -58,22 +58,25 @@ def choose(importance: Importance, wanted: Prune, *, first_layer_stays: bool = F
     Raises:
         RecipeError: more of something is wanted than the parent has.
     """
-    has = {
+    has: dict[Part, int] = {
         "layers": len(importance.layers_l),
         "hidden": len(importance.hidden_d),
         "ffn": importance.ffn_lf.shape[1],
         "kv_heads": importance.kv_heads_lg.shape[1],
     }
-    count = {}
+    count: dict[Part, int] = {}
     for name, there in has.items():
-        asked = getattr(wanted, name)
+        asked = wanted.count(name)
         count[name] = there if asked is None else asked
         if count[name] > there:
             raise RecipeError(f"prune.{name}: {count[name]} wanted, but the parent has {there}")
     layers_l = importance.layers_l.clone()
     if first_layer_stays:
         layers_l[0] = math.inf
-    layers = _top(layers_l, count["layers"])
+    layers = wanted.layers if isinstance(wanted.layers, tuple) else _top(layers_l, count["layers"])
+    if layers[-1] >= has["layers"] or (first_layer_stays and layers[0]):
+        expected = f"numbers from 0 to {has['layers'] - 1}{', 0 among them' if first_layer_stays else ''}"
+        raise RecipeError(f"prune.layers: found {list(layers)}, expected {expected}")
     return Kept(
         layers=layers,
         hidden=_top(importance.hidden_d, count["hidden"]),

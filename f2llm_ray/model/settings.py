@@ -34,6 +34,9 @@ class Backbone(Section):
     pooling: Output[Pooling | None] = None
     """How a vector comes of a text's tokens: the last one, their mean, or the first one ("cls"). The backbone's
     own where unset, else that of its family: last for decoders, mean for encoders."""
+    max_tokens: Output[int | None] = Field(default=None, ge=8)
+    """Tokens of the longest text that the run's models take; those of `data.max_tokens` when unset. A backbone
+    still reads longer texts than those that it is trained on here."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Backbone:
@@ -57,7 +60,9 @@ class Prune(Section):
     model: Neutral[str | None] = None
     """The model to prune, such as a contrastive stage, or "untrained" for the backbone itself; the one before it
     when unset."""
-    layers: Output[int | None] = Field(default=None, ge=1)
+    layers: Output[Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None] = None
+    """So many of the most important ones, or those of these numbers, from 0. Where a distillation follows, evenly
+    spread ones may recover better than the most important (docs/results.md)."""
     hidden: Output[int | None] = Field(default=None, ge=8)
     """Channels of the residual stream, which is the size of the vectors."""
     ffn: Output[int | None] = Field(default=None, ge=8)
@@ -72,6 +77,21 @@ class Prune(Section):
     """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
     calibration_rows: Output[int] = Field(default=512, ge=1)
     """Training rows whose texts the scores are measured on, drawn over all sources and languages."""
+
+    def count(self, part: Part) -> int | None:
+        """How many of a part stay; None where all do, or the texts decide."""
+        wanted = getattr(self, part)
+        if isinstance(wanted, tuple):
+            return len(wanted)
+        return wanted if isinstance(wanted, int) else None
+
+    @model_validator(mode="after")
+    def _layers_rise(self) -> Prune:
+        if isinstance(self.layers, tuple) and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(
+                f"layers: found {list(self.layers)}, expected a count, or different numbers that rise"
+            )
+        return self
 
     @model_validator(mode="after")
     def _some(self) -> Prune:

@@ -125,7 +125,7 @@ class DataStages:
 
         recipe = self.recipe
         prunes = {name: step for name, step in recipe.steps().items() if isinstance(step, Prune)}
-        brought = work.check_backbone(recipe.backbone, recipe.data.max_tokens, prunes)
+        brought = work.check_backbone(recipe.backbone, recipe.model_tokens, prunes)
         task = Preparation(
             sources=recipe.sources,
             settings=recipe.data,

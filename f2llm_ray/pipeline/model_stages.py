@@ -98,7 +98,7 @@ class ModelStages:
                     backbone,
                     recipe.seed,
                     model_name=self._model_name(UNTRAINED),
-                    max_tokens=recipe.data.max_tokens,
+                    max_tokens=recipe.model_tokens,
                     prepared=self.run.folder(self.prepare),
                     out=out,
                 )

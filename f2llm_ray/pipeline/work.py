@@ -89,9 +89,9 @@ def check_backbone(
 
     brought = Brought("last") if backbone.path is None else brought_by(backbone.path)
     if brought.max_tokens is not None and max_tokens > brought.max_tokens:
-        raise RunError(
-            f"data.max_tokens: {max_tokens}, but {backbone.path} has positions for {brought.max_tokens} tokens"
-        )
+        place = f"{'data' if backbone.max_tokens is None else 'backbone'}.max_tokens"
+        has = f"{backbone.path} has positions for {brought.max_tokens} tokens"
+        raise RunError(f"{place}: {max_tokens}, but {has}")
     for place, step in prunes.items():
         cut = [part for part in PARTS if getattr(step, part) is not None]
         refuse_cut(brought.cannot_cut, cut, place, str(backbone.path))

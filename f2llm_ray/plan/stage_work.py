@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.model.families import Part
 from f2llm_ray.model.sizes import Shape, checkpoint_shape
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.settings import Distill, TrainStage
@@ -174,7 +175,8 @@ def shape_of(recipe: Recipe, model: str) -> tuple[Shape, int]:
         return checkpoint_shape(model)
     shape, vocabulary = _backbone_shape(recipe)
     for cut in recipe.prunes_of(model):
-        kept = {part: getattr(cut, part) for part in ("layers", "hidden", "ffn", "kv_heads")}
+        parts: tuple[Part, ...] = ("layers", "hidden", "ffn", "kv_heads")
+        kept = {part: cut.count(part) for part in parts}
         changed = {part: number for part, number in kept.items() if number is not None}
         if cut.kv_heads is not None:  # the query heads that share one go with it
             changed["heads"] = shape.heads // shape.kv_heads * cut.kv_heads

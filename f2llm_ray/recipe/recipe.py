@@ -12,7 +12,7 @@ from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.settings import Backbone, Prompts, Prune, Quantize
+from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
@@ -83,6 +83,11 @@ class Recipe(Section):
         quantized = [] if self.quantize is None else [name + INT8 for name in self.quantize.models]
         return [*self.made_from(), *quantized]
 
+    @property
+    def model_tokens(self) -> int:
+        """Tokens of the longest text that the run's models take."""
+        return self.backbone.max_tokens or self.data.max_tokens
+
     def prunes_of(self, model: str) -> list[Prune]:
         """The pruning steps between the backbone and a model, the first one first."""
         steps, parents, found = self.steps(), self.made_from(), []
@@ -134,6 +139,11 @@ class Recipe(Section):
                 yield f"evaluation.sets.{name}: {name!r} is also a source that is trained on; rename the set"
         if not self.tokenizer.given and self.backbone.path is None:
             yield "tokenizer: set path or train_vocab, since backbone.shape brings no tokenizer"
+        if self.model_tokens < self.data.max_tokens:
+            yield (
+                f"backbone.max_tokens: {self.model_tokens} is less than data.max_tokens ({self.data.max_tokens}), "
+                "which the models are trained on"
+            )
 
     def _step_problems(self) -> Iterator[str]:
         if not self.steps():
@@ -160,11 +170,11 @@ class Recipe(Section):
     def _prune_problems(self, place: str, step: Prune, parent: str) -> Iterator[str]:
         if self.backbone.shape is None:
             return
-        for part in ("layers", "hidden", "ffn", "kv_heads"):
+        for part in (part for part in PARTS if part != "vocabulary"):
             has = getattr(self.backbone.shape, part)
             for earlier in self.prunes_of(parent):
-                has = getattr(earlier, part) or has
-            wanted = getattr(step, part)
+                has = earlier.count(part) or has
+            wanted = step.count(part)
             if wanted is not None and wanted > has:
                 owner = "the backbone" if parent == UNTRAINED or not self.prunes_of(parent) else repr(parent)
                 yield f"{place}.{part}: {wanted} is more than {owner}'s {has}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.engine.encode import encode
@@ -149,6 +150,21 @@ def test_positions_that_are_counted_from_the_padding_token_keep_its_number() -> 
 def test_the_first_layer_of_modernbert_stays() -> None:
     importance = Importance(torch.ones(32), torch.ones(3, 48), torch.ones(3, 4), torch.tensor([0.0, 2.0, 1.0]))
     assert choose(importance, Prune(model="x", layers=2), first_layer_stays=True).layers == (0, 1)
+    with pytest.raises(RecipeError, match=r"found \[1, 2\], expected numbers from 0 to 2, 0 among them"):
+        choose(importance, Prune(model="x", layers=(1, 2)), first_layer_stays=True)
+
+
+def test_layers_may_be_named_by_their_numbers() -> None:
+    importance = chance(backbone("qwen3").config, 0)
+    kept = choose(importance, Prune(model="x", layers=(0, 2)))
+    assert kept.layers == (0, 2)
+    assert len(kept.ffn) == len(kept.kv_heads) == 2
+    assert Prune(model="x", layers=(0, 2)).count("layers") == Prune(model="x", layers=2).count("layers") == 2
+    with pytest.raises(RecipeError, match=r"prune\.layers: found \[0, 3\], expected numbers from 0 to 2"):
+        choose(importance, Prune(model="x", layers=(0, 3)))
+    for wrong in ((), (1, 0), (1, 1)):
+        with pytest.raises(ValidationError, match="expected a count, or different numbers that rise"):
+            Prune(model="x", layers=wrong)
     assert family_of(backbone("modernbert").config).first_layer_stays
 
 

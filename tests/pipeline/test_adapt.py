@@ -28,16 +28,18 @@ from tests.encoders import encoder_folder
 from tests.tiny import LINES
 
 PROMPTS = {"query": "query: ", "document": "passage: "}
+LONGEST = 60
+"""Tokens of the longest text that the models take; they are trained on 32."""
 
 
 def recipe_of(folder: Path, backbone: Path, **changes: Any) -> Recipe:
     given = write_corpus(folder, rows=120)
     for name in ("labels", "clusters"):
         del given["sources"][name]
-    given["tokenizer"], given["backbone"] = {}, {"path": str(backbone)}
+    given["tokenizer"], given["backbone"] = {}, {"path": str(backbone), "max_tokens": LONGEST}
     stage = {**given["stages"]["stage1"], "instructions": False, "max_steps": 4, "negatives": {}}
     given["stages"] = {"tuned": stage}
-    given["prune"] = {"model": "tuned", "layers": 2, "ffn": 24, "vocabulary": "used", "calibration_rows": 30}
+    given["prune"] = {"model": "tuned", "layers": [0, 2], "ffn": 24, "vocabulary": "used", "calibration_rows": 30}
     given["distill"] |= {"teacher": "tuned", "max_steps": 4, "instructions": False, "epochs": 1}
     given["quantize"] = {"models": ["distilled"]}
     given["compute"] = {"workers": 2, "cpus_per_worker": 0.5}
@@ -54,6 +56,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Pipeline(recipe_of(folder, backbone), str(folder / "root")).everything()
     yield folder / "root"
     ray.shutdown()
+
+
+def test_models_read_longer_texts_than_they_are_trained_on(finished: Path) -> None:
+    for name in ("untrained", "tuned", "pruned", "distilled", "distilled-int8"):
+        assert load_info(model_of(finished, name)).max_tokens == LONGEST
 
 
 def model_of(root: Path, name: str) -> Path:
@@ -133,13 +140,15 @@ def test_bulk_embedding_takes_texts_for_passages(finished: Path, tmp_path: Path)
     ("changes", "message"),
     [
         ({"prune": {"model": "tuned", "hidden": 16}}, r"pruned\.hidden: .* cannot lose any: its LayerNorms"),
-        ({"data": {"max_tokens": 79, "shards": 2}}, r"data\.max_tokens: 79, but .* has positions for 78 tokens"),
+        ({"backbone": {"max_tokens": 79}}, r"backbone\.max_tokens: 79, but .* has positions for 78 tokens"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_row_is_read(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     backbone = encoder_folder(tmp_path / "backbone", "xlm-roberta", layers=3)
+    if "backbone" in changes:
+        changes = {"backbone": {**changes["backbone"], "path": str(backbone)}}
     pipeline = Pipeline(recipe_of(tmp_path, backbone, **changes), str(tmp_path / "root"))
     with pytest.raises(RunError, match=message):
         pipeline.stage(pipeline.graph.prepare)
