@@ -1,4 +1,4 @@
-"""Merging: one model of several checkpoints of a training, weight by weight.
+"""Merging: one model of several, or of several checkpoints of a training, weight by weight.
 
 The paper's code saves extra weights over the last steps of a training for this. The mean of weights along one
 training is from "Averaging weights leads to wider optima" (arXiv 1803.05407); slerp keeps the length that a mean
@@ -7,23 +7,28 @@ of two directions loses, and is what Qwen3-Embedding merges by (arXiv 2506.05176
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 
-def average(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+def average(tensors: Iterable[torch.Tensor], weights: Sequence[float] | None = None) -> torch.Tensor:
     """The mean of tensors of one shape, summed in float64 one after the other; equal ones give that very tensor.
+
+    Args:
+        tensors: the tensors.
+        weights: of each; equal ones when unset.
 
     Raises:
         ValueError: none were given.
     """
-    total, count, dtype = torch.zeros((), dtype=torch.float64), 0, torch.float32
-    for tensor in tensors:
-        total, count, dtype = total + tensor.double(), count + 1, tensor.dtype
-    if not count:
+    total, whole, dtype = torch.zeros((), dtype=torch.float64), 0.0, torch.float32
+    for place, tensor in enumerate(tensors):
+        weight = 1.0 if weights is None else weights[place]
+        total, whole, dtype = total + weight * tensor.double(), whole + weight, tensor.dtype
+    if not whole:
         raise ValueError("nothing to average")
-    return (total / count).to(dtype)
+    return (total / whole).to(dtype)
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, place: float = 0.5) -> torch.Tensor:

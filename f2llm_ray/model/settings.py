@@ -35,8 +35,8 @@ class Backbone(Section):
     """How a vector comes of a text's tokens: the last one, their mean, or the first one ("cls"). The backbone's
     own where unset, else that of its family: last for decoders, mean for encoders."""
     max_tokens: Output[int | None] = Field(default=None, ge=8)
-    """Tokens of the longest text that the run's models take; those of `data.max_tokens` when unset. A backbone
-    still reads longer texts than those that it is trained on here."""
+    """Tokens of the longest text that the run's models take, those of `data.max_tokens` when unset: a backbone
+    still reads longer texts than it is trained on here."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Backbone:
@@ -51,6 +51,34 @@ class Quantize(Section):
     models: Neutral[tuple[str, ...]] = Field(min_length=1)
     embeddings: Output[bool] = True
     """Input embeddings too: they are most of a small model."""
+
+
+class Soup(Section):
+    """One model of several, weight by weight (model soups, Wortsman et al. 2022, arXiv 2203.05482)."""
+
+    kind: Neutral[Literal["soup"]] = "soup"
+    models: Content[tuple[str, ...]] = Field(min_length=2)
+    """What is merged: models of the run, or model folders of other runs, all of one shape and tokenizer."""
+    weights: Output[tuple[Annotated[float, Field(gt=0)], ...] | None] = None
+    """Their shares; equal ones when unset."""
+    method: Output[Literal["average", "slerp"]] = "average"
+    """The mean of the weights, or a place on the arc between two."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Soup:
+        if self.weights is not None and len(self.weights) != len(self.models):
+            raise ValueError(
+                f"weights: found {len(self.weights)}, expected one for each of {len(self.models)} models"
+            )
+        if self.method == "slerp" and len(self.models) != 2:
+            raise ValueError(f"slerp is between 2 models; found {len(self.models)}")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each model; together 1."""
+        weights = self.weights or (1.0,) * len(self.models)
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 class Prune(Section):

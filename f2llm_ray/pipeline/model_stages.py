@@ -11,7 +11,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Effect
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.model.checkpoint import check_family
-from f2llm_ray.model.settings import PARTS, Prune
+from f2llm_ray.model.settings import PARTS, Prune, Soup
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.data_stages import DataStages
 from f2llm_ray.pipeline.graph import Kind, Model
@@ -37,15 +37,20 @@ class ModelStages:
         self.models: dict[str, Model] = {}
         self.mined: Stage | None = None
         self._model(UNTRAINED, "untrained", None, (), self._untrained())
-        before = list(recipe.made_from())
+        parents = recipe.made_from()
         for name, step in recipe.steps().items():
             self._mine()
-            self._step(name, self.models[step.model or before[before.index(name) - 1]], step)
+            self._step(name, self.models[str(parents[name])], step)
         self._mine()
         for name in () if recipe.quantize is None else recipe.quantize.models:
             self._model(name + INT8, "int8", self.models[name], (), self._quantized(self.models[name]))
 
-    def _step(self, name: str, parent: Model, step: TrainStage | Prune) -> None:
+    def _step(self, name: str, parent: Model, step: TrainStage | Prune | Soup) -> None:
+        if isinstance(step, Soup):
+            made_of = [self.models[model] for model in step.models if model in self.models]
+            sources = tuple(source for model in made_of for source in model.sources)
+            self._model(name, "merge", parent, sources, self._souped(name, step))
+            return
         if isinstance(step, Prune):
             self._model(name, "prune", parent, (), self._pruned(name, parent, step))
             return
@@ -275,6 +280,31 @@ class ModelStages:
             job=trained.stage.job,
             settings={**settings.identity(), "checkpoint_every": every},
             parents={"prepared": self.prepare, "trained": trained.stage},
+            work=self._made(merge),
+        )
+
+    def _souped(self, name: str, step: Soup) -> Stage:
+        parents, sought = {"prepared": self.prepare}, dict[str, Sought]()
+        for place, model in enumerate(step.models):
+            if model in self.models:
+                parents[f"model{place}"] = self.models[model].stage
+            else:
+                sought[f"model{place}"] = Sought(model, partial(_model_files, f"stages.{name}.models", model))
+        folders = [self._folder_of(model) for model in step.models]
+
+        def merge(out: Folder) -> Facts:
+            from f2llm_ray.train.merge_models import merge_models
+
+            facts: Facts = work.on_worker(merge_models, step, folders, self._model_name(name), out)
+            return facts
+
+        return Stage(
+            name=name,
+            job=jobs.TRAIN,
+            settings=step.identity(),
+            inputs=self.inputs.find(name, sought),
+            places=places(sought),
+            parents=parents,
             work=self._made(merge),
         )
 

@@ -12,7 +12,7 @@ from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import Evaluation
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize
+from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize, Soup
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
@@ -28,14 +28,17 @@ TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-")
 def _kind(value: Any) -> str:
     """The section that an entry of `stages` is."""
     kind = value.get("kind", "train") if isinstance(value, dict) else getattr(value, "kind", "train")
-    return {"prune": "Prune", "distill": "Distill"}.get(kind, "TrainStage")
+    return {"prune": "Prune", "distill": "Distill", "soup": "Soup"}.get(kind, "TrainStage")
 
 
 Step: TypeAlias = Annotated[
-    Annotated[TrainStage, Tag("TrainStage")] | Annotated[Prune, Tag("Prune")] | Annotated[Distill, Tag("Distill")],
+    Annotated[TrainStage, Tag("TrainStage")]
+    | Annotated[Prune, Tag("Prune")]
+    | Annotated[Distill, Tag("Distill")]
+    | Annotated[Soup, Tag("Soup")],
     Discriminator(_kind),
 ]
-"""What makes one model from another, told apart by its `kind`."""
+"""What makes one model from another, or from several, told apart by its `kind`."""
 
 
 class Recipe(Section):
@@ -51,7 +54,7 @@ class Recipe(Section):
     mine: Mine | None = None
     stages: dict[Name, Step]
     """What makes the run's models, in order. Each goes on from the model before it, or from the one it names, and
-    is of a kind: train (the default), prune or distill. May be empty where `prune` or `distill` is set."""
+    is of a kind: train (the default), prune, distill or soup. May be empty where `prune` or `distill` is set."""
     prune: Prune | None = None
     """The usual end of a recipe: one more step after `stages`, which makes the model "pruned"."""
     distill: Distill | None = None
@@ -64,7 +67,7 @@ class Recipe(Section):
 
     # What the steps make of each other.
 
-    def steps(self) -> dict[str, TrainStage | Prune]:
+    def steps(self) -> dict[str, TrainStage | Prune | Soup]:
         """All steps in their order, by the name of the model that each makes."""
         ends = {PRUNED: self.prune, DISTILLED: self.distill}
         return {**self.stages, **{name: step for name, step in ends.items() if step is not None}}
@@ -73,7 +76,10 @@ class Recipe(Section):
         """Every model with float weights in the order they are made, and the one that each is made from."""
         found: dict[str, str | None] = {UNTRAINED: None}
         for name, step in self.steps().items():
-            found[name] = step.model or list(found)[-1]
+            if isinstance(step, Soup):
+                found[name] = next((model for model in step.models if model in found), UNTRAINED)
+            else:
+                found[name] = step.model or list(found)[-1]
             if isinstance(step, TrainStage) and step.merge is not None:
                 found[name + MERGED] = name
         return found
@@ -151,7 +157,10 @@ class Recipe(Section):
         made, parents = [UNTRAINED], self.made_from()
         for name, step in self.steps().items():
             place = f"stages.{name}" if name in self.stages else {PRUNED: "prune", DISTILLED: "distill"}[name]
-            if step.model is not None and step.model not in made:
+            if isinstance(step, Soup):
+                for model in step.models:
+                    yield from _unknown_model(f"{place}.models", model, made)
+            elif step.model is not None and step.model not in made:
                 yield f"{place}.model: {step.model!r} is not one of {made}"
             elif isinstance(step, Prune):
                 yield from self._prune_problems(place, step, str(parents[name]))

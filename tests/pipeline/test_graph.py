@@ -333,3 +333,23 @@ def test_a_dry_run_names_the_setting(tmp_path: Path, run: Run) -> None:
     lines = dict(line.split(": ", 1) for line in dry_run(graph, run, graph.stages()))
     assert lines["stage1"] == "would run, lr 8e-06 -> 0.001"
     assert lines["prepare"].startswith("there")
+
+
+def test_a_soup_is_made_of_models_of_the_run_and_of_others(run: Run, tmp_path: Path) -> None:
+    other = tiny_model(tmp_path / "other")
+    stage = {"engine": {"precision": "fp32"}}
+    stages = {"one": stage, "two": {**stage, "model": "untrained"}}
+    recipe = small(tmp_path, stages={**stages, "both": {"kind": "soup", "models": ["one", "two", str(other)]}})
+    graph = declare(recipe, run)
+    soup = graph.model("both")
+    assert (soup.kind, soup.made_from, soup.sources) == ("merge", "one", ("a",))
+    assert {parent.name for parent in soup.stage.parents.values()} == {"prepare", "one", "two"}
+    assert list(soup.stage.inputs) == ["model2"]
+    weighted = small(
+        tmp_path, stages={**stages, "both": {"kind": "soup", "models": ["one", "two"], "weights": [2, 1]}}
+    )
+    assert declare(weighted, run).model("both").stage.hash != soup.stage.hash
+    with pytest.raises(
+        RecipeError, match=r"stages\.both\.models: 'three' is not one of \['untrained', 'one', 'two'\]"
+    ):
+        small(tmp_path, stages={**stages, "both": {"kind": "soup", "models": ["one", "three"]}})

@@ -6,10 +6,11 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from f2llm_ray.base.errors import RunError
@@ -17,9 +18,14 @@ from f2llm_ray.data.tokens.store import tokenize
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, load_info
+from f2llm_ray.model.merge import slerp
+from f2llm_ray.model.settings import Soup
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.merge_checkpoints import merge_stage
+from f2llm_ray.train.merge_models import merge_models
+from f2llm_ray.train.model_folder import write_reweighted
 from f2llm_ray.train.settings import Merge, TrainStage
+from tests.encoders import encoder_folder
 from tests.tiny import LINES, tiny_model
 
 STEPS = 30
@@ -138,3 +144,63 @@ def test_what_cannot_be_merged_is_refused_in_the_recipe() -> None:
         TrainStage(merge=Merge(last=4))
     with pytest.raises(ValueError, match="slerp is between 2"):
         Merge(method="slerp")
+
+
+# Several finished models.
+
+
+def scaled(model: Path, folder: Path, scale: float) -> Path:
+    """A copy of a model whose weights are larger."""
+    write_reweighted(model, folder, load_info(model), lambda _, value: scale * value)
+    return folder
+
+
+def souped(folder: Path, models: list[Path], **settings: Any) -> tuple[Path, dict[str, Any]]:
+    soup = Soup(models=tuple(map(str, models)), **settings)
+    out = folder / "soup"
+    facts = merge_models(soup, [Folder.at(str(model)) for model in models], "soup", Folder.at(str(out)))
+    return out / "model", facts["merging"]
+
+
+def test_models_are_averaged_by_their_shares(tmp_path: Path) -> None:
+    one = tiny_model(tmp_path / "one")
+    models = [one, scaled(one, tmp_path / "two", 2.0), scaled(one, tmp_path / "three", 4.0)]
+    merged, facts = souped(tmp_path, models, weights=(1, 2, 1))
+    assert list(facts["shares"].values()) == [0.25, 0.5, 0.25]
+    weights = load_file(one / "model.safetensors")
+    for name, value in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(value, 2.25 * weights[name])
+    assert load_info(merged).name == "soup"
+    same, _ = souped(tmp_path / "same", [one, one, one])
+    assert (same / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+
+
+def test_two_models_meet_on_the_arc(tmp_path: Path) -> None:
+    one, other = tiny_model(tmp_path / "one"), tmp_path / "other"
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda _, value: value + torch.randn(value.shape, generator=generator)  # noqa: E731
+    write_reweighted(one, other, load_info(one), noise)
+    merged, _ = souped(tmp_path, [one, other], weights=(3, 1), method="slerp")
+    first, second = (load_file(model / "model.safetensors") for model in (one, other))
+    for name, value in load_file(merged / "model.safetensors").items():
+        torch.testing.assert_close(value, slerp(first[name], second[name], 0.25))
+
+
+def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    one = tiny_model(tmp_path / "one")
+    with pytest.raises(RunError, match=r"wide: dims is \(8, 16, 32, 64\), expected \(8, 16, 32\) as in .*one"):
+        souped(tmp_path, [one, tiny_model(tmp_path / "wide", hidden=64)])
+    encoder = encoder_folder(tmp_path / "encoder", "bert")
+    with pytest.raises(RunError, match=r"encoder: dims is \(32,\), expected \(8, 16, 32\)"):
+        souped(tmp_path, [one, encoder])
+    with pytest.raises(RunError, match=r"roberta/tokenizer\.json: differs from that of .*encoder in model"):
+        souped(tmp_path, [encoder, encoder_folder(tmp_path / "roberta", "xlm-roberta")])
+    deep = encoder_folder(tmp_path / "deep", "bert", layers=3)
+    with pytest.raises(RunError, match=r"encoder: weight encoder\.layer\.2.*: found none, expected"):
+        souped(tmp_path, [deep, encoder])
+    for wrong, message in (
+        ({"weights": (1.0,)}, "found 1, expected one for each of 2 models"),
+        ({"models": ("a", "b", "c"), "method": "slerp"}, "slerp is between 2 models"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            Soup(**{"models": ("a", "b"), **wrong})
