@@ -177,7 +177,7 @@ def shape_of(recipe: Recipe, model: str) -> tuple[Shape, int]:
     for cut in recipe.prunes_of(model):
         parts: tuple[Part, ...] = ("layers", "hidden", "ffn", "kv_heads")
         kept = {part: cut.count(part) for part in parts}
-        changed = {part: number for part, number in kept.items() if number is not None}
+        changed: dict[str, int] = {part: number for part, number in kept.items() if number is not None}
         if cut.kv_heads is not None:  # the query heads that share one go with it
             changed["heads"] = shape.heads // shape.kv_heads * cut.kv_heads
         shape = shape.model_copy(update=changed)

@@ -210,10 +210,10 @@ class _Cells:
 
     def _swallowed(self) -> bool:
         """Whether each line inside the row, its first and last left out, reads like a row of the table."""
-        inside = self._taken[1:-1]
-        if self.width < 2 or len(inside) < SWALLOWED:
+        count = len(self._taken) - 2
+        if self.width < 2 or count < SWALLOWED:
             return False
-        fault = self._fault
+        inside, fault = islice(self._taken, 1, 1 + count), self._fault
         alike = all(len(self._cut(self._decoded(*line)) or ()) == self.width for line in inside)
         self._fault = fault
         return alike
