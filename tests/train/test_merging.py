@@ -196,7 +196,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"roberta/tokenizer\.json: differs from that of .*encoder in added_tokens"):
         souped(tmp_path, [encoder, encoder_folder(tmp_path / "roberta", "xlm-roberta")])
     deep = encoder_folder(tmp_path / "deep", "bert", layers=3)
-    with pytest.raises(RunError, match=r"encoder: weight encoder\.layer\.2.*: found none, expected"):
+    shutil.copy(encoder / "tokenizer.json", deep)  # two trainings of one may differ
+    with pytest.raises(RunError, match=r"encoder: weight \S+: found (none|\[.*), expected \[.* as in .*deep"):
         souped(tmp_path, [deep, encoder])
     for wrong, message in (
         ({"weights": (1.0,)}, "found 1, expected one for each of 2 models"),
