@@ -140,16 +140,18 @@ def test_bulk_embedding_takes_texts_for_passages(finished: Path, tmp_path: Path)
     ("changes", "message"),
     [
         ({"prune": {"model": "tuned", "hidden": 16}}, r"pruned\.hidden: .* cannot lose any: its LayerNorms"),
-        ({"backbone": {"max_tokens": 79}}, r"backbone\.max_tokens: 79, but .* has positions for 78 tokens"),
+        ({"longest": 79}, r"backbone\.max_tokens: 79, but .* has positions for 78 tokens"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_row_is_read(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
+    changes = dict(changes)
     backbone = encoder_folder(tmp_path / "backbone", "xlm-roberta", layers=3)
-    if "backbone" in changes:
-        changes = {"backbone": {**changes["backbone"], "path": str(backbone)}}
-    pipeline = Pipeline(recipe_of(tmp_path, backbone, **changes), str(tmp_path / "root"))
+    longest = changes.pop("longest", LONGEST)
+    recipe = recipe_of(tmp_path, backbone, **changes)
+    recipe = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"max_tokens": longest})})
+    pipeline = Pipeline(recipe, str(tmp_path / "root"))
     with pytest.raises(RunError, match=message):
         pipeline.stage(pipeline.graph.prepare)
     assert not list((tmp_path / "root").glob("prepare-*/rows/*"))
