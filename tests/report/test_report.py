@@ -206,7 +206,7 @@ def test_a_model_folder_gets_a_card_that_the_hub_can_read(tmp_path: Path) -> Non
     assert list(tmp_path.rglob("README.md")) == [tmp_path / "distilled" / "model" / "README.md"]
     _, front, text = card.split("---\n", 2)
     facts = yaml.safe_load(front)
-    assert facts["language"] == ["deu", "zho"]
+    assert facts["language"] == ["de", "zh"]
     assert facts["base_model"] == "Qwen/Qwen3-0.6B"
     assert {"sentence-transformers", "feature-extraction", "code"} <= set(facts["tags"])
     results = facts["model-index"][0]["results"]
