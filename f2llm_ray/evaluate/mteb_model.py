@@ -19,6 +19,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.language import UNKNOWN, iso639_3
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.vectors import as_documents, as_queries
@@ -62,14 +63,14 @@ def model_meta(folder: Path) -> ModelMeta:
     info, place = load_info(folder), Folder.at(str(folder))
     config = place.read_json("config.json")
     card = _front_matter(folder / "README.md")
-    spoken = card.get("language") or []
-    spoken = [spoken] if isinstance(spoken, str) else spoken
+    said = card.get("language") or []
+    spoken = [iso639_3(language) for language in ([said] if isinstance(said, str) else said)]
     return ModelMeta(
         loader=None,
         name=f"f2llm_ray/{info.name}",
         revision=fingerprint(place),
         release_date=None,
-        languages=[language for language in spoken if language in ISO_TO_LANGUAGE] or None,
+        languages=[language for language in spoken if language in ISO_TO_LANGUAGE and language != UNKNOWN] or None,
         n_parameters=count_parameters(load_backbone(folder))[0],
         n_embedding_parameters=config["vocab_size"] * config["hidden_size"],
         memory_usage_mb=None,

@@ -121,7 +121,7 @@ def test_meta_counts_parameters(folder: Path) -> None:
 def test_meta_has_what_the_card_says(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "model")
     assert model_meta(copy).languages is None
-    facts = {"language": ["deu", "xx-no-such", "sco"], "license": "other", "base_model": "Qwen/Qwen3-0.6B"}
+    facts = {"language": ["de", "xx-no-such", "sco"], "license": "other", "base_model": "Qwen/Qwen3-0.6B"}
     (copy / "README.md").write_text(f"---\n{yaml.safe_dump(facts)}---\n# tiny\n")
     meta = model_meta(copy)
     assert (meta.languages, meta.license, meta.adapted_from) == (["deu", "sco"], None, "Qwen/Qwen3-0.6B")
