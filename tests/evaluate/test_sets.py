@@ -208,7 +208,7 @@ def broken_lines(folder: Path, name: str, text: str) -> None:
             "qrels.jsonl:1: score: found str 'x', expected a number",
         ),
         (lambda f: broken_lines(f, "corpus.jsonl", "{}\n{,}"), "corpus.jsonl:2: found a line that is not JSON"),
-        (lambda f: broken_lines(f, "corpus.jsonl", "[1]"), "corpus.jsonl:1: found list, expected a JSON object"),
+        (lambda f: broken_lines(f, "corpus.jsonl", "7"), "corpus.jsonl:1: found int, expected a JSON object"),
         (
             lambda f: broken_lines(f, "queries.parquet", "text"),
             "queries.parquet: found a damaged file or another format, expected Parquet",
