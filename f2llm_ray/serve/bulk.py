@@ -64,11 +64,11 @@ def survey(job: EmbedJob) -> Survey:
     before = check_output(output, settings)
     known = known_files(files, before)
     units = units_of(files, {name: entry["number"] for name, entry in known.items()}, job.shard_rows)
-    there = output.files(".parquet")
+    there, wanted = set(output.files(".parquet")), {unit.shard for unit in units}
     # A file that changed has a new number, so that its old shards are those of no unit.
-    stale = [shard for shard in there if shard not in {unit.shard for unit in units}]
+    stale = sorted(there - wanted)
     absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
-    waiting = [unit for unit in units if unit.shard not in set(there)]
+    waiting = [unit for unit in units if unit.shard not in there]
     return Survey(absolute, {**settings, "files": known}, units, waiting, stale)
 
 

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from f2llm_ray.base.errors import DataError, RunError
-from f2llm_ray.data.keys import Keys, find_keys
+from f2llm_ray.data.keys import Keys, distinct_keys, find_keys
 from f2llm_ray.data.reading.paths import find_files
+from f2llm_ray.data.reading.values import is_list
 from f2llm_ray.data.schema import KEY, key_numbers, text_key
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
@@ -60,14 +61,11 @@ def write_vector_table(path: str, out: Folder) -> int:
         if found is None:
             raise DataError(f"distill.teacher: {path}: found no row, expected texts and vectors")
         found.flush()
-        # The last row of a text is the first of its key here.
-        keys_n2 = np.concatenate(keys)[::-1]
-        order = np.lexsort((keys_n2[:, 1], keys_n2[:, 0]))
-        new = np.ones(len(order), bool)
-        new[1:] = (keys_n2[order][1:] != keys_n2[order][:-1]).any(axis=1)
-        order = order[new]
-        np.save(folder / ROWS_FILE, rows - 1 - order)
-        np.save(folder / KEYS_FILE, np.ascontiguousarray(keys_n2[order].T))
+        distinct, place = distinct_keys(np.concatenate(keys))
+        row_of = np.empty(len(distinct), np.int64)
+        row_of[place] = np.arange(rows)  # of places that repeat, NumPy keeps the last
+        np.save(folder / ROWS_FILE, row_of)
+        np.save(folder / KEYS_FILE, np.ascontiguousarray(distinct.T))
     return dims
 
 
@@ -98,9 +96,8 @@ def _opened(uri: str) -> pq.ParquetFile:
 def _vectors(table: pa.Table, uri: str, dims: int) -> Vectors:
     """The vectors [n, d] of a row group."""
     column = table["vector"].combine_chunks()
-    kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise DataError(f"{uri}: vector is {kind}, expected a list of numbers")
+    if not is_list(column.type):
+        raise DataError(f"{uri}: vector is {column.type}, expected a list of numbers")
     if column.null_count or table["text"].null_count:
         raise DataError(f"{uri}: found a row without a text or a vector, expected both in every row")
     lengths = set(pc.list_value_length(column).to_pylist()) if len(column) else {dims}

@@ -47,7 +47,7 @@ class DatasetsSource(SourceBase):
         place = f"source {name!r}: {self.path}"
         dataset = self._load(path, place)
         schema = dataset.features.arrow_schema
-        named = [name for name, feature in dataset.features.items() if hasattr(feature, "int2str")]
+        named = _class_labels(dataset)
         kinds = self.columns.kinds(schema.names).items()
         check_columns(schema, [(column, kind) for column, kind in kinds if column not in named], place)
         rows = len(dataset)
@@ -62,11 +62,10 @@ class DatasetsSource(SourceBase):
         """Reads one range of rows."""
         place = f"source {name!r}: {self.path}"
         dataset = self._load(piece["folder"], place)
-        columns = [
-            root for root in dataset.column_names if root in roots(self.columns.kinds(dataset.column_names))
-        ]
+        read = roots(self.columns.kinds(dataset.column_names))
+        columns = [root for root in dataset.column_names if root in read]
         dataset = dataset.select_columns(columns)
-        labels = {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
+        labels = _class_labels(dataset)
         dataset = dataset.with_format("arrow")
         for first in range(piece["start"], piece["stop"], TABLE_ROWS):
             table = dataset[first : min(first + TABLE_ROWS, piece["stop"])]
@@ -92,6 +91,11 @@ class DatasetsSource(SourceBase):
         if self.split not in dataset:
             raise DataError(f"{place}: no split {self.split!r}; the splits are {list(dataset)}")
         return dataset[self.split]
+
+
+def _class_labels(dataset: Any) -> dict[str, Any]:
+    """The columns whose numbers stand for names, each with its feature."""
+    return {name: feature for name, feature in dataset.features.items() if hasattr(feature, "int2str")}
 
 
 def _saved_folder(path: str) -> str | None:

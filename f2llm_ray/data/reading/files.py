@@ -79,7 +79,8 @@ class FilesSource(SourceBase):
         for file in self.inputs(name):
             table = self._table(name, file.uri)
             schema = table.schema()
-            columns = self._layout(() if schema is None else schema.names).kinds(schema.names if schema else ())
+            names = () if schema is None else schema.names
+            columns = self._layout(names).kinds(names)
             if schema is not None:
                 check_columns(schema, columns.items(), table.place)
             parts = table.parts()

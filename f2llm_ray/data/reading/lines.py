@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -90,9 +90,7 @@ def cell_records(lines: Iterable[bytes], place: str, dialect: Dialect) -> tuple[
         if not found:
             raise DataError(f"{place}:1: found a blank line, expected names of columns")
         names = found
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{place}:1: found the column {twice[0]!r} twice, expected each name once")
+    check_names(names, f"{place}:1")
     cells.width = len(names)
     return names, ((number, _cell_record(names, fields)) for number, fields in rows if fields)
 
@@ -261,3 +259,10 @@ def _delimiter(lines: list[str], *, headed: bool, quotes: bool) -> str:
     alike = [delimiter for delimiter in DELIMITERS if found[delimiter][0] > 1 and len(set(found[delimiter])) == 1]
     # The last ones are the rarest in texts: where they cut all lines alike, that is no chance.
     return alike[-1] if alike else DELIMITERS[0]
+
+
+def check_names(names: Sequence[str], place: str) -> None:
+    """Refuses columns of which two have one name, with a `DataError`."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{place}: found the column {twice[0]!r} twice, expected each name once")

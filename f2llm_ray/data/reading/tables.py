@@ -28,6 +28,7 @@ from f2llm_ray.data.reading.lines import (
     Record,
     array_records,
     cell_records,
+    check_names,
     json_records,
 )
 from f2llm_ray.data.reading.paths import listed, plain_name, store_errors
@@ -194,10 +195,7 @@ class TableFile:
         """The columns with their types, null in CSV and TSV, which have none; None for JSON."""
         if self.format == "parquet":
             with self._parquet() as file:
-                names = file.schema_arrow.names
-                twice = sorted({name for name in names if names.count(name) > 1})
-                if twice:
-                    raise DataError(f"{self.place}: found the column {twice[0]!r} twice, expected each name once")
+                check_names(file.schema_arrow.names, self.place)
                 return file.schema_arrow
         if self.format in ("jsonl", "json"):
             return None
