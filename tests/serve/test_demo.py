@@ -19,15 +19,11 @@ import uvicorn
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.data.reading.tables import SUFFIXES
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.dims import cut_dims
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Info
-from f2llm_ray.serve.bulk import claim, settings_of
-from f2llm_ray.serve.inputs import units_of
+from f2llm_ray.serve.bulk import SETTINGS, survey
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import web
 from f2llm_ray.serve.search import MANIFEST, MOST_ROWS, cosines_by_dim
@@ -51,13 +47,11 @@ def embedded(model: Path, folder: Path) -> Path:
     source = folder / "texts.parquet"
     pq.write_table(pa.table({"text": TEXTS}), source)
     job = EmbedJob(model=str(model), input=str(source), column="text", output=str(folder / "out"), keep=("text",))
-    at, output = Folder.at(job.input), Folder.at(job.output)
-    files = find_files(at.uri, SUFFIXES, at.uri)
-    settings = settings_of(job, Folder.at(job.model), load_info(Folder.at(job.model)), at, files)
-    claim(output, settings)
-    for unit in units_of(files, 30):
-        ShardWriter(job).write(unit)
-    output.write_json(MANIFEST, {**settings, "rows": len(TEXTS)})
+    found, output = survey(job), Folder.at(job.output)
+    output.write_json(SETTINGS, found.settings)
+    for unit in found.waiting:
+        ShardWriter(found.job).write(unit)
+    output.write_json(MANIFEST, {**found.settings, "rows": len(TEXTS)})
     return folder / "out"
 
 
