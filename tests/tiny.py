@@ -19,7 +19,7 @@ LINES = [
 MAX_TOKENS = 64
 
 
-def tiny_model(folder: Path, *, hidden: int = 32, name: str = "tiny") -> Path:
+def tiny_model(folder: Path, *, hidden: int = 32, name: str = "tiny", max_tokens: int = MAX_TOKENS) -> Path:
     """Writes a two-layer model of this hidden size, always the same one, and returns its folder."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -39,7 +39,7 @@ def tiny_model(folder: Path, *, hidden: int = 32, name: str = "tiny") -> Path:
     info = ModelInfo(
         name=name,
         dims=matryoshka_dims(hidden),
-        max_tokens=MAX_TOKENS,
+        max_tokens=max_tokens,
         prompts={"query": "Instruct: Find the passage that answers.\nQuery: "},
         instructions=True,
     )

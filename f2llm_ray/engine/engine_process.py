@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -32,15 +32,12 @@ FAILED = -1
 class EngineProcess(TextEngine):
     """Tokenises here and embeds there; one thread at a time may embed. The folder is read before this returns.
 
-    `gone` is called where the process has ended by itself, such as by the system for want of memory.
-
     Raises:
         RunError: the folder is not a model folder, or its calibration is damaged.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pass: int, gone: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, *, tokens_per_pass: int) -> None:
         super().__init__(folder)
-        self._gone = gone
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
             [sys.executable, "-m", "f2llm_ray.engine.engine_process", str(folder), str(tokens_per_pass)],
             stdin=subprocess.PIPE,
@@ -64,7 +61,7 @@ class EngineProcess(TextEngine):
         """Unit vectors [n, dim] (the whole d when unset) of token lists, in the given order.
 
         Raises:
-            RuntimeError: the engine failed, and says how.
+            RuntimeError: the engine failed, and says how; or its process has ended, such as for want of memory.
         """
         try:
             write_tokens(self._requests, tokens)
@@ -73,9 +70,12 @@ class EngineProcess(TextEngine):
                 raise RuntimeError(self._read(width).decode())
             vectors_nd = np.frombuffer(self._read(4 * count * width), "<f4").reshape(count, width)
         except (BrokenPipeError, EOFError):
-            self._gone()
             raise RuntimeError("the engine's process has ended") from None
         return vectors_nd if dim is None else cut_dims(vectors_nd, dim)
+
+    def kill(self) -> None:
+        """Ends the process, also one that hangs or is stopped; the engine is of no use after that."""
+        self._process.kill()
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)

@@ -9,17 +9,20 @@ Shapes: n inputs.
 from __future__ import annotations
 
 import base64
+import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, field_validator, model_validator
 
 from f2llm_ray.model.dims import EMBEDDING_TYPES, EmbeddingType, Quantized
-from f2llm_ray.serve.settings import Serving
+from f2llm_ray.serve.settings import LongText, Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 TYPES = {
     401: "authentication_error",
@@ -125,10 +128,14 @@ class EmbeddingOptions(RequestBody):
     """Puts this prompt of the model (see /info) before each text; "query" for search queries."""
     instruction: str | None = None
     """Embeds each text as a query with this instruction."""
-    truncate: bool = False
-    """Cut texts that are too long instead of refusing them."""
+    truncate: bool | None = None
+    """true cuts texts that are too long, as `long_text: truncate` does; false refuses them."""
+    long_text: LongText | None = None
+    """For texts that are too long: "refuse", "truncate", or "chunk", the mean of the vectors of their parts
+    weighed by their tokens; what /info says when unset."""
     encoding_format: Encoding = "float"
-    """"base64" packs each vector's little-endian bytes: float32, int8 or uint8."""
+    """"base64" packs each vector's little-endian bytes: float32, int8 or uint8; in `embedding` of /v1/embeddings
+    always float32, as OpenAI's clients read it."""
     embedding_types: Annotated[list[EmbeddingType], Field(max_length=len(EMBEDDING_TYPES))] | None = None
     """Forms of the vectors, "float" when unset; int8 needs ranges stored with the model (see /info)."""
 
@@ -149,6 +156,17 @@ class EmbedRequest(EmbeddingOptions):
     inputs: Texts
     model: str | None = None
     """The default model when unset."""
+    normalize: bool = True
+    """A field of TEI's; vectors have length 1 always."""
+    truncation_direction: Literal["right", "Right"] = "right"
+    """A field of TEI's; texts lose their end."""
+
+    @field_validator("normalize")
+    @classmethod
+    def _normalized(cls, normalize: bool) -> bool:
+        if not normalize:
+            raise ValueError("vectors have length 1 here; false cannot be had")
+        return normalize
 
 
 Numbers = list[float] | list[int] | str
@@ -170,6 +188,10 @@ class Usage(Body):
 
     prompt_tokens: int
     total_tokens: int
+    truncated_inputs: int | None = None
+    """Inputs that were cut, where any was."""
+    chunked_inputs: int | None = None
+    """Inputs of several parts, where any was."""
 
 
 class EmbeddingsAnswer(Body):
@@ -269,6 +291,13 @@ class Answer:
     model: str
     inputs: int
     tokens: int
+    long: Mapping[str, int] = field(default_factory=dict)
+    """How many inputs were cut or taken in parts, by a name such as `truncated_inputs`; only what is not 0."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The same as headers, for answers that are a list of vectors."""
+        return {f"x-{name.replace('_', '-')}": str(count) for name, count in self.long.items()}
 
 
 def internal_error(error: Exception) -> ApiError:
@@ -282,12 +311,31 @@ def read_json(body: bytes) -> Any:
     """The JSON of a body.
 
     Raises:
-        ApiError: 400 when it is not JSON.
+        ApiError: 400 when it is not JSON, or a text in it is none.
     """
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
+        place = _bad_text(body)
+        if place is not None:
+            message = f"{place}: half of a surrogate pair, which is no character; the text was cut within one"
+            raise ApiError(400, "invalid_text", message, param=place.partition("[")[0]) from None
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
+
+
+def _bad_text(body: bytes) -> str | None:
+    """The field, or the item of it such as `input[3]`, whose text holds half of a surrogate pair."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return None
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return None
+    for name, value in content.items() if isinstance(content, dict) else ():
+        for index, text in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(text, str) and SURROGATE.search(text):
+                return f"{name}[{index}]" if isinstance(value, list) else str(name)
+    return None
 
 
 def read_request(kind: type[RequestT], body: bytes) -> RequestT:
@@ -297,14 +345,18 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
         ApiError: 400 for a body that is not JSON or has wrong fields, 422 for a value that is not allowed.
     """
     content = read_json(body)
+    if isinstance(content, dict):
+        # Not by pydantic, which makes an error for each of them: a body may hold a million.
+        unknown = next((name for name in content if name not in kind.model_fields), None)
+        if unknown is not None:
+            text = f"{unknown[:100]}: unknown field; allowed: {', '.join(kind.model_fields)}"
+            raise ApiError(400, "invalid_request", text, param=unknown[:100])
     try:
         return kind.model_validate(content)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)[0]
     param = str(details["loc"][0]) if details["loc"] else None
     message = details["msg"].removeprefix("Value error, ")
-    if details["type"] == "extra_forbidden":
-        message = f"unknown field; allowed: {', '.join(kind.model_fields)}"
     text = f"{param}: {message}" if param else "the body must be a JSON object"
     if details["type"] == "literal_error":
         raise ApiError(422, "invalid_value", text, param=param)
@@ -322,16 +374,23 @@ def split(given: Inputs) -> tuple[list[str], list[list[int]]]:
 
 
 def embeddings_answer(
-    forms: Mapping[EmbeddingType, Quantized], *, model: str, tokens: int, encoding: Encoding = "float"
+    forms: Mapping[EmbeddingType, Quantized],
+    *,
+    model: str,
+    tokens: int,
+    encoding: Encoding = "float",
+    long: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The body of an `EmbeddingsAnswer`: vectors [n, ...] by type, and the tokens of all inputs."""
+    """The body of an `EmbeddingsAnswer`: vectors [n, ...] by type, the tokens of all inputs, and `Answer.long`."""
     coded = {kind: _coded(rows, encoding) for kind, rows in forms.items()}
-    first = next(iter(coded.values()))
+    leading = next(iter(forms.values()))
+    # OpenAI's clients ask for base64 by themselves and read float32 from it, whatever the type.
+    first = _coded(leading if encoding == "float" else leading.astype("<f4"), encoding)
     data = [{"object": "embedding", "index": i, "embedding": value} for i, value in enumerate(first)]
     if len(coded) > 1:
         for i, entry in enumerate(data):
             entry["embeddings"] = {kind: values[i] for kind, values in coded.items()}
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens, **(long or {})}
     answer = {"object": "list", "data": data, "model": model, "usage": usage}
     return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
 

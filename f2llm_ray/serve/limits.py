@@ -9,45 +9,51 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from f2llm_ray.data.schema import query_text
-from f2llm_ray.data.tokens.store import cut
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo
-from f2llm_ray.model.dims import EmbeddingType
+from f2llm_ray.model.dims import EMBEDDING_TYPES, EmbeddingType
 from f2llm_ray.serve.api import ApiError
-from f2llm_ray.serve.settings import Serving
+from f2llm_ray.serve.settings import LongText, Serving
 
 if TYPE_CHECKING:
     from f2llm_ray.data.tokens.store import Tokens
 
 RETRY_AFTER_S = 1
 """A full queue of short texts is empty again within a second or so."""
+HELD_BODIES = 8
+"""Bodies of the largest size whose bytes may wait together; the number of requests alone would allow gigabytes."""
+NAME_CHARS = 100
+"""Most characters of a client's word that an error repeats."""
 
 
 class RequestSlots:
-    """Bounds the number of requests that wait or run at a time."""
+    """Bounds the requests that wait or run at a time, by their number and by the bytes of their bodies."""
 
     def __init__(self, limits: Serving) -> None:
         self.limits = limits
-        self.taken = 0
+        self.taken = self.bytes = 0
 
-    def check(self) -> None:
-        """Raises ApiError 429 when all slots are taken."""
-        if self.taken >= self.limits.max_queued:
-            message = f"{self.taken} requests are waiting here, the most allowed; try again in {RETRY_AFTER_S} s"
+    def check(self, size: int = 0) -> None:
+        """Raises ApiError 429 when all slots are taken, or a body of this size is too much beside the others."""
+        full = self.taken >= self.limits.max_queued
+        if full or (self.taken and self.bytes + size > HELD_BODIES * self.limits.max_body_bytes):
+            message = (
+                f"{self.taken} requests with {self.bytes:,} bytes are waiting here; try again in {RETRY_AFTER_S} s"
+            )
             raise ApiError(429, "overloaded", message, retry_after=RETRY_AFTER_S)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Holds a slot for one request, from when its body is there until it is answered.
+    def held(self, size: int) -> Iterator[None]:
+        """Holds a slot for one request with a body of this size, from when that is there until it is answered.
 
         Raises:
             ApiError: 429 when all slots are taken.
         """
-        self.check()
-        self.taken += 1
+        self.check(size)
+        self.taken, self.bytes = self.taken + 1, self.bytes + size
         try:
             yield
         finally:
-            self.taken -= 1
+            self.taken, self.bytes = self.taken - 1, self.bytes - size
 
 
 def check_body(size: int, limits: Serving) -> None:
@@ -59,7 +65,7 @@ def check_body(size: int, limits: Serving) -> None:
 def check_model(name: str, served: Sequence[str]) -> None:
     """Raises 404 for a model that is not served here."""
     if name not in served:
-        message = f"model {name!r} is not served here; served: {', '.join(served)}"
+        message = f"model {name[:NAME_CHARS]!r} is not served here; served: {', '.join(served)}"
         raise ApiError(404, "model_not_found", message, param="model")
 
 
@@ -71,18 +77,21 @@ def check_dimensions(dimensions: int | None, info: ModelInfo) -> int:
     raise _wrong("dimensions", "invalid_dimensions", problem)
 
 
-def check_types(types: Sequence[EmbeddingType] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:
+def check_types(types: Sequence[str] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:
     """The vector types to answer with, each once; raises 422 for none, or for one that the model cannot make."""
     if types is None:
         return ["float"]
     if not types:
         raise _wrong("embedding_types", "invalid_value", f"it is empty; allowed: {', '.join(known)}")
     for kind in types:
+        if kind not in EMBEDDING_TYPES:
+            problem = f"{kind[:NAME_CHARS]!r} is not known here; allowed: {', '.join(known)}"
+            raise _wrong("embedding_types", "invalid_value", problem)
         if kind not in known:
             problem = f"this model has no stored ranges for {kind} ({CALIBRATION_FILE} in its folder, which the "
             problem += f"pipeline writes); allowed: {', '.join(known)}"
             raise _wrong("embedding_types", "not_calibrated", problem)
-    return list(dict.fromkeys(types))
+    return sorted({kind for kind in known if kind in types}, key=list(types).index)
 
 
 def check_prompt(prompt_name: str | None, instruction: str | None, info: ModelInfo) -> str:
@@ -119,10 +128,34 @@ def check_inputs(inputs: Sequence[str] | Sequence[Sequence[int]], limits: Servin
             raise _wrong(f"{param}[{i}]", "empty_input", "it is empty")
 
 
+def check_long_text(truncate: bool | None, long_text: LongText | None, limits: Serving) -> LongText:
+    """What is done with a text that is too long; raises 422 where `truncate` and `long_text` disagree."""
+    said: LongText | None = None if truncate is None else "truncate" if truncate else "refuse"
+    if said is not None and long_text not in (None, said):
+        problem = f"truncate: {str(truncate).lower()} and long_text: {long_text} contradict each other; give one"
+        raise _wrong("long_text", "invalid_value", problem)
+    return long_text or said or limits.long_text
+
+
 def check_ids(
-    inputs: Sequence[Sequence[int]], *, vocabulary: int, prefix: list[int], eos: int, param: str
+    inputs: Sequence[Sequence[int]],
+    limits: Serving,
+    *,
+    vocabulary: int,
+    prefix: list[int],
+    eos: int,
+    param: str,
 ) -> list[Tokens]:
-    """Token lists with the template's prefix first and EOS last, given or not; raises 422 for an unknown id."""
+    """Token lists with the template's prefix first and EOS last, given or not; raises 422 for an unknown id.
+
+    It raises 422 for all of them where this endpoint takes texts alone.
+    """
+    if not limits.token_ids:
+        problem = (
+            "token ids are not taken here, since those of another model's tokenizer would give wrong vectors in "
+        )
+        problem += "silence; send texts (LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)"
+        raise _wrong(param, "token_ids_refused", problem)
     for i, ids in enumerate(inputs):
         for bad in (min(ids), max(ids)):
             if not 0 <= bad < vocabulary:
@@ -136,15 +169,26 @@ def longest_text(info: ModelInfo, limits: Serving) -> int:
     return min(info.max_tokens, limits.max_tokens)
 
 
-def check_lengths(tokens: list[Tokens], *, max_tokens: int, truncate: bool, param: str) -> list[Tokens]:
-    """The token lists, each cut to the limit with `truncate`; without it, raises 422 for one that is too long."""
-    if truncate:
-        return [cut(ids, max_tokens) for ids in tokens]
+def check_lengths(tokens: Sequence[Tokens], *, max_tokens: int, param: str) -> None:
+    """Raises 422 for a token list that is too long."""
     for i, ids in enumerate(tokens):
         if len(ids) > max_tokens:
-            problem = f"{len(ids)} tokens, at most {max_tokens} are allowed; truncate: true cuts it"
+            problem = (
+                f"more than {max_tokens} tokens, the most of a text; long_text: truncate cuts it, and chunk takes "
+            )
+            problem += "the mean of its parts"
             raise _wrong(f"{param}[{i}]", "too_many_tokens", problem)
-    return tokens
+
+
+def check_instruction(prompt: Tokens, *, max_tokens: int, long_text: LongText) -> None:
+    """Raises 422 for an instruction or prompt that leaves no room for a text."""
+    if len(prompt) >= max_tokens:
+        problem = f"more than {max_tokens - 1} tokens, and a text has {max_tokens} at most, these included"
+        raise _wrong("instruction", "too_many_tokens", problem)
+    if long_text == "chunk" and 2 * len(prompt) > max_tokens:
+        problem = f"{len(prompt)} tokens before each part of a text; with long_text: chunk they may be "
+        problem += f"{max_tokens // 2} at most, half of a part"
+        raise _wrong("instruction", "too_many_tokens", problem)
 
 
 def _wrong(field: str, code: str, problem: str, status: int = 422) -> ApiError:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 from ray.serve import metrics
+from starlette.middleware.cors import CORSMiddleware
 
 from f2llm_ray.serve.api import Answer, ApiError, internal_error
+from f2llm_ray.serve.dialects import ROUTES
 from f2llm_ray.serve.keys import Keys
 from f2llm_ray.serve.settings import Access
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
 """Paths that need no key: probes and pages. They show neither vectors nor facts of a model."""
 MODELS = "/v1/models"
-COUNTED = frozenset({"/v1/embeddings", "/embed", "/search", MODELS, "/info", "/health"})
+COUNTED = frozenset({*ROUTES, MODELS, "/info", "/health"})
 """Routes with a counter of their own; all others count as "other", or a scanner would make a counter per path."""
 LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""
@@ -69,6 +71,7 @@ class RequestPolicy:
     def __init__(self, access: Access) -> None:
         self.keys = None if access.keys is None else Keys(access.keys)
         self.metrics, self.access_log = RequestMetrics(), access.access_log
+        self.cors_origins = access.cors_origins
 
 
 class RequestMiddleware:
@@ -112,6 +115,26 @@ class RequestMiddleware:
             policy.metrics.request(route, status, seconds)
             if policy.access_log:
                 _log(scope, path=route, status=status, seconds=seconds, key=key)
+
+
+class CrossOrigin:
+    """ASGI middleware that lets pages of the policy's origins send requests from a browser."""
+
+    def __init__(self, app: ASGIApp, policy: Callable[[], RequestPolicy]) -> None:
+        self.app, self.policy = app, policy
+        self._allowing: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on, or answers a browser that asks whether it may send one."""
+        app = self.app
+        # The policy is there with the first request, not yet when the routes are made.
+        if scope["type"] == "http" and (origins := self.policy().cors_origins):
+            if self._allowing is None:
+                self._allowing = CORSMiddleware(
+                    app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+                )
+            app = self._allowing
+        await app(scope, receive, send)
 
 
 async def send_json(send: Send, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import time
+from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import BaseModel
 
 from f2llm_ray import __version__
-from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.data.tokens.tokenizer import template_of
 from f2llm_ray.engine.engine_process import EngineProcess
 from f2llm_ray.engine.text_engine import self_check
-from f2llm_ray.model.dims import EmbeddingType, Quantized, cut_dims, quantize_vectors
+from f2llm_ray.model.dims import Vectors, cut_dims, quantize_vectors
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.batcher import Batcher
+from f2llm_ray.serve.batcher import STALLED_S, Batcher
+from f2llm_ray.serve.dialects import ROUTES, Embedded
+from f2llm_ray.serve.guard import WatchedEngine, end_process
 from f2llm_ray.serve.middleware import RequestPolicy
-from f2llm_ray.serve.search import SearchAnswer, SearchCorpus, SearchRequest
+from f2llm_ray.serve.pieces import Pieces, pieces_of
+from f2llm_ray.serve.search import SearchAnswer, SearchCorpus
 from f2llm_ray.serve.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SHORT = 500
 """Most characters (or token ids) of a request that is tokenized on the event loop: 0.13 ms, where waking a thread
 alone takes half as long. A megabyte of text would hold up all other requests there."""
+FRESH_S = 1.0
+"""Seconds for which the engine is not asked again after it has embedded anything."""
 
 
 class Replica:
@@ -36,47 +45,37 @@ class Replica:
         self.policy = RequestPolicy(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
-            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, gone=_leave)
+            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens)
         if self.engine.calibration is not None:
             self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info
         self.corpus = None if served.corpus is None else SearchCorpus.load(Folder.at(served.corpus))
         self.slots = limits.RequestSlots(self.settings)
-        self.batcher = Batcher(self.engine.embed_tokens, self.settings.batch_tokens, self.policy.metrics.batch)
-        self.vocabulary = self.engine.vocabulary
-        self.probe = self.engine.tokenize(["ready"])
+        self.watched = WatchedEngine(self.engine, end_process)
+        self.batcher = Batcher(self.watched.embed_tokens, self.settings.batch_tokens, self.policy.metrics.batch)
         self.prefix, self.eos = template_of(self.engine.tokenizer)
-        self.engine.embed_tokens(self.probe)
+        self._probing: asyncio.Task[Vectors] | None = None
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
-        """Answers POST /v1/embeddings, POST /embed or POST /search, which is the route.
+        """Answers POST to one of `dialects.ROUTES`.
 
         Raises:
             ApiError: anything wrong with the request.
         """
-        if route == "/search":
-            return await self._search(api.read_request(SearchRequest, body))
-        if route == "/embed":
-            plain = api.read_request(api.EmbedRequest, body)
-            if plain.model is not None:
-                limits.check_model(plain.model, self.names)
-            forms, inputs, tokens = await self._embed(plain, plain.inputs, "inputs")
-            named = plain.embedding_types is not None
-            content = api.embed_answer(forms, named=named, encoding=plain.encoding_format)
-        else:
-            ask = api.read_request(api.EmbeddingsRequest, body)
-            limits.check_model(ask.model, self.names)
-            forms, inputs, tokens = await self._embed(ask, ask.input, "input")
-            content = api.embeddings_answer(forms, model=self.card.id, tokens=tokens, encoding=ask.encoding_format)
-        return api.Answer(content, self.card.id, inputs, tokens)
+        return await ROUTES[route](self, body)
 
     async def forward(self, route: str, body: bytes) -> api.Answer | api.ApiError:
         """`answer` for a router: an error is returned, since Ray would wrap a raised one in a stack trace."""
         try:
-            with self.slots.held():
+            with self.slots.held(len(body)):
                 return await self.answer(route, body)
         except api.ApiError as error:
             return error
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.engine.tokenizer
 
     def models(self) -> list[api.ModelCard]:
         """The model served here."""
@@ -99,64 +98,91 @@ class Replica:
         )
 
     async def check(self) -> None:
-        """Encodes a short text, ahead of all waiting requests.
+        """Passes while the engine works, and else has it encode a short text, one for all who ask at a time.
 
         Raises:
-            ApiError: 503 when that fails.
+            ApiError: 503 when the engine fails or hangs.
         """
-        try:
-            await self.batcher.embed(self.probe, first=True)
-        except Exception as error:
-            raise api.ApiError(503, "not_ready", f"the model cannot encode: {error}", retry_after=1) from error
+        if not self.batcher.stalled():
+            if self.batcher.working() or time.monotonic() - self.batcher.succeeded < FRESH_S:
+                return
+            if self._probing is None or self._probing.done():
+                self._probing = asyncio.create_task(self.batcher.embed(self.watched.probe, first=True))
+            try:
+                await asyncio.wait_for(asyncio.shield(self._probing), STALLED_S)
+            except asyncio.TimeoutError:
+                if self.batcher.working() and not self.batcher.stalled():  # not with the probe: that takes no time
+                    return
+            except Exception as error:
+                raise api.ApiError(503, "not_ready", f"the model cannot encode: {error}", retry_after=1) from error
+            else:
+                return
+        raise api.ApiError(503, "not_ready", "the engine hangs; another one is started", retry_after=5)
 
-    async def _search(self, ask: SearchRequest) -> api.Answer:
-        limits.check_model(ask.model, self.names)
+    async def check_health(self) -> None:
+        """Ray Serve's own check; a replica whose engine fails or hangs ends, and Serve starts another."""
+        try:
+            await self.check()
+        except api.ApiError as error:
+            self.watched.leave(error.message)
+            raise
+
+    async def search(self, query_d: Vectors, top: int) -> SearchAnswer:
+        """The nearest passages of the corpus at each dim.
+
+        Raises:
+            ApiError: 404 where there is no corpus.
+        """
         if self.corpus is None:
             message = f"{self.card.id} is served without a corpus to search in"
             raise api.ApiError(404, "no_corpus", message, "model")
-        query = api.EmbedRequest(inputs=ask.query, prompt_name=ask.prompt_name, truncate=True)
-        forms, inputs, tokens = await self._embed(query, ask.query, "query")
-        dims = self.model_info.dims
-        nearest, hits = await asyncio.to_thread(self.corpus.search, forms["float"][0], dims, ask.top)
-        found = SearchAnswer(model=self.card.id, rows=self.card.corpus_rows, nearest=nearest, hits=hits)
-        return api.Answer(found.model_dump_json().encode(), self.card.id, inputs, tokens)
+        nearest, hits = await asyncio.to_thread(self.corpus.search, query_d, self.model_info.dims, top)
+        return SearchAnswer(model=self.card.id, rows=self.card.corpus_rows, nearest=nearest, hits=hits)
 
-    async def _embed(
-        self, ask: api.EmbeddingOptions, given: api.Inputs, param: str
-    ) -> tuple[dict[EmbeddingType, Quantized], int, int]:
-        """Vectors [n, ...] by type, the number n of inputs, and the number of their tokens."""
+    async def embed(self, ask: api.EmbeddingOptions, given: api.Inputs, param: str) -> Embedded:
+        """The vectors of texts or token lists.
+
+        Raises:
+            ApiError: anything wrong with them.
+        """
         dim = limits.check_dimensions(ask.dimensions, self.model_info)
         types = limits.check_types(ask.embedding_types, self.card.embedding_types)
         texts, ids = api.split(given)
         if sum(map(len, texts)) + sum(map(len, ids)) + len(ask.instruction or "") <= SHORT:
-            tokens = self._tokenize(ask, texts, ids, param)
+            pieces = self._pieces(ask, texts, ids, param)
         else:
-            tokens = await asyncio.to_thread(self._tokenize, ask, texts, ids, param)
-        vectors_nd = cut_dims(await self.batcher.embed(tokens), dim)
+            pieces = await asyncio.to_thread(self._pieces, ask, texts, ids, param)
+        vectors_nd = cut_dims(pieces.joined(await self.batcher.embed(pieces.tokens)), dim)
         forms = {kind: quantize_vectors(vectors_nd, kind, self.engine.ranges.get(dim)) for kind in types}
-        return forms, len(tokens), sum(map(len, tokens))
+        long = {"truncated_inputs": pieces.truncated, "chunked_inputs": pieces.chunked}
+        counted = {name: count for name, count in long.items() if count}
+        return Embedded(forms, len(pieces.counts), pieces.size, counted)
 
-    def _tokenize(
-        self, ask: api.EmbeddingOptions, texts: list[str], ids: list[list[int]], param: str
-    ) -> list[Tokens]:
+    def _pieces(self, ask: api.EmbeddingOptions, texts: list[str], ids: list[list[int]], param: str) -> Pieces:
+        long_text = limits.check_long_text(ask.truncate, ask.long_text, self.settings)
         prompt = limits.check_prompt(ask.prompt_name, ask.instruction, self.model_info)
         limits.check_inputs(texts or ids, self.settings, param)
+        most, before = self.card.max_tokens, np.array([], dtype=np.uint32)
         if ids:
             if prompt:
                 message = f"{param}: a prompt goes before texts, not before token ids"
                 raise api.ApiError(422, "invalid_prompt", message, param=param)
             tokens = limits.check_ids(
-                ids, vocabulary=self.vocabulary, prefix=self.prefix, eos=self.eos, param=param
+                ids,
+                self.settings,
+                vocabulary=self.engine.vocabulary,
+                prefix=self.prefix,
+                eos=self.eos,
+                param=param,
             )
         else:
             limits.check_prompted(prompt, len(texts), self.settings)
-            if ask.instruction is not None:
-                alone = self.engine.tokenize([prompt])
-                limits.check_lengths(alone, max_tokens=self.card.max_tokens, truncate=False, param="instruction")
-            tokens = self.engine.tokenize(texts, prompt=prompt)
-        return limits.check_lengths(tokens, max_tokens=self.card.max_tokens, truncate=ask.truncate, param=param)
-
-
-def _leave() -> None:
-    """Ends a replica whose engine process is gone: Serve replaces it, and HAProxy uses another one meanwhile."""
-    os._exit(1)
+            if ask.instruction is not None or (prompt and long_text == "chunk"):
+                before = self.engine.tokenize([prompt], max_tokens=most + 1)[0][len(self.prefix) : -1]
+                limits.check_instruction(before, max_tokens=most - len(self.prefix) - 1, long_text=long_text)
+            reach = {"refuse": most + 1, "truncate": most + 1, "chunk": None}[long_text]
+            tokens = self.engine.tokenize(texts, prompt=prompt, max_tokens=reach)
+        if long_text == "refuse":
+            limits.check_lengths(tokens, max_tokens=most, param=param)
+        prefix = np.array(self.prefix, dtype=np.uint32)
+        return pieces_of(tokens, long_text, most, prefix=prefix, prompt=before)

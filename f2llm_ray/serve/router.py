@@ -8,6 +8,7 @@ that is scaled to zero too.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +22,16 @@ from ray.serve.handle import DeploymentHandle
 from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.serve import api, limits
+from f2llm_ray.serve.dialects import ROUTES
 from f2llm_ray.serve.middleware import RequestPolicy
 from f2llm_ray.serve.routes import answers_http
-from f2llm_ray.serve.search import SearchRequest
 from f2llm_ray.serve.served_model import Arguments, checked, find_model, options, with_limits
 from f2llm_ray.serve.settings import Access, Limits, Serving
 
 RETRIES = 2
 """Times that a request is sent again when its replica dies; embedding a text twice does no harm."""
+FRESH_S = 1.0
+"""Seconds for which Serve's word on its applications is taken as it was."""
 
 
 class RouterArguments(Access, Limits):
@@ -78,6 +81,7 @@ class ModelRouter:
         self.routed, self.settings = routed, routed.settings
         self.policy, self.slots = RequestPolicy(routed.arguments), limits.RequestSlots(routed.settings)
         self._handles: dict[str, DeploymentHandle] = {}
+        self._asked: tuple[asyncio.Future[list[str]], float] | None = None
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
         """Returns the answer of the model that the body names.
@@ -101,25 +105,32 @@ class ModelRouter:
         return RouterInfo(models=self.models(), default=default, limits=self.settings, version=__version__)
 
     async def check(self) -> None:
-        """Checks with Ray Serve that all applications run; one that is scaled to zero counts as running.
+        """Checks with Ray Serve that all applications run, once for all who ask within `FRESH_S` seconds.
+
+        One that is scaled to zero counts as running.
 
         Raises:
             ApiError: 503 when one does not run.
         """
-        found = (await asyncio.to_thread(serve.status)).applications
-        down = [app for app in self.routed.apps if app not in found or found[app].status != "RUNNING"]
+        if self._asked is None or (self._asked[0].done() and time.monotonic() - self._asked[1] > FRESH_S):
+            self._asked = asyncio.ensure_future(asyncio.to_thread(self._down)), time.monotonic()
+        down = await asyncio.shield(self._asked[0])
         if down:
             raise api.ApiError(503, "not_ready", f"not running: {', '.join(down)}", None, 5)
+
+    def _down(self) -> list[str]:
+        """The applications that do not run."""
+        found = serve.status().applications
+        return [app for app in self.routed.apps if app not in found or found[app].status != "RUNNING"]
 
     def _pick(self, route: str, body: bytes) -> str:
         content = api.read_json(body)
         name = content.get("model") if isinstance(content, dict) else None
-        if route == "/embed" and name is None:
+        if name is None and not ROUTES[route].names_model:
             return self.routed.default
         if not isinstance(name, str):
             # There is no model to pick; the checks of a request raise the error that says why.
-            kinds: dict[str, type[BaseModel]] = {"/embed": api.EmbedRequest, "/search": SearchRequest}
-            api.read_request(kinds.get(route, api.EmbeddingsRequest), body)
+            api.read_request(ROUTES[route].ask, body)
         limits.check_model(str(name), tuple(self.routed.names))
         return self.routed.names[str(name)]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -21,8 +22,8 @@ from starlette.exceptions import HTTPException
 
 from f2llm_ray import __version__
 from f2llm_ray.serve import api, limits
-from f2llm_ray.serve.middleware import RequestMiddleware, RequestPolicy, header, path_of, send_json
-from f2llm_ray.serve.search import SearchAnswer, SearchRequest
+from f2llm_ray.serve.dialects import ABSENT, ROUTES, absent
+from f2llm_ray.serve.middleware import CrossOrigin, RequestMiddleware, RequestPolicy, header, path_of, send_json
 from f2llm_ray.serve.settings import Serving
 
 if sys.version_info >= (3, 11):
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EMBEDDINGS, EMBED, SEARCH = "/v1/embeddings", "/embed", "/search"
-ROUTES = frozenset({EMBEDDINGS, EMBED, SEARCH})
 BODY_S = 30
 """Seconds in which a body must have come; a slow one holds no place meanwhile."""
+PATIENCE_S = 0.1
+"""Seconds after which it is looked whether the client is still there: most requests are answered by then."""
 
 
 class RequestHandler(Protocol):
@@ -49,7 +50,7 @@ class RequestHandler(Protocol):
     slots: limits.RequestSlots
 
     async def answer(self, route: str, body: bytes) -> api.Answer:
-        """Answers POST to one of `ROUTES`; raises ApiError for a wrong request."""
+        """Answers POST to one of `dialects.ROUTES`; raises ApiError for a wrong request."""
 
     def models(self) -> list[api.ModelCard]:
         """The models that a request may name."""
@@ -69,7 +70,13 @@ class TextRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request or passes it on."""
-        if scope["type"] != "http" or scope["method"] != "POST" or (route := path_of(scope)) not in ROUTES:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        route = path_of(scope)
+        if route in ABSENT:
+            raise absent(route)
+        if route not in ROUTES:
             await self.app(scope, receive, send)
             return
         handler = self.handler()
@@ -77,17 +84,51 @@ class TextRoutes:
         body = await _body(scope, receive, handler.settings)
         if body is None:
             return
-        with handler.slots.held():
-            answer = await handler.answer(route, body)
+        with handler.slots.held(len(body)):
+            answer = await _while_there(receive, handler.answer(route, body))
+        if answer is None:
+            return
         scope.setdefault("state", {})["answer"] = answer
-        await send_json(send, 200, answer.content)
+        await send_json(send, 200, answer.content, answer.headers)
+
+
+async def _while_there(receive: Receive, work: Awaitable[T]) -> T | None:
+    """The result of the work; it is cancelled, with None as its result, where the client leaves."""
+    answering, left = asyncio.current_task(), False
+    assert answering is not None  # noqa: S101 (for the type: this runs in a task)
+    watch: asyncio.Task[None] | None = None
+
+    async def notice() -> None:
+        nonlocal left
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        answering.cancel()
+
+    def start() -> None:
+        nonlocal watch
+        watch = asyncio.ensure_future(notice())
+
+    # A timer costs a microsecond, a task that waits beside every request twenty.
+    timer = asyncio.get_running_loop().call_later(PATIENCE_S, start)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        if left:
+            return None
+        raise
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
 
 
 async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | None:
     """Reads a body, no further than the limit; None where the client leaves before its end.
 
     Raises:
-        ApiError: 413 for a larger one, 408 where it does not come in `BODY_S` seconds.
+        ApiError: 413 for a larger one, 408 where it does not come in `BODY_S` seconds, 415 for an encoding other
+            than gzip.
     """
     announced = header(scope, b"content-length") or ""
     limits.check_body(int(announced) if announced.isdecimal() else 0, settings)
@@ -101,9 +142,27 @@ async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | No
                 body += message.get("body", b"")
                 limits.check_body(len(body), settings)
                 if not message.get("more_body", False):
-                    return body
+                    break
     except asyncio.TimeoutError:
         raise api.ApiError(408, "slow_body", f"the body did not come within {BODY_S} s") from None
+    encoding = (header(scope, b"content-encoding") or "identity").lower()
+    return body if encoding == "identity" else _decoded(body, encoding, settings)
+
+
+def _decoded(body: bytes, encoding: str, settings: Serving) -> bytes:
+    """The content of a packed body; no more of it is unpacked than may be."""
+    if encoding != "gzip":
+        message = f"content-encoding: {encoding[:100]!r} is not taken; send gzip, or the body as it is"
+        raise api.ApiError(415, "unsupported_encoding", message)
+    unpack = zlib.decompressobj(wbits=31)
+    try:
+        content = unpack.decompress(body, settings.max_body_bytes + 1)
+    except zlib.error as error:
+        raise api.ApiError(400, "invalid_encoding", f"the body is not gzip: {error}") from None
+    limits.check_body(len(content), settings)
+    if not unpack.eof:
+        raise api.ApiError(400, "invalid_encoding", "the body is not whole: its gzip stream ends early")
+    return content
 
 
 def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp:
@@ -121,13 +180,8 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
     async def documented() -> None:
         raise AssertionError("TextRoutes answers these routes")
 
-    vectors: Any = list[list[float]] | dict[str, Any]
-    for route, answer, request, summary in (
-        (EMBEDDINGS, api.EmbeddingsAnswer, api.EmbeddingsRequest, "Vectors in OpenAI's shape"),
-        (EMBED, vectors, api.EmbedRequest, "A list of vectors, or such lists by type where types are named"),
-        (SEARCH, SearchAnswer, SearchRequest, "The nearest passages of the model's corpus at each of its dims"),
-    ):
-        app.post(route, summary=summary, **_docs(answer, request))(documented)
+    for path, route in ROUTES.items():
+        app.post(path, summary=route.summary, **_docs(route.answer, route.ask))(documented)
 
     app.get("/", response_class=HTMLResponse)(page)
 
@@ -155,7 +209,8 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
         await handler().check()
         return _json(b'{"status":"ok"}')
 
-    return RequestMiddleware(TextRoutes(app, handler), policy=lambda: handler().policy)
+    answered = RequestMiddleware(TextRoutes(app, handler), policy=lambda: handler().policy)
+    return CrossOrigin(answered, policy=lambda: handler().policy)
 
 
 def answers_http(info: type[BaseModel]) -> Callable[[type[T]], type[T]]:
@@ -199,7 +254,7 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 def _docs(answer: Any, ask: type[BaseModel] | None = None) -> dict[str, Any]:
     """Arguments of a FastAPI route that describe bodies which the route itself reads and writes."""
-    statuses = (400, 401, 404, 413, 422, 429, 503) if ask else (401, 429, 503)
+    statuses = (400, 401, 404, 408, 413, 415, 422, 429, 503) if ask else (401, 429, 503)
     docs: dict[str, Any] = {
         "responses": {200: {"model": answer}, **{s: {"model": api.ErrorBody} for s in statuses}}
     }

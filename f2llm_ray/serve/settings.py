@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from f2llm_ray.base.section import Neutral, Section
+
+LongText = Literal["refuse", "truncate", "chunk"]
+"""What is done with a text of too many tokens: 422, its first tokens alone, or the mean of its parts' vectors."""
 
 
 class Limits(Section):
@@ -18,7 +23,11 @@ class Limits(Section):
     max_queued: Neutral[int] = Field(default=512, ge=1)
     """Requests waiting or running per replica; beyond it the answer is 429."""
     batch_tokens: Neutral[int] = Field(default=16_384, ge=64)
-    """Token budget of one forward pass."""
+    """Most tokens of one forward pass."""
+    long_text: Neutral[LongText] = "refuse"
+    """For texts of more than `max_tokens`, where a request does not say."""
+    token_ids: Neutral[bool] = True
+    """Whether inputs may be token ids; some clients send those of another model's tokenizer unless told not to."""
 
 
 class Serving(Limits):
@@ -33,5 +42,7 @@ class Access(Section):
 
     keys: str | None = None
     """File of hashed API keys (`python -m f2llm_ray.serve.keys`); no key is needed when unset."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may send requests from a browser, such as https://example.org; "*" for all."""
     access_log: bool = False
     """One JSON line per request on the replica's stdout, without texts or keys."""

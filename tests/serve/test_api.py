@@ -23,6 +23,8 @@ INFO = ModelInfo(
     name="tiny", dims=(8, 16, 32), max_tokens=64, prompts={"query": "Q: ", "topic": "T: "}, instructions=True
 )
 PLAIN = ModelInfo(name="plain", dims=(8,), max_tokens=64, prompts={"query": ""}, instructions=False)
+LONG = np.arange(17, dtype=np.uint32)
+TEXTS_ALONE = Serving(token_ids=False)
 LIMITS = Serving(max_inputs=3, max_tokens=16, max_body_bytes=1024, max_queued=2)
 
 
@@ -35,7 +37,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
     "no json": (lambda: read(b'{"input": '), 400, "invalid_json", None),
     "empty body": (lambda: read(b""), 400, "invalid_json", None),
     "not utf-8": (lambda: read(b'{"input": "\xff", "model": "m"}'), 400, "invalid_json", None),
-    "half a surrogate pair": (lambda: read(b'{"input": "\\ud800", "model": "m"}'), 400, "invalid_json", None),
+    "half a surrogate pair": (lambda: read(b'{"input": "\\ud800", "model": "m"}'), 400, "invalid_text", "input"),
     "not an object": (lambda: read([1]), 400, "invalid_request", None),
     "no input": (lambda: read({"model": "m"}), 400, "invalid_request", "input"),
     "no model": (lambda: read({"input": "a"}), 400, "invalid_request", "model"),
@@ -71,26 +73,61 @@ REFUSALS: dict[str, tuple[Callable[[], Any], int, str, str | None]] = {
     "no instructions": (lambda: limits.check_prompt(None, "Find", PLAIN), 422, "invalid_prompt", "instruction"),
     "id too high": (lambda: ids([[0, 10]]), 422, "invalid_token", "input"),
     "id negative": (lambda: ids([[3], [-1]]), 422, "invalid_token", "input"),
-    "too long": (lambda: lengths(17, truncate=False), 422, "too_many_tokens", "input"),
+    "too long": (
+        lambda: limits.check_lengths([LONG], max_tokens=16, param="input"),
+        422,
+        "too_many_tokens",
+        "input",
+    ),
+    "ids not taken": (
+        lambda: limits.check_ids([[1]], TEXTS_ALONE, vocabulary=10, prefix=[], eos=9, param="input"),
+        422,
+        "token_ids_refused",
+        "input",
+    ),
+    "truncate and not": (
+        lambda: limits.check_long_text(False, "truncate", LIMITS),
+        422,
+        "invalid_value",
+        "long_text",
+    ),
+    "no room": (
+        lambda: limits.check_instruction(LONG, max_tokens=17, long_text="truncate"),
+        422,
+        "too_many_tokens",
+        "instruction",
+    ),
+    "little room": (
+        lambda: limits.check_instruction(LONG, max_tokens=30, long_text="chunk"),
+        422,
+        "too_many_tokens",
+        "instruction",
+    ),
     "full": (lambda: fill(3), 429, "overloaded", None),
+    "full of bytes": (lambda: fill_bytes([2000, 7000]), 429, "overloaded", None),
 }
 
 
 def ids(given: list[list[int]]) -> list[Any]:
-    return limits.check_ids(given, vocabulary=10, prefix=[], eos=9, param="input")
+    return limits.check_ids(given, LIMITS, vocabulary=10, prefix=[], eos=9, param="input")
+
+
+def fill_bytes(sizes: list[int]) -> None:
+    """Of 8 bodies of 1,024 bytes at most."""
+    slots = limits.RequestSlots(LIMITS)
+    with slots.held(10_000):  # one alone is never too large: its own limit was checked
+        pass
+    with ExitStack() as stack:
+        for size in sizes:
+            stack.enter_context(slots.held(size))
 
 
 def fill(requests: int) -> None:
     slots = limits.RequestSlots(LIMITS)
     with ExitStack() as stack:
         for _ in range(requests):
-            stack.enter_context(slots.held())
-    assert slots.taken == 0
-
-
-def lengths(tokens: int, *, truncate: bool) -> list[Any]:
-    given = [np.arange(tokens, dtype=np.uint32)]
-    return limits.check_lengths(given, max_tokens=16, truncate=truncate, param="input")
+            stack.enter_context(slots.held(10))
+    assert (slots.taken, slots.bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -141,11 +178,6 @@ def test_eos_ends_every_token_list_once() -> None:
     assert [list(tokens) for tokens in ids([[1, 2], [1, 2, 9]])] == [[1, 2, 9], [1, 2, 9]]
 
 
-def test_truncation_keeps_eos() -> None:
-    (tokens,) = lengths(20, truncate=True)
-    assert list(tokens) == [*range(15), 19]
-
-
 def test_split() -> None:
     assert api.split("a") == (["a"], [])
     assert api.split(["a", "b"]) == (["a", "b"], [])
@@ -186,7 +218,7 @@ def test_a_huge_wrong_body_is_refused_at_once() -> None:
 def test_token_ids_get_the_templates_ends_once() -> None:
     whole = [[7, 1, 2, 9]]
     for given in (whole, [[1, 2, 9]], [[7, 1, 2]], [[1, 2]]):
-        found = limits.check_ids(given, vocabulary=10, prefix=[7], eos=9, param="input")
+        found = limits.check_ids(given, LIMITS, vocabulary=10, prefix=[7], eos=9, param="input")
         assert [ids.tolist() for ids in found] == whole
 
 
@@ -198,5 +230,5 @@ def test_token_ids_are_the_text(tmp_path: Path) -> None:
     with_eos = [[int(token) for token in ids] for ids in engine.tokenize(texts)]
     vocabulary, eos = engine.backbone.config.vocab_size, with_eos[0][-1]
     for given in (with_eos, [ids[:-1] for ids in with_eos]):
-        tokens = limits.check_ids(given, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
+        tokens = limits.check_ids(given, LIMITS, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
         np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))

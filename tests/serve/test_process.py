@@ -32,7 +32,7 @@ def apart(folder: Path) -> Iterator[EngineProcess]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        yield EngineProcess(folder, tokens_per_pass=1024, gone=lambda: None)
+        yield EngineProcess(folder, tokens_per_pass=1024)
     torch.set_num_threads(threads)
 
 
@@ -58,7 +58,7 @@ def test_a_broken_model_is_told_as_it_starts(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(RunError, match="broken"):
-        EngineProcess(folder, tokens_per_pass=64, gone=lambda: None)
+        EngineProcess(folder, tokens_per_pass=64)
 
 
 def child_of(process: psutil.Process, folder: Path) -> psutil.Process:
@@ -67,19 +67,17 @@ def child_of(process: psutil.Process, folder: Path) -> psutil.Process:
 
 
 def test_an_end_that_nobody_asked_for_is_noticed(tmp_path: Path) -> None:
-    ends: list[str] = []
     folder = tiny_model(tmp_path / "killed")
-    apart = EngineProcess(folder, tokens_per_pass=64, gone=lambda: ends.append("gone"))
+    apart = EngineProcess(folder, tokens_per_pass=64)
     os.kill(child_of(psutil.Process(), folder).pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="has ended"):
         apart.embed(LINES)
-    assert ends == ["gone"]
 
 
 def test_it_ends_with_the_process_that_asks(folder: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from f2llm_ray.engine.engine_process import EngineProcess; "
-        "engine = EngineProcess(Path(sys.argv[1]), tokens_per_pass=64, gone=print); "
+        "engine = EngineProcess(Path(sys.argv[1]), tokens_per_pass=64); "
         "print('ready', flush=True); input()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}

@@ -36,10 +36,40 @@ def cut(tokens: Tokens, max_tokens: int) -> Tokens:
     return tokens if len(tokens) <= max_tokens else np.append(tokens[: max_tokens - 1], tokens[-1])
 
 
+HEAD_CHARS = 16
+"""Characters per wanted token of the part that is tokenized of a very long text; 4 are usual, 1 in Chinese."""
+MARGIN = 64
+"""Tokens that a part must have beyond the wanted ones: its last ones depend on where it was cut off."""
+
+
 def tokenize(tokenizer: Tokenizer, texts: list[str], max_tokens: int | None = None) -> list[Tokens]:
-    """Token ids of each text, EOS last, cut to max_tokens where given."""
-    tokens = [np.array(encoding.ids, dtype=np.uint32) for encoding in tokenizer.encode_batch_fast(texts)]
-    return tokens if max_tokens is None else [cut(ids, max_tokens) for ids in tokens]
+    """Token ids of each text, EOS last, cut to max_tokens where given.
+
+    A text far longer than that is not tokenized to its end, so that its cost is that of what is kept.
+    """
+    if max_tokens is None:
+        return [_ids(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts)]
+    longest = HEAD_CHARS * (max_tokens + MARGIN)
+    whole = tokenizer.encode_batch_fast([text for text in texts if len(text) <= longest])
+    short = iter(whole)
+    tokens = [
+        _ids(next(short).ids) if len(text) <= longest else _head(tokenizer, text, max_tokens) for text in texts
+    ]
+    return [cut(ids, max_tokens) for ids in tokens]
+
+
+def _head(tokenizer: Tokenizer, text: str, max_tokens: int) -> Tokens:
+    """Token ids of the least part of a long text that surely holds `max_tokens` of its tokens, or of all of it."""
+    size = HEAD_CHARS * (max_tokens + MARGIN)
+    while True:
+        ids = _ids(tokenizer.encode(text[:size]).ids)
+        if size >= len(text) or len(ids) >= max_tokens + MARGIN:
+            return ids
+        size *= 4
+
+
+def _ids(ids: list[int]) -> Tokens:
+    return np.array(ids, dtype=np.uint32)
 
 
 def code_points(texts: list[str]) -> list[Tokens]:
