@@ -11,12 +11,8 @@ install-dev: .venv/.installed-dev
 quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, minutes on two cores
 	$(BIN)/python jobs/pipeline.py --recipe quickstart --root $(ROOT)
 
-# HAProxy in front of the replicas; a request whose replica dies before it answers goes to another one.
-SERVE_ENV := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \
-	RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response"
-
 serve: .venv/.installed  ## the quickstart's model on http://127.0.0.1:8000
-	$(SERVE_ENV) $(BIN)/serve run serve_configs/quickstart.yaml
+	set -a; . ./serve_configs/haproxy.env; $(BIN)/serve run serve_configs/quickstart.yaml
 
 submit: .venv/.installed  ## a recipe on a running cluster: make submit ADDRESS=http://HEAD:8265 RECIPE=... ROOT=URI
 	RAY_AUTH_MODE=token $(BIN)/python cluster/submit.py --address $(ADDRESS) --recipe $(RECIPE) --root $(ROOT)

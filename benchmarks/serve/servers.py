@@ -24,6 +24,7 @@ from benchmarks.serve.load import closed, http_request, serve_fixed
 MODEL = "bench"
 ROUTES = {"ours": "/v1/embeddings", "fastapi": "/v1/embeddings", "infinity": "/embeddings", "fixed": "/"}
 START_S = 180
+HAPROXY = Path(__file__).parents[2] / "serve_configs" / "haproxy.env"
 
 
 def free_port() -> int:
@@ -33,13 +34,19 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def settings_of(file: Path) -> dict[str, str]:
+    """The variables that a shell takes from a file of settings."""
+    command = ["sh", "-c", f"set -a; . {file}; env -0"]
+    shown = subprocess.run(command, env={}, capture_output=True, check=True, text=True).stdout  # noqa: S603
+    pairs = (entry.partition("=") for entry in shown.split("\0"))
+    return {name: value for name, _, value in pairs if name.startswith("RAY_")}
+
+
 def haproxy_env() -> dict[str, str]:
     """Ray Serve behind HAProxy, with ports of its own, so that several can run on one machine."""
     first = free_port()
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        **settings_of(HAPROXY),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),

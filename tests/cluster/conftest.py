@@ -14,24 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serve.servers import haproxy_env
 from tests.ports import free_port
 
 BIN = Path(sys.executable).parent
-
-
-def haproxy() -> dict[str, str]:
-    """What serve_configs/production.yaml asks for, on ports of its own."""
-    first = free_port()
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(min(first + 100, 65_535)),
-    }
 
 
 @pytest.fixture(scope="package")
@@ -47,7 +33,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_TMPDIR": str(tmp_path_factory.mktemp("ray")),
-        **haproxy(),
+        **haproxy_env(),
         "HEAD": f"http://127.0.0.1:{port}",
     }
     ports = {"port": free_port(), "dashboard-port": port, "dashboard-agent-listen-port": free_port()}

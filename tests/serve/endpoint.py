@@ -30,6 +30,8 @@ TEXTS = [
 ]
 MAX_QUEUED, MAX_BODY = 48, 100_000
 KEYED, ROUTER = "/keyed", "/family"
+BROWSER = "https://pages.example"
+"""The origin that /keyed answers browsers of."""
 READY = "the endpoint is ready, and Ray's metrics are at "
 
 
@@ -75,7 +77,7 @@ def main(port: int, folder: Path) -> None:
 
     one: dict[str, Any] = {"root": str(folder), "max_queued": MAX_QUEUED, "max_body_bytes": str(MAX_BODY)}
     keyed = {"model": str(folder / "wide"), "aliases": ["text-embedding-3-small"], "access_log": True}
-    keyed["keys"] = str(folder / "keys.txt")
+    keyed |= {"keys": str(folder / "keys.txt"), "token_ids": False, "cors_origins": [BROWSER]}
     routed = {"models": {"tiny": one, "keyed": keyed}, "keys": keyed["keys"]}
     ray.init("local", num_cpus=8, include_dashboard=False, logging_level="ERROR")
     try:

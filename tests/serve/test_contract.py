@@ -37,7 +37,7 @@ def test_embedding_types(server: Server, dim: int) -> None:
         packed = server.post("/v1/embeddings", {**ask, "encoding_format": "base64"}).json()["data"]
         assert all("embeddings" not in entry for entry in numbers)
         ours = np.array([entry["embedding"] for entry in numbers])
-        unpacked = [np.frombuffer(base64.b64decode(entry["embedding"]), rows.dtype) for entry in packed]
+        unpacked = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in packed]
         # A step of int8 may go either way for a value that lies on its edge.
         tolerance = 1 if kind == "int8" else 1e-5 if kind == "float" else 0
         np.testing.assert_allclose(ours, rows, atol=tolerance)
