@@ -381,7 +381,7 @@ def test_other_worker_counts_prepare_the_same_bytes(
 
 def refused(folder: Path, recipe: Path, *arguments: object) -> str:
     process = job("prepare", "--recipe", recipe, "--root", folder / "bad", *arguments)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 1, output
     assert "Traceback" not in output
     return output
@@ -401,7 +401,7 @@ def test_bad_input_gets_one_clear_message(folder: Path, recipe: Path, ray_here: 
 
 def test_jobs_say_what_must_run_first(folder: Path, recipe: Path) -> None:
     process = job("prune", "--recipe", recipe, "--root", folder / "empty")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 1
     assert "is not finished; run jobs/" in output
     assert yaml.safe_load(recipe.read_text())["name"] == "small"

@@ -101,7 +101,7 @@ def test_forms_of_input_and_output_agree(server: Server) -> None:
 ERRORS: dict[str, tuple[str, Any, int, str]] = {
     "json": ("/v1/embeddings", b"{", 400, "invalid_json"),
     "shape": ("/v1/embeddings", {"model": "tiny", "input": {"a": 1}}, 400, "invalid_request"),
-    "surrogate": ("/embed", b'{"inputs": "\\ud83d"}', 400, "invalid_json"),
+    "surrogate": ("/embed", b'{"inputs": "\\ud83d"}', 400, "invalid_text"),
     "model": ("/v1/embeddings", {"model": "gpt", "input": "a"}, 404, "model_not_found"),
     "many": ("/embed", {"inputs": ["a"] * 17}, 413, "too_many_inputs"),
     "large": ("/embed", {"inputs": "a" * MAX_BODY}, 413, "body_too_large"),

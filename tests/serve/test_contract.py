@@ -233,7 +233,7 @@ def test_the_page_of_the_api_is_complete(server: Server) -> None:
     assert set(page["paths"]) >= {"/v1/embeddings", "/embed", "/v1/models", "/info", "/health"}
     for route in ("/v1/embeddings", "/embed"):
         post = page["paths"][route]["post"]
-        assert set(post["responses"]) == {"200", "400", "401", "404", "413", "422", "429", "503"}
+        assert set(post["responses"]) == {*map(str, (200, 400, 401, 404, 408, 413, 415, 422, 429, 503))}
         fields = post["requestBody"]["content"]["application/json"]["schema"]["properties"]
         assert {"dimensions", "prompt_name", "instruction", "truncate", "embedding_types"} <= set(fields)
         assert all("description" in fields[name] for name in ("dimensions", "embedding_types", "truncate"))

@@ -100,8 +100,9 @@ def test_a_long_text_is_refused_cut_or_taken_in_parts(server: Server) -> None:
     np.testing.assert_allclose(parts.json()["data"][1]["embedding"], wanted, atol=1e-5)
     np.testing.assert_allclose(server.embed("short", long_text="chunk"), server.engine.embed(["short"]), atol=1e-5)
 
-    prompted = server.embed(LONG, long_text="chunk", prompt_name="query")
-    assert prompted.shape == (1, 32)
+    assert server.embed(LONG, long_text="chunk", instruction="Find.").shape == (1, 32)
+    narrow = server.post("/embed", {"inputs": LONG, "long_text": "chunk", "instruction": "Find it. " * 5})
+    assert (narrow.status_code, error_of(narrow)["code"]) == (422, "too_many_tokens")
     both = server.post("/embed", {"inputs": "a", "truncate": True, "long_text": "chunk"})
     assert (both.status_code, error_of(both)["param"]) == (422, "long_text")
 

@@ -50,9 +50,7 @@ class Running:
 
     @property
     def engine(self) -> psutil.Process:
-        found = psutil.Process().children(recursive=True)
-        (process,) = [one for one in found if "f2llm_ray.engine.engine_process" in one.cmdline()]
-        return process
+        return psutil.Process(self.replica.engine._process.pid)  # noqa: SLF001
 
 
 @contextmanager
