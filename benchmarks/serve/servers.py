@@ -94,6 +94,12 @@ class Running:
         """The processes that answer; each has one below it that holds the model."""
         return [one for one in self.tree() if " ".join(one.cmdline()).startswith("ray::ServeReplica")]
 
+    def update(self, settings: Mapping[str, Any]) -> None:
+        """Deploys the same model again with other settings, beside the replicas that answer."""
+        assert self.process.stdin is not None  # noqa: S101 (for the type: it is a pipe)
+        self.process.stdin.write(json.dumps(dict(settings)).encode() + b"\n")
+        self.process.stdin.flush()
+
     def stop(self) -> None:
         """Closes the input of the process, which ends it, and waits."""
         if self.process.stdin is not None:
@@ -163,13 +169,18 @@ def _serve_ours(port: int, folder: str, replicas: int, settings: dict[str, Any])
     threads = int(os.environ["OMP_NUM_THREADS"])
     ray.init("local", num_cpus=16, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"enable_access_log": False})
-    endpoint = build({"model": folder, **settings})
     options = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": threads}}
-    bound = endpoint._bound_deployment  # noqa: SLF001 (what a Serve config changes of a built application)
-    endpoint._bound_deployment = bound.options(**options)  # noqa: SLF001
-    try:
+
+    def deploy(given: dict[str, Any]) -> None:
+        endpoint = build({"model": folder, **given})
+        bound = endpoint._bound_deployment  # noqa: SLF001 (what a Serve config changes of a built application)
+        endpoint._bound_deployment = bound.options(**options)  # noqa: SLF001
         serve.run(endpoint)
-        sys.stdin.read()
+
+    try:
+        deploy(settings)
+        for line in sys.stdin:
+            deploy({**settings, **json.loads(line)})
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -17,17 +17,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serve.load import closed, paced
-from benchmarks.serve.servers import MODEL, Running, start
+from benchmarks.serve.servers import MODEL, start
+from benchmarks.serve.soak import megabytes, soak
 
 QUEUED = 64
 CLIENTS = 512
 """Connections of the overload: more than may wait, so that some requests are refused."""
-
-
-def megabytes(server: Running) -> float:
-    """Resident memory of the replicas and their engines."""
-    held = [one for replica in server.replicas() for one in (replica, *replica.children(recursive=True))]
-    return float(sum(process.memory_info().rss for process in held)) / 1e6
 
 
 def milliseconds(latencies: list[float]) -> dict[str, float]:
@@ -96,10 +91,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", choices=("overload", "kill"))
+    parser.add_argument("--minutes", type=float, help="instead: every failure under load (benchmarks.serve.soak)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / MODEL
         make_model(folder)
+        if arguments.minutes:
+            texts_by_kind = {kind: texts_of_kind(kind) for kind in ("short", "natural")}
+            print(json.dumps(soak(folder, texts_by_kind, arguments.minutes)))
+            return
         texts = texts_of_kind("short")
         runs = {"overload": overload, "kill": kill}
         chosen = [arguments.only] if arguments.only else list(runs)
