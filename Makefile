@@ -9,7 +9,7 @@ install: .venv/.installed
 install-dev: .venv/.installed-dev
 
 quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, minutes on two cores
-	$(BIN)/python jobs/pipeline.py --recipe quickstart --root $(ROOT)
+	$(BIN)/python -m f2llm_ray run --recipe quickstart --root $(ROOT)
 
 # HAProxy in front of the replicas; a request whose replica dies before it answers goes to another one.
 SERVE_ENV := RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \

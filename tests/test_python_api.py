@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +19,7 @@ import f2llm_ray as f2
 from f2llm_ray.base.errors import ArgumentError, DataError, RecipeError, RunError
 from f2llm_ray.engine.text_engine import calibrate, save_calibration
 from f2llm_ray.run.folder import Folder
-from tests.corpus import write_corpus
+from tests.corpus import write_corpus, write_recipe
 from tests.encoders import encoder_folder
 from tests.tiny import LINES, tiny_model
 
@@ -223,3 +225,22 @@ def test_a_run_gives_its_models_and_scores(ray_here: None, tmp_path: Path) -> No
     assert measured["held"]["24"]["ndcg@10"] == pytest.approx(score, abs=1e-6)
     with pytest.raises(ArgumentError, match=r"has no evaluation\.sets"):
         f2.evaluate(result.load(), recipe, tmp_path / "root", evaluation=None)
+
+
+def test_the_examples_of_the_page_run(ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    del ray_here
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    recipe = write_corpus(tmp_path)
+    del recipe["distill"]
+    write_recipe(tmp_path, recipe | {"stages": {}, "prune": {**recipe["prune"], "model": "untrained"}})
+    tiny_model(tmp_path / "runs" / "ours" / "trained" / "model")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "docs/python.md", "exec"), names)  # noqa: S102 - our own page
+    assert names["scores"].shape == (2, 3)
+    assert names["signs"].shape == (1, 4)
+    assert names["found"].dropped == 1
+    assert names["found"].clusters.to_pylist() == [{"row": 0, "kept": 0}, {"row": 2, "kept": 0}]
