@@ -130,7 +130,8 @@ def _lines(
         yield f"  {BASE_SOURCE}: null # the base's example\n"
     for source_name, source in sources.items():
         yield f"  {source_name}:\n    format: {source.format}\n"
-        yield f"    paths: [{', '.join(map(_quoted, source.files))}] # relative to where the command is run\n"
+        note = " # relative to where the command is run" if any(map(_is_relative, source.files)) else ""
+        yield f"    paths: [{', '.join(map(_quoted, source.files))}]{note}\n"
         found = sorted(source.guess.columns.items(), key=lambda item: ROLES.index(item[0]))
         columns = ", ".join(f"{role}: {_quoted(column)}" for role, column in found)
         yield f"    columns: {{{columns}}}\n"
@@ -146,6 +147,10 @@ def _lines(
         yield SMALL.format(batch=batch)
     yield "\n# Scores need texts that are never trained on, such as a file of further pairs:\n"
     yield "# evaluation:\n#   sets:\n#     heldout: {source: {format: csv, paths: [heldout.csv], columns: ...}}\n"
+
+
+def _is_relative(file: str) -> bool:
+    return "://" not in file and not Path(file).is_absolute()
 
 
 def _quoted(text: str) -> str:

@@ -94,10 +94,9 @@ def _tag(kind: Kind) -> str:
 
 def type_text(annotation: Any) -> str:
     """What a value may be, in words."""
-    if annotation in PLAIN:
-        return PLAIN[annotation]
     if typing.get_origin(annotation) is None:
-        return "a section" if list(_kinds(annotation)) else getattr(annotation, "__name__", str(annotation))
+        named = "a section" if list(_kinds(annotation)) else getattr(annotation, "__name__", str(annotation))
+        return PLAIN.get(annotation, named)
     return _generic_text(typing.get_origin(annotation), typing.get_args(annotation))
 
 
