@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from f2llm_ray.api.dedup import Deduplicated, dedup
     from f2llm_ray.api.model import Model, load
-    from f2llm_ray.api.run import RunResult, evaluate, run
+    from f2llm_ray.api.run import RunResult, evaluate_model, run_recipe
 
 __version__ = "0.1.0"
-__all__ = ["Deduplicated", "Model", "RunResult", "dedup", "evaluate", "load", "run"]
+__all__ = ["Deduplicated", "Model", "RunResult", "dedup", "evaluate_model", "load", "run_recipe"]
 
+# None of these may be the name of a room, such as `run`: importing the room would put it in the place of the call.
 _PLACES = {
     "Deduplicated": "dedup",
     "dedup": "dedup",
     "Model": "model",
     "load": "model",
     "RunResult": "run",
-    "evaluate": "run",
-    "run": "run",
+    "evaluate_model": "run",
+    "run_recipe": "run",
 }
 
 

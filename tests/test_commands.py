@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm_ray.commands.main import COMMANDS, main
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.text_engine import Calibration, calibrate, save_calibration
 from f2llm_ray.recipe.files import builtin_recipes, load_recipe
 from f2llm_ray.recipe.reference import explain, places
+from f2llm_ray.run.folder import Folder
 from tests.ports import free_port
-from tests.tiny import tiny_model
+from tests.tiny import LINES, tiny_model
 
 ROOT = Path(__file__).parent.parent
 JOBS = {path.stem: path for path in sorted((ROOT / "jobs").glob("*.py"))}
@@ -304,9 +308,9 @@ def test_serve_answers_until_it_is_told_to_end(tmp_path: Path, capsys: pytest.Ca
                 assert line, "".join(lines)
                 lines.append(line)
             assert f"serving at http://127.0.0.1:{port} " in "".join(lines)
-            answer = httpx.post(
-                f"http://127.0.0.1:{port}/v1/embeddings", json={"input": "hello", "model": "mine"}, timeout=30
-            )
+            curl = shlex.split(lines[-1])
+            answer = httpx.post(curl[1], content=curl[-1], headers=[curl[3].split(": ")], timeout=30)
+            assert answer.json()["model"] == "mine"
             assert len(answer.json()["data"][0]["embedding"]) == 32
             assert f2llm("serve", "--model", model, "--port", port) == 1
             assert f"--port {port}: cannot listen on 127.0.0.1" in capsys.readouterr().err
@@ -316,6 +320,19 @@ def test_serve_answers_until_it_is_told_to_end(tmp_path: Path, capsys: pytest.Ca
             assert rest.strip().endswith("stopped")
         finally:
             server.kill()
+
+
+def test_a_model_that_fails_its_self_check_is_not_served(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    engine = Engine(folder)
+    found = calibrate(engine, engine.tokenize(LINES))
+    save_calibration(Folder.at(str(folder)), Calibration(found.ranges, -found.check_nd))
+    command = [sys.executable, "-m", "f2llm_ray", "serve", "--model", folder, "--port", str(free_port())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=200)
+    assert done.returncode == 1
+    assert "error: tiny cannot be served: " in done.stderr
+    assert "self-check failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,9 @@ def test_the_import_is_light() -> None:
     heavy = "{'ray', 'torch', 'numpy', 'pydantic', 'pyarrow', 'transformers'}"
     code = f"import sys, f2llm_ray; assert not {heavy} & set(sys.modules); assert 'load' in dir(f2llm_ray)"
     subprocess.run([sys.executable, "-c", code], check=True)
+    rooms = {path.stem for path in Path(f2.__file__).parent.iterdir()}
+    assert not rooms & set(f2.__all__), "a room would take the place of the call"
+    assert all(getattr(f2, name).__module__.startswith("f2llm_ray.api.") for name in f2.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = f2.nothing
 
@@ -207,9 +210,9 @@ def test_a_run_gives_its_models_and_scores(ray_here: None, tmp_path: Path) -> No
     del recipe["distill"]
     recipe |= {"stages": {}, "prune": {**recipe["prune"], "model": "untrained"}}
     with pytest.raises(RecipeError, match="unknown key"):
-        f2.run(recipe, tmp_path / "root", data={"max_token": 3})
+        f2.run_recipe(recipe, tmp_path / "root", data={"max_token": 3})
     assert not (tmp_path / "root").exists()
-    result = f2.run(recipe, tmp_path / "root", sources={"labels": None, "clusters": None})
+    result = f2.run_recipe(recipe, tmp_path / "root", sources={"labels": None, "clusters": None})
     assert list(result.models) == ["untrained", "pruned"]
     assert Path(result.report_html).is_file()
     assert result.load().dims[-1] == 24
@@ -221,10 +224,10 @@ def test_a_run_gives_its_models_and_scores(ray_here: None, tmp_path: Path) -> No
     assert f"<td>{score:.3f}</td>" in shown
     assert "<th>held, ndcg@10</th>" in shown
     assert f"{score:.3f}" in str(result)
-    measured = f2.evaluate(result.load(), recipe, tmp_path / "root")
+    measured = f2.evaluate_model(result.load(), recipe, tmp_path / "root")
     assert measured["held"]["24"]["ndcg@10"] == pytest.approx(score, abs=1e-6)
     with pytest.raises(ArgumentError, match=r"has no evaluation\.sets"):
-        f2.evaluate(result.load(), recipe, tmp_path / "root", evaluation=None)
+        f2.evaluate_model(result.load(), recipe, tmp_path / "root", evaluation=None)
 
 
 def test_the_examples_of_the_page_run(ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

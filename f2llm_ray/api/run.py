@@ -69,7 +69,7 @@ class RunResult:
         return f"<table>{''.join(lines)}</table><p>{html.escape(self.report_html)}</p>"
 
 
-def run(recipe: RecipeLike, root: str | Path, *, rescreen: bool = False, **changes: Any) -> RunResult:
+def run_recipe(recipe: RecipeLike, root: str | Path, *, rescreen: bool = False, **changes: Any) -> RunResult:
     """Runs all stages of a recipe, as `f2llm run` does: finished ones are skipped, an interrupted one goes on.
 
     It joins the Ray cluster that RAY_ADDRESS names, or starts one that ends with this process.
@@ -95,14 +95,14 @@ def run(recipe: RecipeLike, root: str | Path, *, rescreen: bool = False, **chang
     return RunResult(pipeline.run.root.uri, report)
 
 
-def evaluate(
+def evaluate_model(
     model: Model | str | Path, recipe: RecipeLike, root: str | Path, **changes: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Measures a model on a recipe's evaluation sets, as `f2llm evaluate --model` does.
 
     Args:
         model: a model or its folder, ours or of sentence-transformers.
-        recipe: whose `evaluation.sets` are measured; see `run`.
+        recipe: whose `evaluation.sets` are measured; see `run_recipe`.
         root: where the sets are kept once they are made.
         changes: sections that are laid over the recipe, such as `evaluation={"sets": {...}}`.
 
@@ -110,7 +110,7 @@ def evaluate(
         Scores by set, dim and metric.
 
     Raises:
-        RecipeError, DataError, RunError: as `run`.
+        RecipeError, DataError, RunError: as `run_recipe`.
     """
     from f2llm_ray.api.plainly import plainly
     from f2llm_ray.base.session import connect

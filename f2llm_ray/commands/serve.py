@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -58,10 +59,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from f2llm_ray.base.session import connect
     from f2llm_ray.serve.app import build
+    from f2llm_ray.serve.served_model import Arguments, find_model
 
     given = {name: getattr(arguments, name) for name in ("model", "root", "name", "corpus")}
     keys = arguments.keys and str(Path(arguments.keys).absolute())
-    application = build({name: value for name, value in {**given, "keys": keys}.items() if value is not None})
+    given = {name: value for name, value in {**given, "keys": keys}.items() if value is not None}
+    application = build(given)
+    name = find_model(Arguments.model_validate(given)).card.id
     if not os.environ.get("RAY_ADDRESS"):
         _check_free(arguments.host, arguments.port)
     connect()
@@ -70,9 +74,12 @@ def run(arguments: argparse.Namespace) -> None:
     ended = threading.Event()
     try:
         serve.start(http_options=http, logging_config=quiet)
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        except RuntimeError as error:
+            raise RunError(f"{name} cannot be served: {_reason() or error}") from None
         signal.signal(signal.SIGTERM, lambda *_: ended.set())
-        say(_told(arguments))
+        say(_told(arguments, name))
         ended.wait()
     except KeyboardInterrupt:
         pass
@@ -82,11 +89,21 @@ def run(arguments: argparse.Namespace) -> None:
     say("stopped")
 
 
-def _told(arguments: argparse.Namespace) -> str:
+def _reason() -> str:
+    """What Serve says of a deployment that did not start: the last error in it; "" where it says none."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    said = [] if application is None else [found.message for found in application.deployments.values()]
+    errors = re.findall(r"^(?:[\w.]*\.)?\w*Error: (.+)$", "\n".join(said), re.MULTILINE)
+    return str(errors[-1]) if errors else ""
+
+
+def _told(arguments: argparse.Namespace, name: str) -> str:
     """Where the server is, and how to ask it."""
     url = f"http://{arguments.host}:{arguments.port}"
     key = ["-H", "Authorization: Bearer YOUR_KEY"] if arguments.keys else []
-    body = json.dumps({"input": "hello"})
+    body = json.dumps({"model": name, "input": "hello"})
     curl = ["curl", f"{url}/v1/embeddings", "-H", "Content-Type: application/json", *key, "-d", body]
     return f"serving at {url} (search page: /, API: /docs); Ctrl-C ends it. Try:\n{shlex.join(curl)}"
 
