@@ -9,7 +9,7 @@ install: .venv/.installed
 install-dev: .venv/.installed-dev
 
 quickstart: .venv/.installed  ## the whole pipeline on real multilingual text, minutes on two cores
-	$(BIN)/python jobs/pipeline.py --recipe quickstart --root $(ROOT)
+	$(BIN)/python -m f2llm_ray run --recipe quickstart --root $(ROOT)
 
 serve: .venv/.installed  ## the quickstart's model on http://127.0.0.1:8000
 	set -a; . ./serve_configs/haproxy.env; $(BIN)/serve run serve_configs/quickstart.yaml

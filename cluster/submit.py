@@ -23,7 +23,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import job_parser, main, recipe_of
+from f2llm_ray.commands.command_line import job_parser, main, recipe_of
 
 STARTING = "No available agent"
 """In Ray's answer while the head's agent is not up yet (ray 2.60)."""

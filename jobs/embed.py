@@ -1,103 +1,10 @@
-"""Embeds a column of parquet, jsonl or csv files into parquet shards of vectors."""
+"""`f2llm embed` as a script, for `ray job submit`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import Any
 
-from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import job_parser, main, recipe_of
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = job_parser(
-        f"{__doc__} The model is a folder, or the one that a run serves (--recipe and --root).", run_required=False
-    )
-    parser.add_argument("--model", metavar="FOLDER", help="an exported model folder")
-    parser.add_argument(
-        "--input", required=True, metavar="PATH", help="a .parquet, .jsonl or .csv file, or a folder"
-    )
-    parser.add_argument("--column", required=True, help="the column that holds the text")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the shards go")
-    parser.add_argument("--id-column", help="the column that names a row (default: its number within its file)")
-    parser.add_argument(
-        "--keep-columns",
-        default="",
-        metavar="A,B",
-        help="columns that are copied into the shards, e.g. the text itself",
-    )
-    parser.add_argument("--dimensions", type=int, help="one of the model's trained dims (default: the largest)")
-    parser.add_argument("--prompt-name", help="the prompt before each text, e.g. query (default: document)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "float16", "int8", "binary", "ubinary"),
-        help="how a vector is stored; int8 by the model's own ranges, binary as packed signs",
-    )
-    parser.add_argument(
-        "--shard-rows", type=int, default=16_384, help="rows per shard: the unit of resuming and of sharing out"
-    )
-    parser.add_argument(
-        "--batch-rows", type=int, default=1024, help="rows that are embedded and written at a time"
-    )
-    parser.add_argument(
-        "--on-bad-row",
-        default="error",
-        choices=("error", "skip"),
-        help="stop at a row without text, or leave it out and count it",
-    )
-    parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per CPU core)")
-    return parser
-
-
-def embed(arguments: argparse.Namespace) -> None:
-    """Embeds what is not embedded yet."""
-    from f2llm_ray.serve.bulk import run, survey
-    from f2llm_ray.serve.shards import EmbedJob
-
-    names = (
-        *("input", "column", "output", "id_column", "dimensions"),
-        *("dtype", "prompt_name", "shard_rows", "batch_rows", "on_bad_row"),
-    )
-    keep = tuple(name for name in arguments.keep_columns.split(",") if name)
-    job = EmbedJob(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
-    if arguments.dry_run:
-        found = survey(job)
-        say(f"{found.job.output}: {len(found.waiting)} of {len(found.units)} shards would be made")
-        return
-    done = run(job, workers=arguments.workers)
-    now = done["embedded_now"]
-    say(
-        f"{done['output_uri']}: {now['rows']} rows embedded in {done['seconds']} s"
-        f" ({done['startup_seconds']} s to start, then {done['rows_per_second']} rows/s,"
-        f" {done['tokens_per_second']} tokens/s);"
-        f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
-        f"{_counted(done)}"
-    )
-
-
-def _counted(done: dict[str, Any]) -> str:
-    """What a person should know of the rows and shards, where there is something."""
-    found = {
-        "texts cut at the model's length": done["cut"],
-        "rows without text left out": done["skipped"],
-        "shards of files that changed or are gone removed": done["shards_removed"],
-    }
-    return "".join(f"; {count:,} {what}" for what, count in found.items() if count)
-
-
-def _model(arguments: argparse.Namespace) -> str:
-    if arguments.model is not None:
-        return str(arguments.model)
-    if arguments.recipe is None or arguments.root is None:
-        raise RecipeError("give --model, or --recipe and --root")
-    from f2llm_ray.pipeline.walk import Pipeline
-
-    return Pipeline(recipe_of(arguments), arguments.root).served_model().uri
-
+from f2llm_ray.commands.main import job
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), embed))
+    sys.exit(job("embed"))

@@ -1,43 +1,10 @@
-"""Checks a model folder (loads, same vectors, complete card, no code) and pushes it to the Hugging Face hub."""
+"""`f2llm publish` as a script, for `ray job submit`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-from f2llm_ray.base import formatting
-from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import main
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog="The token is that of HF_TOKEN or of `hf auth login`; it is never shown."
-    )
-    parser.add_argument("model", metavar="FOLDER", type=Path, help="a model folder with its card")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="where it goes")
-    parser.add_argument(
-        "--licence", required=True, metavar="ID", help="the hub's identifier of the licence, such as apache-2.0"
-    )
-    parser.add_argument("--private", action="store_true", help="a new repository is made private")
-    parser.add_argument("--dry-run", action="store_true", help="only check, and list what would be sent")
-    return parser
-
-
-def publish(arguments: argparse.Namespace) -> None:
-    """Checks and sends."""
-    from f2llm_ray.export import publish as work
-
-    upload = None if arguments.dry_run else work.hub_upload(private=arguments.private)
-    done = work.publish(arguments.model, arguments.repo, arguments.licence, upload)
-    for name, size in done.files.items():
-        say(f"{formatting.byte_size(size):>10}  {name}")
-    where = done.url or f"checked; a dry run sends nothing to {arguments.repo}"
-    total = f"{formatting.plural(len(done.files), 'file')}, {formatting.byte_size(sum(done.files.values()))}"
-    say(f"{total}, licence {arguments.licence}: {where}")
-
+from f2llm_ray.commands.main import job
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), publish))
+    sys.exit(job("publish"))

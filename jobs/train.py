@@ -1,36 +1,10 @@
-"""Trains the contrastive stages of a recipe, in order; the data must be prepared."""
+"""`f2llm train` as a script, for `ray job submit`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.pipeline.command_line import dry_run, job_parser, main, pipeline_of
-
-JOB = "jobs/train.py"
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = job_parser(__doc__ or "")
-    parser.add_argument("--stage", help="only this stage (default: all stages of the recipe)")
-    return parser
-
-
-def train(arguments: argparse.Namespace) -> None:
-    """Runs the stages, after making the model they start from.
-
-    Raises:
-        RecipeError: the recipe has no such stage.
-    """
-    pipeline = pipeline_of(arguments)
-    stages = [stage.name for stage in pipeline.graph.of_job(JOB)]
-    if arguments.stage is not None and arguments.stage not in stages:
-        raise RecipeError(f"--stage {arguments.stage!r}: the recipe has {stages}")
-    if not dry_run(arguments, pipeline, JOB):
-        pipeline.job(JOB, arguments.stage)
-
+from f2llm_ray.commands.main import job
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), train))
+    sys.exit(job("train"))

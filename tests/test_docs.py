@@ -6,20 +6,22 @@ import pkgutil
 import re
 import shlex
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from f2llm_ray.commands.main import ALIASES, COMMANDS
 from f2llm_ray.recipe.files import builtin_recipes
 from f2llm_ray.serve import routes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
-OURS = re.compile(r"^(?:\w+=\S+ )*(python (?:-m benchmarks|jobs/)|make |serve run |curl )")
+OURS = re.compile(r"^(?:\w+=\S+ )*(python (?:-m benchmarks|jobs/)|f2llm |make |serve run |curl )")
 THEIRS = ("kubectl", "ray", "export", "pip", "helm", "docker", "sbatch", "hf", "serve")
 """Programs whose own flags are not ours to check; tests/cluster runs `ray` and `serve` for real."""
-STAND_INS = ("ours.yaml", "my.yaml", "NAME", "R", "...")
+STAND_INS = ("ours.yaml", "my.yaml", "recipe.yaml", "NAME", "R", "...")
 """Recipes that the reader is to put in."""
 
 
@@ -35,13 +37,24 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 def flags_of(script: Path) -> set[str]:
-    """The flags that a script knows, its own and those that all jobs have."""
-    files = [
-        script,
-        ROOT / "f2llm_ray" / "pipeline" / "command_line.py",
-        *(script.parent.glob("*.py") if "benchmarks/" in str(script) else ()),
-    ]
+    """The flags that a benchmark knows."""
+    files = [script, *(script.parent.glob("*.py") if "benchmarks/" in str(script) else ())]
     return {"--help"}.union(*(re.findall(r'"(--[a-z-]+)"', file.read_text(encoding="utf-8")) for file in files))
+
+
+def check_command(page: str, words: list[str]) -> None:
+    """A command of ours is there and has the flags; "NAME" and "COMMAND" stand for any."""
+    name = ALIASES.get(words[0], words[0])
+    if name in {"NAME", "COMMAND", "--help", "--version"}:
+        return
+    assert name in COMMANDS, page
+    parsers = [import_module(f"f2llm_ray.commands.{name}").parser()]
+    if name == "recipe":
+        (actions,) = (action.choices for action in parsers[0]._actions if action.choices)  # noqa: SLF001
+        parsers = [actions[words[1]]] if len(words) > 1 else []
+    known = {flag for parser in parsers for action in parser._actions for flag in action.option_strings}  # noqa: SLF001
+    used = {word for word in words if word.startswith("--")}
+    assert used <= known, f"{page}: {sorted(used - known)}"
 
 
 def script_of(words: list[str]) -> Path:
@@ -61,6 +74,8 @@ def test_a_command_exists_as_it_is_written(page: str, command: str) -> None:
         assert script.is_file(), page
         used = {word for word in words if word.startswith("--")}
         assert used <= flags_of(script), f"{page}: {sorted(used - flags_of(script))}"
+    elif words[0] == "f2llm":
+        check_command(page, words[1:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), (
             f"{page}: make {words[1]}"

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-import types
-import typing
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from f2llm_ray.base.section import Section
 from f2llm_ray.recipe.files import builtin_recipes
-from f2llm_ray.recipe.recipe import Recipe
-
-Kind = type[Section]
+from f2llm_ray.recipe.reference import Kind, bounds_text, default_text, meaning, paragraph, places, type_text
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -45,16 +34,20 @@ def recipe_page() -> str:
         "",
     ]
     done: set[Kind] = set()
-    for place, kind in _sections("", Recipe):
-        if kind in done:
+    for place in places():
+        if place.kind in done:
             continue
-        done.add(kind)
-        lines += [f"## `{place}`" if place else "## The whole", "", _paragraph(kind.__doc__ or ""), ""]
+        done.add(place.kind)
+        lines += [
+            f"## `{place.title}`" if place.path else "## The whole",
+            "",
+            paragraph(place.kind.__doc__ or ""),
+            "",
+        ]
         lines += ["| key | type | default | |", "|---|---|---|---|"]
-        annotations = _annotations(kind)
-        for name, field in kind.model_fields.items():
+        for name, field in place.kind.model_fields.items():
             lines.append(
-                f"| `{name}` | {_cell(annotations.get(name, ''))} | {_default(field)} | {_meaning(field)} |"
+                f"| `{name}` | {_cell(type_text(field.annotation))} | {_default(field)} | {_meaning(field)} |"
             )
         lines.append("")
     return "\n".join(lines)
@@ -74,73 +67,15 @@ def recipes_page() -> str:
     return "\n".join(lines)
 
 
-def _sections(place: str, kind: Kind) -> Iterator[tuple[str, Kind]]:
-    """The section and all below it, in the order of their keys."""
-    yield place, kind
-    for name, field in kind.model_fields.items():
-        below = list(_kinds(field.annotation))
-        path = f"{place}.{name}" if place else name
-        if typing.get_origin(field.annotation) is dict:
-            path += ".NAME"
-        for part in below:
-            yield from _sections(f"{path}{_tag(part)}" if len(below) > 1 else path, part)
-
-
-def _tag(kind: Kind) -> str:
-    """What tells a section from the others that may stand in its place."""
-    for key in ("format", "kind"):
-        if key in kind.model_fields:
-            values = typing.get_args(kind.model_fields[key].annotation)
-            return f" ({key}: {' or '.join(map(str, values))})"
-    return ""
-
-
-def _kinds(annotation: Any) -> Iterator[Kind]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, Section):
-            yield annotation
-        return
-    for argument in typing.get_args(annotation):
-        yield from _kinds(argument)
-
-
-def _annotations(kind: Kind) -> dict[str, str]:
-    """The types of a section's keys as its source writes them, those of its bases first."""
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, Section) and base is not Section:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-            assert isinstance(tree, ast.ClassDef)  # noqa: S101 - it is the source of a class
-            for node in tree.body:
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                    found[node.target.id] = ast.unparse(node.annotation)
-    return found
-
-
 def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined:
-        return ""
-    if isinstance(value, Section):
-        return "its defaults"
-    return "unset" if value is None else f"`{value!r}`".replace("|", "\\|")
+    default = default_text(field)
+    return "" if default is None else default if default in {"unset", "its defaults"} else _cell(f"`{default}`")
 
 
 def _meaning(field: FieldInfo) -> str:
-    limits = []
-    for limit in field.metadata:
-        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
-            if getattr(limit, name, None) is not None:
-                limits.append(f"{sign} {getattr(limit, name)}")
-    text = _paragraph(field.description or "")
-    return " ".join(part for part in (text, f"({', '.join(limits)})" if limits else "") if part).replace(
-        "|", "\\|"
-    )
+    bounds = bounds_text(field)
+    return _cell(" ".join(part for part in (meaning(field), f"({bounds})" if bounds else "") if part))
 
 
 def _cell(text: str) -> str:
-    return f"`{text}`".replace("|", "\\|") if text else ""
-
-
-def _paragraph(text: str) -> str:
-    return " ".join(inspect.cleandoc(text).split())
+    return text.replace("|", "\\|")

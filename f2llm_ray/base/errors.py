@@ -19,6 +19,10 @@ class RunError(F2LLMError):
     """A run folder in the wrong state: a stage missing, a folder that is no model, a root that cannot be used."""
 
 
+class ArgumentError(F2LLMError, ValueError):
+    """An argument of a Python call that cannot be."""
+
+
 def plain_error(error: BaseException) -> F2LLMError | None:
     """Finds our own error inside the layers that Ray wraps around it (None when there is none).
 

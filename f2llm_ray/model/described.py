@@ -11,6 +11,8 @@ from f2llm_ray.model.families import Pooling
 
 MODULES_FILE = "modules.json"
 CONFIG_FILE = "config.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
+"""Prompts by name, and which one is used where none is asked for."""
 MODULES = {"Transformer", "Pooling", "Normalize"}
 """Modules of sentence-transformers that make the vectors that the engine makes."""
 POOLING_FLAGS: dict[Pooling, str] = {
@@ -68,7 +70,7 @@ def described(read: Read, place: str) -> Described | None:
     text = read("sentence_bert_config.json") or {}
     if text.get("do_lower_case"):
         raise RunError(f"{place}/sentence_bert_config.json: found do_lower_case true, expected false")
-    said = (read("config_sentence_transformers.json") or {}).get("prompts") or {}
+    said = (read(SETTINGS_FILE) or {}).get("prompts") or {}
     query, document = sides(said)
     return Described(pooling, query, document, text.get("max_seq_length"))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from f2llm_ray.pipeline.graph import Graph, Model
@@ -109,6 +109,4 @@ def _clean(graph: Graph, run: Run, model: str, name: str) -> dict[str, float]:
 
 
 def _serve_command(root: Folder) -> str:
-    if root.local == Path("runs/quickstart").absolute():
-        return "serve run serve_configs/quickstart.yaml"
-    return f"serve run f2llm_ray.serve.app:build root={root.uri}"
+    return shlex.join(["f2llm", "serve", "--root", root.uri])

@@ -59,7 +59,7 @@ class Graph:
         """
         found = [stage for stage in self.stages() if stage.job == job]
         if not found:
-            raise RunError(f"recipe {self.recipe.name!r} has nothing for {job}")
+            raise RunError(f"recipe {self.recipe.name!r} has nothing for `f2llm {job}`")
         return found
 
     def model(self, name: str) -> Model:

@@ -1,12 +1,12 @@
-"""The jobs that make stages: scripts for `ray job submit`, one for each kind of stage."""
+"""The jobs that make stages, one for each kind of stage: `f2llm train`, or jobs/train.py for `ray job submit`."""
 
 from __future__ import annotations
 
-PREPARE = "jobs/prepare.py"
-MINE = "jobs/mine.py"
-TRAIN = "jobs/train.py"
-PRUNE = "jobs/prune.py"
-TEACH = "jobs/teach.py"
-DISTILL = "jobs/distill.py"
-QUANTIZE = "jobs/quantize.py"
-EVALUATE = "jobs/evaluate.py"
+PREPARE = "prepare"
+MINE = "mine"
+TRAIN = "train"
+PRUNE = "prune"
+TEACH = "teach"
+DISTILL = "distil"
+QUANTIZE = "quantize"
+EVALUATE = "evaluate"

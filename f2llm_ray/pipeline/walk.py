@@ -49,7 +49,7 @@ class Pipeline:
         """Makes the stages of a job; those that it needs from other jobs must be finished.
 
         Args:
-            job: such as "jobs/train.py".
+            job: such as "train".
             only: the name of one of its stages; all of them when unset.
 
         Raises:

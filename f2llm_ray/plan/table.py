@@ -1,4 +1,4 @@
-"""A stage's plan: its numbers, with units in their names as `jobs/plan.py --json` prints them, and its lines."""
+"""A stage's plan: its numbers, with units in their names as `f2llm plan --json` prints them, and its lines."""
 
 from __future__ import annotations
 

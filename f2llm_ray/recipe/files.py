@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,22 +25,40 @@ def builtin_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def summary(name: str) -> str:
+    """What a built-in recipe is, in a line: the first one of its file."""
+    text = (resources.files("f2llm_ray.recipe") / "builtin" / f"{name}.yaml").read_text(encoding="utf-8")
+    return text.partition("\n")[0].removeprefix("# ")
+
+
 def load_recipe(
-    name_or_path: str, overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+    recipe: str | Mapping[str, Any], overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Reads a recipe by built-in name or path, follows `extends`, applies `key=value` overrides, validates.
 
-    Changes are laid over it last, as over a recipe that is extended.
+    In place of a name or path it may be the settings themselves, as a YAML file has them. Changes are laid over it
+    last, as over a recipe that is extended.
 
     Raises:
         RecipeError: unreadable file, unknown key or value (with the place and what is allowed), or an
             impossible combination.
     """
-    settings = _read(name_or_path, ())
+    where = recipe if isinstance(recipe, str) else str(recipe.get("name", "recipe"))
+    return parse(Recipe, resolved(recipe, overrides, changes), where)
+
+
+def resolved(
+    recipe: str | Mapping[str, Any], overrides: Sequence[str] = (), changes: Mapping[str, Any] | None = None
+) -> Settings:
+    """The settings of a recipe with all that it extends, overrides and changes applied; not validated.
+
+    Raises:
+        RecipeError: unreadable file, or an override that is none.
+    """
+    settings = _read(recipe, ()) if isinstance(recipe, str) else _extended(deepcopy(dict(recipe)), ())
     for override in overrides:
         _apply(settings, override)
-    settings = _merge(settings, changes or {})
-    return parse(Recipe, settings, name_or_path)
+    return _merge(settings, changes or {})
 
 
 def parse(section: type[SectionT], settings: Mapping[str, Any], where: str) -> SectionT:
@@ -68,8 +87,14 @@ def _read(name_or_path: str, seen: tuple[Path, ...]) -> Settings:
         raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise RecipeError(f"{path}: found {type(settings).__name__}, expected a mapping of settings")
-    base = settings.pop("extends", None)
-    return settings if base is None else _merge(_read(str(base), (*seen, path)), settings)
+    return _extended(settings, (*seen, path))
+
+
+def _extended(settings: Mapping[str, Any], seen: tuple[Path, ...]) -> Settings:
+    """Settings laid over the recipe that they extend, if they extend one."""
+    base = settings.get("extends")
+    own = {key: value for key, value in settings.items() if key != "extends"}
+    return own if base is None else _merge(_read(str(base), seen), own)
 
 
 def _locate(name_or_path: str, beside: Path | None) -> Path:

@@ -61,7 +61,7 @@ def read_card(path: Path) -> ModelCard:
     """
     hub = require("huggingface_hub", extra="datasets")
     if not path.is_file():
-        raise RunError(f"{path}: there is no model card; jobs/pipeline.py or jobs/evaluate.py writes it")
+        raise RunError(f"{path}: there is no model card; `f2llm run` or `f2llm evaluate` writes it")
     try:
         card: ModelCard = hub.ModelCard.load(path)
     except (yaml.YAMLError, ValueError) as error:

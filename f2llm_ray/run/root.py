@@ -50,11 +50,11 @@ class Run:
         """Folder of a stage that must be finished.
 
         Raises:
-            RunError: it is not; the message names the job that makes it.
+            RunError: it is not; the message names the command that makes it.
         """
         if self.manifest(stage) is None:
             raise RunError(
-                f"{self.folder(stage).uri}: stage {stage.name!r} is not finished; run {stage.job} first"
+                f"{self.folder(stage).uri}: stage {stage.name!r} is not finished; run `f2llm {stage.job}` first"
             )
         return self.folder(stage)
 

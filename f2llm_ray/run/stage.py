@@ -27,7 +27,7 @@ class Stage:
     name: str
     """As in its folder and in the report."""
     job: str
-    """The script that makes it, such as "jobs/train.py"."""
+    """The job that makes it, such as "train": `f2llm train`, or jobs/train.py."""
     settings: Mapping[str, Any]
     """The settings that can change its output, as plain JSON values."""
     inputs: Inputs = field(default_factory=dict)

@@ -145,7 +145,7 @@ def write_sources(folder: Path, seed: int = 0) -> Recipe:
 def prepare(recipe: Recipe, folder: Path) -> None:
     """Runs the data steps in the root `folder`/root, and links their folder as `folder`/out."""
     pipeline = Pipeline(recipe, str(folder / "root"))
-    pipeline.job("jobs/prepare.py")
+    pipeline.job("prepare")
     prepared = pipeline.run.folder(pipeline.graph.prepare)
     (folder / "out").symlink_to(prepared.path)
 
@@ -308,7 +308,7 @@ def test_a_killed_prepare_goes_on_with_one_worker_to_the_same_bytes(prepared: Pa
         "from f2llm_ray.recipe.recipe import Recipe; from f2llm_ray.recipe.files import parse\n"
         "from f2llm_ray.base.session import connect\n"
         "ray.init('local', num_cpus=int(sys.argv[1]), include_dashboard=False); connect()\n"
-        "Pipeline(parse(Recipe, json.load(open('recipe.json')), 'r'), 'root').job('jobs/prepare.py')\n"
+        "Pipeline(parse(Recipe, json.load(open('recipe.json')), 'r'), 'root').job('prepare')\n"
     )
     run = [sys.executable, "-c", script]
     environment = {**os.environ, "PYTHONPATH": str(REPO)}

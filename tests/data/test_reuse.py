@@ -55,7 +55,7 @@ def write(path: Path, rows: int, more: str = "") -> None:
 
 def prepare(recipe: Path, root: str) -> Folder:
     pipeline = Pipeline(load_recipe(str(recipe)), str(recipe.parent / root))
-    pipeline.job("jobs/prepare.py")
+    pipeline.job("prepare")
     return pipeline.run.folder(pipeline.graph.prepare)
 
 

@@ -232,7 +232,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
     }
     connect()
     pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
-    pipeline.job("jobs/prepare.py")
+    pipeline.job("prepare")
     pipeline.model("untrained")
     pipeline.evaluate()
     yield pipeline, folder
@@ -308,5 +308,5 @@ def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path])
         compare_models(pipeline, ["untrained", "http://127.0.0.1:9/v1"])
     with pytest.raises(RunError, match="two or more different models"):
         compare_models(pipeline, ["untrained", "untrained"])
-    with pytest.raises(RunError, match=r"jobs/evaluate\.py"):
+    with pytest.raises(RunError, match="run `f2llm evaluate` first"):
         compare_models(pipeline, ["untrained", "stage1"])

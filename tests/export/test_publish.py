@@ -11,14 +11,14 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.commands.command_line import main
+from f2llm_ray.commands.publish import parser, run
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import calibrate, save_calibration
 from f2llm_ray.export.publish import hub_upload, publish
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.report.model_card import model_card
 from f2llm_ray.run.folder import Folder
-from jobs.publish import main, parser
-from jobs.publish import publish as job
 from tests.tiny import LINES, tiny_model
 
 REPO = "team/tiny-embed"
@@ -69,7 +69,7 @@ def test_the_copy_has_name_and_licence_and_the_folder_stays(folder: Path) -> Non
 
 def test_a_dry_run_checks_and_lists(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(folder), "--repo", REPO, "--licence", "mit", "--dry-run"]
-    assert main(parser(), job, argv) == 0
+    assert main(parser(), run, argv) == 0
     told = capsys.readouterr().out
     assert "model.safetensors" in told
     assert "a dry run sends nothing" in told

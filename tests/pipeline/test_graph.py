@@ -193,7 +193,7 @@ def test_a_recipe_prunes_and_distils_as_often_as_it_says(tmp_path: Path, run: Ru
     assert names.index("importance-medium-taught") < names.index("small")
     teacher = graph.models["small-taught"].stage.parents["taught"].parents["teacher"]
     assert teacher is graph.models["medium-taught"].stage
-    assert [stage.name for stage in graph.of_job("jobs/prune.py")] == [
+    assert [stage.name for stage in graph.of_job("prune")] == [
         "importance-base",
         "medium",
         "importance-medium-taught",

@@ -370,7 +370,7 @@ def test_other_worker_counts_prepare_the_same_bytes(
     """The ids, tokens and sets are those of the first run, which another process tree made."""
     del ray_here
     again = Pipeline(load_recipe(str(recipe)), str(folder / "again"))
-    again.job("jobs/prepare.py")
+    again.job("prepare")
     first, second = (next(r.glob("prepare-*")) for r in (finished["root"], folder / "again"))
     timed = {"manifest.json", "card.html", "card.json"}
     names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file() and p.name not in timed)
@@ -403,5 +403,5 @@ def test_jobs_say_what_must_run_first(folder: Path, recipe: Path) -> None:
     process = job("prune", "--recipe", recipe, "--root", folder / "empty")
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 1
-    assert "is not finished; run jobs/" in output
+    assert "is not finished; run `f2llm " in output
     assert yaml.safe_load(recipe.read_text())["name"] == "small"

@@ -18,7 +18,7 @@ from f2llm_ray.run.stage import Stage, changes
 
 def test_a_hash_covers_name_settings_and_parents() -> None:
     def stage(name: str = "a", x: int = 1, **more: Any) -> Stage:
-        return Stage(name=name, job="jobs/a.py", settings={"x": x}, **more)
+        return Stage(name=name, job="a", settings={"x": x}, **more)
 
     base, file = stage(), KnownInput("f.txt", 1, "1", "digest")
     others = [stage(name="b"), stage(x=2), stage(parents={"student": base}), stage(parents={"teacher": base})]
@@ -33,13 +33,13 @@ def test_what_changed_is_told_in_words() -> None:
     def stage(lr: float, digest: str, parent: Stage) -> Stage:
         return Stage(
             name="stage2",
-            job="jobs/train.py",
+            job="train",
             settings={"lr": lr, "engine": {"precision": "fp32"}},
             inputs={"teacher": [KnownInput("t/model.safetensors", 1, "1", digest)]},
             parents={"student": parent},
         )
 
-    first, second = (Stage(name="stage1", job="jobs/train.py", settings={"lr": lr}) for lr in (1, 2))
+    first, second = (Stage(name="stage1", job="train", settings={"lr": lr}) for lr in (1, 2))
     old = stage(2e-3, "a", first)
     manifest = {
         "settings": old.settings,
@@ -55,11 +55,11 @@ def test_what_changed_is_told_in_words() -> None:
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
 def test_a_stage_is_finished_by_its_manifest_alone(tmp_path: Path, scheme: str) -> None:
     run = Run(f"{scheme}{tmp_path}/root")
-    stage = Stage(name="prepare", job="jobs/prepare.py", settings={})
+    stage = Stage(name="prepare", job="prepare", settings={})
     folder = run.folder(stage)
     folder.write_bytes("half-done.bin", b"x" * 100)
     assert run.manifest(stage) is None
-    with pytest.raises(RunError, match=r"not finished; run jobs/prepare\.py"):
+    with pytest.raises(RunError, match="not finished; run `f2llm prepare` first"):
         run.require(stage)
     run.finish(stage, started=time.time(), rows=3)
     manifest = run.manifest(stage)

@@ -1,11 +1,11 @@
-"""What all jobs share on the command line: the same flags, one-line errors, exit codes."""
+"""What all commands share: the same flags, one-line errors, exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from f2llm_ray.pipeline.walk import Pipeline
     from f2llm_ray.recipe.recipe import Recipe
 
-Job = Callable[[argparse.Namespace], None]
+Work = Callable[[argparse.Namespace], None]
 
 
 def job_parser(description: str, *, run_required: bool = True) -> argparse.ArgumentParser:
-    """A parser with the flags that every job has."""
+    """A parser with the flags that every job of a run has."""
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Runs on the Ray cluster that RAY_ADDRESS names (auto: this machine's), or starts its own. "
@@ -77,16 +77,15 @@ def pipeline_of(arguments: argparse.Namespace) -> Pipeline:
     return pipeline
 
 
-def stage_job(file: str, description: str) -> tuple[argparse.ArgumentParser, Job]:
-    """Parser and work of a job, by its own file, that makes the stages which the graph names it for."""
-    job = f"jobs/{Path(file).name}"
+def stage_command(job: str, description: str) -> tuple[Callable[[], argparse.ArgumentParser], Work]:
+    """Parser and work of a command that makes the stages which the graph names the job for."""
 
-    def work(arguments: argparse.Namespace) -> None:
+    def run(arguments: argparse.Namespace) -> None:
         pipeline = pipeline_of(arguments)
         if not dry_run(arguments, pipeline, job):
             pipeline.job(job)
 
-    return job_parser(description), work
+    return partial(job_parser, description), run
 
 
 def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None = None) -> bool:
@@ -101,11 +100,11 @@ def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None =
     return True
 
 
-def main(parser: argparse.ArgumentParser, job: Job, argv: Sequence[str] | None = None) -> int:
-    """Runs a job; an error that a user can mend is printed in one message, and the exit code is 1 then."""
+def main(parser: argparse.ArgumentParser, work: Work, argv: Sequence[str] | None = None) -> int:
+    """Runs a command; an error that a user can mend is printed in one message, and the exit code is 1 then."""
     arguments = parser.parse_args(argv)
     try:
-        job(arguments)
+        work(arguments)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; run the same command again to go on\n")
         return 130

@@ -1,0 +1,8 @@
+"""Distils models from their teachers."""
+
+from __future__ import annotations
+
+from f2llm_ray.commands.command_line import stage_command
+from f2llm_ray.pipeline import jobs
+
+parser, run = stage_command(jobs.DISTILL, __doc__ or "")

@@ -1,0 +1,158 @@
+"""A recipe for a user's own files: short, with comments, over the built-in `starter`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from f2llm_ray.data.reading.guess import SAMPLE_ROWS, Guess, guess_columns
+from f2llm_ray.data.reading.paths import find_files
+from f2llm_ray.data.reading.tables import SUFFIXES, TableFile
+from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.folder import Folder
+
+ROLES = ("query", "passage", "negatives", "language", "passage_language")
+BASE, BASE_SOURCE, BASE_BATCH = "starter", "pairs", 128
+BACKBONE = """\
+backbone: {{path: {path}, shape: null}}
+tokenizer: {{train_vocab: null}} # the backbone's own
+stages:
+  trained: # a checkpoint wants small steps, and each row once
+    {{max_steps: null, epochs: 1, global_batch: {batch}, lr: 5.0e-5, min_lr: 1.0e-6}}
+"""
+SMALL = """\
+stages:
+  trained: {{global_batch: {batch}}} # you have few rows
+"""
+
+
+@dataclass
+class NewSource:
+    """Files of one layout."""
+
+    format: str
+    guess: Guess
+    files: list[str] = field(default_factory=list)
+    """As the recipe names them."""
+    rows: int = 0
+    """Rows that were looked at."""
+
+
+@dataclass(frozen=True)
+class NewRecipe:
+    """What is written, and what a person is told of it."""
+
+    name: str
+    text: str
+    told: list[str]
+
+
+def new_recipe(
+    paths: Sequence[str],
+    given: Mapping[str, str | None],
+    *,
+    name: str | None = None,
+    backbone: str | None = None,
+) -> NewRecipe:
+    """Looks at files and writes a recipe that trains on their pairs.
+
+    Args:
+        paths: files, folders or globs.
+        given: columns that are known, by what they are (`guess_columns`).
+        name: of the recipe; the first file's when unset.
+        backbone: a model folder or a name on the hub to start from; a small random model when unset.
+
+    Raises:
+        DataError: no such file, no table, or unclear which column is which.
+        RecipeError: the recipe would not be one.
+    """
+    sources = _sources(paths, given)
+    named: dict[str, NewSource] = {}
+    for source in sources:
+        named[_free(_name(source.files[0]), named)] = source
+    told = [line for source in sources for line in _told(source)]
+    name = name or next(iter(named))
+    text = "".join(_lines(name, named, paths, backbone))
+    load_recipe(yaml.safe_load(text))
+    return NewRecipe(name, text, told)
+
+
+def _sources(paths: Sequence[str], given: Mapping[str, str | None]) -> list[NewSource]:
+    """The files by their layouts, in the order in which they were named."""
+    found: dict[tuple[str, str], NewSource] = {}
+    for path in paths:
+        files = find_files(path, SUFFIXES, path).values()
+        for file in files:
+            table = TableFile.at(Folder.at(file.uri))
+            guess = guess_columns(table, given)
+            layout = (table.format, str(sorted(guess.columns.items())))
+            source = found.setdefault(layout, NewSource(table.format, guess))
+            source.files.append(path if len(files) == 1 else file.uri)
+            source.rows += guess.rows
+    return list(found.values())
+
+
+def _name(file: str) -> str:
+    stem = Path(file).name.partition(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-") or BASE_SOURCE
+
+
+def _free(name: str, taken: Iterable[str]) -> str:
+    names = [name, *(f"{name}-{number}" for number in range(2, 2 + len(list(taken))))]
+    return next(found for found in names if found not in taken)
+
+
+def _told(source: NewSource) -> list[str]:
+    more = f" and {len(source.files) - 1} more like it" if len(source.files) > 1 else ""
+    rows = f"the first {SAMPLE_ROWS:,} rows" if source.guess.rows == SAMPLE_ROWS else f"{source.guess.rows:,} rows"
+    lines = [
+        f"{source.files[0]}{more} ({source.format}, {rows} looked at)",
+        *(f"  {why}" for why in source.guess.why),
+    ]
+    return lines + ([f"  not used: {', '.join(map(repr, source.guess.left))}"] if source.guess.left else [])
+
+
+def _lines(
+    name: str,
+    sources: Mapping[str, NewSource],
+    paths: Sequence[str],
+    backbone: str | None,
+) -> Iterable[str]:
+    yield f"# Written by `f2llm recipe new` for {' '.join(' '.join(paths).split())}; docs/own-data.md has more.\n"
+    yield "# What a key means: `f2llm recipe explain KEY`. All settings: `f2llm recipe show FILE`.\n"
+    yield f"extends: {BASE}\nname: {_quoted(name)}\n\nsources:\n"
+    if BASE_SOURCE not in sources:
+        yield f"  {BASE_SOURCE}: null # the base's example\n"
+    for source_name, source in sources.items():
+        yield f"  {source_name}:\n    format: {source.format}\n"
+        note = " # relative to where the command is run" if any(map(_is_relative, source.files)) else ""
+        yield f"    paths: [{', '.join(map(_quoted, source.files))}]{note}\n"
+        found = sorted(source.guess.columns.items(), key=lambda item: ROLES.index(item[0]))
+        columns = ", ".join(f"{role}: {_quoted(column)}" for role, column in found)
+        yield f"    columns: {{{columns}}}\n"
+        if source.guess.language is not None:
+            yield f"    language: {_quoted(source.guess.language)}\n"
+    rows = sum(source.rows for source in sources.values())
+    batch = min(BASE_BATCH, max(2, 1 << (max(rows, 4) // 2).bit_length() - 1))
+    if backbone is not None:
+        yield "\n"
+        yield BACKBONE.format(path=_quoted(backbone), batch=min(batch, 64))
+    elif batch < BASE_BATCH:
+        yield "\n"
+        yield SMALL.format(batch=batch)
+    yield "\n# Scores need texts that are never trained on, such as a file of further pairs:\n"
+    yield "# evaluation:\n#   sets:\n#     heldout: {source: {format: csv, paths: [heldout.csv], columns: ...}}\n"
+
+
+def _is_relative(file: str) -> bool:
+    return "://" not in file and not Path(file).is_absolute()
+
+
+def _quoted(text: str) -> str:
+    """A text as YAML, in quotes where it needs them."""
+    return text if re.fullmatch(r"[A-Za-z_][\w./-]*", text) and yaml.safe_load(text) == text else json.dumps(text)

@@ -1,0 +1,260 @@
+"""What every key of a recipe means, read from the sections that check recipes: for `f2llm recipe explain`, docs.
+
+A place is the path of a section, such as "data", "stages.NAME" or "sources.NAME", where NAME is any name. Several
+sections may stand at one place, told apart by their `kind` or `format`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import textwrap
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined, to_jsonable_python
+
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.section import Section, effect_of
+from f2llm_ray.evaluate.settings import SECTIONS as SETS
+from f2llm_ray.recipe.recipe import Recipe
+
+NAME = "NAME"
+TAGS = ("kind", "format")
+"""Keys whose value tells the sections at one place apart."""
+BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+LENGTHS = (("min_length", "at least"), ("max_length", "at most"))
+PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "any"}
+CLOSEST = 5
+WIDTH = 100
+
+Kind = type[Section]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A section of the recipe and where it stands."""
+
+    path: str
+    """"" for the whole recipe."""
+    kind: Kind
+    tag: str = ""
+    """What tells it from the others at its path, such as "kind: distill"; "" where it is alone."""
+
+    @property
+    def title(self) -> str:
+        """Path and tag."""
+        return f"{self.path} ({self.tag})" if self.tag else self.path
+
+    def key(self, name: str) -> str:
+        """The path of one of its keys."""
+        return f"{self.path}.{name}" if self.path else name
+
+
+def places() -> list[Place]:
+    """All sections of a recipe, each before those inside it, in the order of their keys."""
+    return list(dict.fromkeys(_places(Place("", Recipe))))
+
+
+def _places(place: Place) -> Iterator[Place]:
+    yield place
+    for name, field in place.kind.model_fields.items():
+        path = place.key(name)
+        if typing.get_origin(field.annotation) is dict:
+            path += f".{NAME}"
+        inner = list(dict.fromkeys(_kinds(field.annotation)))
+        for kind in inner:
+            yield from _places(Place(path, kind, _tag(kind) if len(inner) > 1 else ""))
+
+
+def _kinds(annotation: Any) -> Iterator[Kind]:
+    """The sections inside an annotation."""
+    if typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _kinds(argument)
+
+
+def _tag(kind: Kind) -> str:
+    for key in TAGS:
+        if key in kind.model_fields:
+            values = typing.get_args(kind.model_fields[key].annotation)
+            # Sets on disk are told apart by a table of their own.
+            named = values or [name for name, section in SETS.items() if section is kind]
+            return f"{key}: {' or '.join(map(str, named))}"
+    return ""
+
+
+# What is said of a key.
+
+
+def type_text(annotation: Any) -> str:
+    """What a value may be, in words."""
+    if typing.get_origin(annotation) is None:
+        named = "a section" if list(_kinds(annotation)) else getattr(annotation, "__name__", str(annotation))
+        return PLAIN.get(annotation, named)
+    return _generic_text(typing.get_origin(annotation), typing.get_args(annotation))
+
+
+def _generic_text(origin: Any, arguments: tuple[Any, ...]) -> str:
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    said = [type_text(argument) for argument in arguments[: 1 if origin is typing.Annotated else None]]
+    if origin is typing.Annotated:
+        return " ".join([*said, *_bounds(arguments[1:])])
+    if origin is dict:
+        return f"mapping of {said[0]} to {said[1]}"
+    if origin in {tuple, list}:
+        return f"list of {said[0]}"
+    return " | ".join(dict.fromkeys(said))
+
+
+def default_text(field: FieldInfo) -> str | None:
+    """The default of a key; None where it must be set."""
+    value = field.get_default(call_default_factory=True)
+    if value is PydanticUndefined:
+        return None
+    if isinstance(value, Section):
+        return "its defaults"
+    if value is None:
+        return "unset"
+    return (
+        yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=1000)
+        .removesuffix("\n...\n")
+        .strip()
+    )
+
+
+def meaning(field: FieldInfo) -> str:
+    """The doc text of a key, in one paragraph."""
+    return paragraph(field.description or "")
+
+
+def bounds_text(field: FieldInfo) -> str:
+    """Its bounds, such as "> 0, ≤ 1"; "" without any."""
+    return ", ".join(_bounds(field.metadata))
+
+
+def _bounds(metadata: typing.Iterable[Any]) -> list[str]:
+    found = []
+    for mark in metadata:
+        marks = [mark, *getattr(mark, "metadata", ())]
+        for limit in marks:
+            found += [f"{sign} {getattr(limit, name)}" for name, sign in BOUNDS if hasattr(limit, name)]
+            found += [
+                f"{words} {getattr(limit, name)} long"
+                for name, words in LENGTHS
+                if getattr(limit, name, None) is not None
+            ]
+    return found
+
+
+def paragraph(text: str) -> str:
+    """A docstring as one line."""
+    return " ".join(inspect.cleandoc(text).split())
+
+
+# What `f2llm recipe explain` says.
+
+
+def explain(key: str) -> list[str]:
+    """What a key or section means, in lines.
+
+    Args:
+        key: a path such as "data.max_tokens" or "stages.stage1.lr", where any name stands for NAME; "" for the
+            whole recipe; or a kind of stage or format of source, such as "train", "distill.teacher" or "csv".
+
+    Raises:
+        RecipeError: no such key; the message names the closest ones.
+    """
+    parts = key.split(".") if key else []
+    sections = _sections_at(parts)
+    if sections:
+        return _joined(_section_lines(place) for place in sections)
+    above = _sections_at(parts[:-1])
+    found = [place for place in above if parts[-1] in place.kind.model_fields]
+    if not found:
+        raise RecipeError(f"{key}: no such key of a recipe; closest: {', '.join(_closest(key))}")
+    # The same key of several sections, such as `weight` of all formats, is said once.
+    said = {"\n".join(_key_lines(place, parts[-1])): place for place in reversed(found)}
+    ordered = [place for place in found if place in said.values()]
+    name = parts[-1]
+    titles = [place.key(name) + (f" ({place.tag})" if place.tag and len(ordered) > 1 else "") for place in ordered]
+    return _joined([title, *_key_lines(place, name)] for title, place in zip(titles, ordered, strict=True))
+
+
+def _sections_at(parts: list[str]) -> list[Place]:
+    """The sections that a path leads to, or that its first part names by kind or format."""
+    known = places()
+    found = [place for place in known if _fits(place.path, parts)]
+    if parts and not found:
+        tagged = [place for place in known if parts[0] in _tags(place)]
+        roots = dict.fromkeys((place.path, place.kind) for place in tagged if place.path.endswith(NAME))
+        for path, kind in list(roots)[:1] if len({path for path, _ in roots}) > 1 else roots:
+            inner = _places(Place(path, kind, parts[0]))
+            found += [place for place in inner if _fits(place.path, [*path.split("."), *parts[1:]])]
+    return found
+
+
+def _fits(path: str, parts: list[str]) -> bool:
+    own = path.split(".") if path else []
+    return len(own) == len(parts) and all(a in (NAME, b) for a, b in zip(own, parts, strict=True))
+
+
+def _tags(place: Place) -> list[str]:
+    return place.tag.partition(": ")[2].split(" or ") if place.tag else []
+
+
+def _section_lines(place: Place) -> list[str]:
+    lines = [place.title or "A recipe", *_wrapped(paragraph(place.kind.__doc__ or "")), ""]
+    fields = place.kind.model_fields
+    width = max(map(len, fields)) + 2
+    for name, field in fields.items():
+        default = default_text(field)
+        said = f"{type_text(field.annotation)}; " + ("must be set" if default is None else f"default: {default}")
+        lines.append(f"  {name:<{width}}{said}")
+    return lines
+
+
+def _key_lines(place: Place, name: str) -> list[str]:
+    """What is said of a key, but for its path."""
+    field = place.kind.model_fields[name]
+    default, bounds = default_text(field), bounds_text(field)
+    lines = _wrapped(meaning(field))
+    lines.append(f"  type:    {type_text(field.annotation)}")
+    lines.append("  must be set" if default is None else f"  default: {default}")
+    if bounds:
+        lines.append(f"  bounds:  {bounds}")
+    effect = effect_of(field)
+    if effect is not None and effect.output:
+        lines.append("  another value makes the stage run again, and those after it")
+    return lines
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
+
+
+def _joined(parts: typing.Iterable[list[str]]) -> list[str]:
+    found: list[str] = []
+    for lines in parts:
+        found += ["", *lines] if found else lines
+    return found
+
+
+def _closest(key: str) -> list[str]:
+    """Keys that may have been meant: those with the same last part, then those that read alike."""
+    known = list(dict.fromkeys(place.key(name) for place in places() for name in place.kind.model_fields))
+    last = key.rpartition(".")[2]
+    same = [path for path in known if path.rpartition(".")[2] == last]
+    ends = {path: path.rpartition(".")[2] for path in known}
+    known += list(dict.fromkeys(tag for place in places() for tag in _tags(place)))
+    alike = difflib.get_close_matches(key, known, n=CLOSEST, cutoff=0.5)
+    by_end = difflib.get_close_matches(last, sorted(set(ends.values())), n=2, cutoff=0.6)
+    alike += [path for path, end in ends.items() if end in by_end]
+    found = list(dict.fromkeys([*same, *alike]))[:CLOSEST]
+    return found or list(Recipe.model_fields)
