@@ -73,15 +73,18 @@ def _before(untrained: ModelEntry | None, name: str) -> str:
 
 def _kept(report: RunReport, last: ModelEntry, reference: ModelEntry) -> list[str]:
     sets = [name for name in sets_of([last]) if not is_behind(report, name, last)]
-    kept = [f"{formatting.share(at_full(last, name), at_full(reference, name))} on {name}" for name in sets]
+    of = f" of the score of {reference.get('name')}"
+    kept = [
+        f"{formatting.share(at_full(last, name), at_full(reference, name))}{'' if index else of} on {name}"
+        for index, name in enumerate(sets)
+    ]
     all_of_it, outside = (
         formatting.share(last.get(key), reference.get(key)) for key in ("parameters", "non_embedding_parameters")
     )
     subject = (
         f"The {last.get('name')} model, with {all_of_it} of the parameters ({outside} outside the embeddings),"
     )
-    of = f"of the score of {reference.get('name')}"
-    return [f"{subject} keeps, {of}, {formatting.listed(kept)}."] if kept else []
+    return [f"{subject} keeps {formatting.listed(kept)}."] if kept else []
 
 
 def _better(report: RunReport, models: Sequence[ModelEntry], named: Sequence[ModelEntry]) -> list[str]:

@@ -18,6 +18,7 @@ from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.evaluate.differences import compare, table
 from f2llm_ray.evaluate.tasks.registry import read_task, task_of
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.pipeline.compare import compare as compare_models
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
@@ -230,6 +231,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
         "topics": {"kind": "classification", "train": write(folder / "train.jsonl", asked[10:])}
         | {"test": write(folder / "test.jsonl", asked[:10])},
     }
+    corpus["evaluation"]["baselines"] = [str(tiny_model(folder / "beside", hidden=16))]
     connect()
     pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
     pipeline.job("jobs/prepare.py")
@@ -276,7 +278,58 @@ def test_a_run_measures_sets_of_all_kinds_and_trains_on_none(
     assert again == {name: found["scores"] for name, found in results.items()}
     capsys.readouterr()
     pipeline.evaluate()
-    assert "evaluate: 3 evaluations finished before, skipped" in capsys.readouterr().out
+    assert "evaluate: 7 evaluations finished before, skipped" in capsys.readouterr().out
+
+
+def test_the_report_holds_the_model_against_bm25_and_a_baseline(evaluated: tuple[Pipeline, Path]) -> None:
+    pipeline, folder = evaluated
+    report = pipeline.report()
+    beside = {entry["name"]: entry for entry in report["baselines"]}
+    assert {name: list(entry["scores"]) for name, entry in beside.items()} == {
+        "bm25": ["held"],
+        "beside": ["held", "bitext", "topics"],
+    }
+    assert beside["beside"]["model"] == str(folder / "beside")
+    assert pipeline.evaluate_folder(str(folder / "beside")) == beside["beside"]["scores"]
+    task = RetrievalSet.read(pipeline.set_folders()["held"])
+    measured = task.measure_bm25().scores
+    assert beside["bm25"]["scores"]["held"] == measured["scores"]
+    assert beside["bm25"]["languages"]["held"] == measured["languages"]
+    assert report["chance"] == {"held": task.chance()}
+    rows = {(row["set"], row["against"]): row for row in report["standing"]}
+    assert set(rows) == {("held", "bm25"), *((name, "beside") for name in pipeline.graph.sets)}
+    (compared,) = [row for row in compare_models(pipeline, ["beside", "untrained"]) if row["set"] == "held"]
+    assert {key: compared[key] for key in ("difference", "low", "high")} == {
+        key: rows["held", "beside"][key] for key in ("difference", "low", "high")
+    }
+    assert not (Path(pipeline.run.root.path) / "compared").is_dir(), "the run has measured it"
+    failed = report["failures"]["held"]
+    assert failed, "random weights find nothing"
+    for failure in failed:
+        query, right = task.query_texts.index(failure["query"]), task.corpus_texts.index(failure["expected"])
+        assert (query, right) in set(map(tuple, task.relevant.tolist()))
+        assert task.query_languages[query] == failure["language"]
+        assert failure["rank"] > 10
+    page = (folder / "root" / "report.html").read_text()
+    assert "bm25" in page
+    assert "Queries that fail: untrained" in page
+    assert report["models"][0]["query_ms"] > 0
+
+
+def test_switching_bm25_off_measures_no_model_again(
+    evaluated: tuple[Pipeline, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline, folder = evaluated
+    changes = ["evaluation.bm25=false", "evaluation.baselines=[]"]
+    without = Pipeline(load_recipe(str(folder / "recipe.yaml"), changes), str(folder / "root"))
+    capsys.readouterr()
+    without.evaluate()
+    said = capsys.readouterr().out
+    assert "evaluate: 3 evaluations finished before, skipped" in said
+    assert "started" not in said
+    report = without.report()
+    assert report["baselines"] == report["standing"] == []
+    pipeline.report()
 
 
 def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path]) -> None:
