@@ -88,14 +88,13 @@ def top_passages(
     return top_qk
 
 
-def index_cost(passages: Sequence[str]) -> str | None:
-    """What the index of many passages takes, in words; None for few, of which it is not worth a line."""
-    if len(passages) < MANY:
+def index_cost(passages: int, characters: int) -> str | None:
+    """What the index of so many passages takes, in words; None for few, of which it is not worth a line."""
+    if passages < MANY:
         return None
-    characters = sum(map(len, passages))
     memory = formatting.byte_size(BYTES_PER_CHARACTER * characters)
     seconds = formatting.duration(SECONDS_PER_CHARACTER * characters)
-    return f"{len(passages):,} passages takes about {memory} of memory and {seconds} of one core"
+    return f"{passages:,} passages takes about {memory} of memory and {seconds} of one core"
 
 
 def _best(score_c: np.ndarray[Any, Any], k: int) -> Ints:

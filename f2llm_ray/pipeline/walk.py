@@ -8,6 +8,7 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
+from f2llm_ray.evaluate.bm25 import index_cost
 from f2llm_ray.evaluate.settings import BM25
 from f2llm_ray.pipeline.baselines import baseline_place
 from f2llm_ray.pipeline.declare import declare
@@ -122,6 +123,7 @@ class Pipeline:
             found = {other: self.run.folder(self.graph.sets[other]) for other in sets}
             out = {other: self.run.folder(stage) for other, stage in sets.items()}
             if name == BM25:
+                self._say_cost(sets)
                 pending[of_bm25.remote(found, out)] = name
             elif not is_endpoint(others.get(name, "")):
                 folder = baseline_place(others[name]) if name in others else self._folder_of(name)
@@ -135,6 +137,13 @@ class Pipeline:
             found = {other: self.run.folder(self.graph.sets[other]) for other in sets}
             out = {other: self.run.folder(stage) for other, stage in sets.items()}
             self._measured(name, sets, measure(RemoteModel(others[name]), found, divisors, out), started)
+
+    def _say_cost(self, sets: Iterable[str]) -> None:
+        for name in sets:
+            facts = self.run.manifest(self.graph.sets[name]) or {}
+            cost = index_cost(facts.get("passages", 0), facts.get("characters", 0))
+            if cost is not None:
+                say(f"evaluate bm25: the index of {name}'s {cost}; evaluation.bm25=false leaves it out")
 
     def _measured(self, name: str, sets: Mapping[str, Stage], results: Mapping[str, Any], started: float) -> None:
         for other, stage in sets.items():

@@ -58,8 +58,11 @@ def make_set(name: str, setting: EvaluationSet, settings: Data, out: Folder) -> 
     else:
         task = task_of(name, setting)
     task.write(out)
-    chance = {"chance": task.chance()} if isinstance(task, RetrievalSet) else {}
-    return {"kind": task.kind, "units": len(task.unit_texts()), **chance}
+    facts: Facts = {"kind": task.kind, "units": len(task.unit_texts())}
+    if isinstance(task, RetrievalSet):
+        characters = sum(map(len, task.corpus_texts))
+        facts |= {"passages": len(task.corpus_texts), "characters": characters, "chance": task.chance()}
+    return facts
 
 
 def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -> Facts:  # noqa: ARG001 - a stage's work
