@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -34,8 +33,6 @@ from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import part_file
 from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.evaluate.metrics.ranking import metrics
-from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.pipeline.compare import compare
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe
@@ -89,7 +86,7 @@ class Adapting:
     def find_steps(self, stage: str) -> None:
         """How many steps of a stage fit into its share of the minutes, by a probe of some."""
         probe = self.pipeline(**{stage: PROBE_STEPS})
-        measured = probe.graph.evaluations.values()
+        measured = (*probe.graph.evaluations.values(), *probe.graph.speeds.values())
         for made in (one for one in probe.graph.stages() if one not in measured):
             probe.stage(made)
             if made is probe.graph.model(stage).stage:
@@ -179,25 +176,6 @@ def sentence_transformers(pipeline: Pipeline, backbone: Path, seconds: float, ou
     return {"steps": steps, "seconds": round(spent)}
 
 
-def bm25(folder: Folder) -> float:
-    """nDCG@10 of BM25 on a set, over words, and characters where a script writes none."""
-    import bm25s
-
-    found = RetrievalSet.read(folder)
-    index = bm25s.BM25()
-    index.index([words(text) for text in found.corpus_texts], show_progress=False)
-    asked = [words(text) for text in found.query_texts]
-    top_qk, _ = index.retrieve(asked, k=10, show_progress=False)
-    judged = found.judgements
-    scores = metrics(top_qk.astype(np.int64), judged.relevant_r2, len(found.corpus_texts), judged.grade_r)
-    return round(float(scores["ndcg@10"].mean()), 4)
-
-
-def words(text: str) -> list[str]:
-    """The tokens that BM25 counts."""
-    return re.findall(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|\w+", text.lower())
-
-
 def texts_per_second(models: Mapping[str, Path], texts: list[str]) -> dict[str, float]:
     """Of one thread, medians of rounds in which the models take turns."""
     torch.set_num_threads(1)
@@ -236,7 +214,7 @@ def summary(pipeline: Pipeline, out: Path, corpus: Path) -> dict[str, Any]:
         "gains": {row["set"]: [row["difference"], row["low"], row["high"]] for row in gained},
         "beside_st": {row["set"]: [row["difference"], row["low"], row["high"]] for row in beside},
         "scores": scores,
-        "bm25": {name: bm25(folder) for name, folder in pipeline.set_folders().items()},
+        "bm25": {name: _full(of) for name, of in report["baselines"][0]["scores"].items()},
         "texts_per_second": rates,
         "bytes": {model["name"]: model["bytes"] for model in report["models"]},
         "parameters": {model["name"]: model["parameters"] for model in report["models"]},

@@ -6,8 +6,9 @@ Shapes: n texts, d dim.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from f2llm_ray.base.optional import require
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 from f2llm_ray.model.described import MODULES_FILE, sides
 from f2llm_ray.model.dims import Vectors
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.engine.engine import Engine
@@ -26,6 +28,9 @@ TEXTS_PER_REQUEST = 64
 REQUESTS = 4
 """Requests at once; one that a busy endpoint refuses is sent again."""
 RETRIES = 5
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+OTHER_FORMATS = ("onnx/*", "openvino/*")
+"""Folders of a model on the hub that hold its weights once more."""
 
 
 def open_folder(folder: Path) -> Engine | SentenceTransformers:
@@ -41,6 +46,26 @@ def open_folder(folder: Path) -> Engine | SentenceTransformers:
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")
+
+
+@contextmanager
+def on_disk(model: Folder | str) -> Iterator[Path]:
+    """A model folder as a local one; that of a name on the hub is its cache's, downloaded where it is not there.
+
+    Raises:
+        DataError: huggingface_hub is not installed.
+        RunError: the hub has no such model, or cannot be reached.
+    """
+    if isinstance(model, Folder):
+        with model.as_local() as path:
+            yield path
+        return
+    hub = require("huggingface_hub", extra="datasets")
+    try:
+        folder = hub.snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=OTHER_FORMATS)
+    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        raise RunError(f"{model}: not a folder, and not found on the hub: {str(error).splitlines()[0]}") from None
+    yield Path(folder)
 
 
 class _OtherModel:

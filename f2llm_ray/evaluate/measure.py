@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from f2llm_ray.engine.other_models import open_folder
-from f2llm_ray.evaluate.metrics.scores import LanguageGroups, columns, dims_of, rounded
+from f2llm_ray.engine.other_models import on_disk, open_folder
+from f2llm_ray.evaluate.metrics.scores import LanguageGroups, Measured, columns, dims_of, rounded
 from f2llm_ray.evaluate.tasks.registry import main_metric, read_task
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, evenly_drawn
 from f2llm_ray.run.folder import Folder
 
 QUERIES = 50
 """At most so many are timed."""
+FAILURES = "failures.json"
 
 
 def measure(
@@ -32,7 +34,8 @@ def measure(
         encoder: the model.
         sets: by name, the folder that holds the set's set.json.
         divisors: the dims that are measured, as the model's d divided by these.
-        out: by name, a folder that gets units.parquet, a row per query, text or pair (`Measured.units`).
+        out: by name, a folder that gets units.parquet, a row per query, text or pair (`Measured.units`), and
+            failures.json, queries that the model fails on (`Measured.failures`).
 
     Raises:
         RunError: the model returns vectors with NaN or infinity.
@@ -40,37 +43,73 @@ def measure(
     results: dict[str, dict[str, Any]] = {}
     for name, folder in sets.items():
         started = time.perf_counter()
-        scores, units = read_task(folder).measure(encoder, divisors)
-        results[name] = {**scores, "seconds": round(time.perf_counter() - started, 2)}
+        found = read_task(folder).measure(encoder, divisors)
+        results[name] = {**found.scores, "seconds": round(time.perf_counter() - started, 2)}
         if out is not None:
-            out[name].write_table("units.parquet", [units], units.schema)
+            _write(found, out[name])
     return results
 
 
+def measure_bm25(sets: Mapping[str, Folder], out: Mapping[str, Folder]) -> dict[str, Any]:
+    """BM25 on retrieval sets, inside a Ray task.
+
+    Args:
+        sets: by name, the folder that holds the set.
+        out: by name, the folder that gets units.parquet.
+
+    Returns:
+        As `measure_folder`, at the dim `NO_DIM`.
+
+    Raises:
+        DataError: bm25s is not installed.
+    """
+    begun, results = time.time(), dict[str, dict[str, Any]]()
+    for name, folder in sets.items():
+        started = time.perf_counter()
+        found = RetrievalSet.read(folder).measure_bm25()
+        results[name] = {**found.scores, "seconds": round(time.perf_counter() - started, 2)}
+        _write(found, out[name])
+    return {"results": results, "seconds": round(time.time() - begun, 2)}
+
+
+def _write(found: Measured, out: Folder) -> None:
+    out.write_table("units.parquet", [found.units], found.units.schema)
+    out.write_json(FAILURES, list(found.failures))
+
+
 def measure_folder(
-    model: Folder,
+    model: Folder | str,
     sets: Mapping[str, Folder],
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
 ) -> dict[str, Any]:
-    """`measure` for a model folder, inside a Ray task with one thread.
+    """`measure` for a model folder, or the name of a model on the hub, inside a Ray task with one thread.
 
     Returns:
-        `results`, `TaskScores` by set; `query_ms` over queries of the first set; `seconds` of the whole.
+        `results`, `TaskScores` by set; `seconds` of the whole.
 
     Raises:
-        RunError: neither we nor sentence-transformers can load the folder.
+        RunError: neither we nor sentence-transformers can load the folder, or the hub has no such model.
     """
     import torch
 
     started = time.time()
     torch.set_num_threads(1)
-    with model.as_local() as path:
+    with on_disk(model) as path:
         encoder = open_folder(path)
         results = measure(encoder, sets, divisors, out)
-    first = read_task(next(iter(sets.values())))
-    took = query_ms(encoder, as_queries(encoder, first.screened().asked, first.instruction))
-    return {"results": results, "query_ms": took, "seconds": round(time.time() - started, 2)}
+    return {"results": results, "seconds": round(time.time() - started, 2)}
+
+
+def query_ms_of(model: Folder, found: Folder) -> float:
+    """`query_ms` of a model folder over queries of a set, inside a Ray task with one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    task = read_task(found)
+    with model.as_local() as path:
+        encoder = open_folder(path)
+        return query_ms(encoder, as_queries(encoder, task.screened().asked, task.instruction))
 
 
 def query_ms(encoder: Embedder, queries: Sequence[str]) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from f2llm_ray.base.section import Name, Neutral, Output, Section
+from f2llm_ray.base.section import Content, Name, Neutral, Output, Section
 from f2llm_ray.data.reading import Source
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile
 from f2llm_ray.evaluate.tasks.registry import LABELLED
@@ -57,6 +58,16 @@ else:
     ]
 
 
+BM25 = "bm25"
+"""What the search by words is called among the models."""
+
+
+def baseline_name(model: str) -> str:
+    """What the report calls a baseline: the last part of its path, its name on the hub or at its endpoint."""
+    last = re.split(r"[/#]", model.rstrip("/"))[-1]
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", last).lstrip("-.")
+
+
 class Evaluation(Section):
     """What every model of the run is measured on."""
 
@@ -65,8 +76,33 @@ class Evaluation(Section):
     the scores by language."""
     divisors: Output[tuple[Annotated[int, Field(ge=1)], ...]] = (1, 2, 4, 8)
     """The dims measured, as d divided by these; 1, the whole d, is among them."""
+    bm25: Neutral[bool] = True
+    """Score BM25, a search by words, on each retrieval set beside the models."""
+    baselines: Content[tuple[str, ...]] = ()
+    """Models from elsewhere that are measured on the sets and shown beside the run's own: model folders (ours or
+    of sentence-transformers), names on the hub, or OpenAI-compatible endpoints as URL#NAME, with the key in
+    OPENAI_API_KEY."""
     during_training: Neutral[bool] = False
     """Measure each checkpoint as well, in tasks beside training, on CPUs or GPUs that it leaves free."""
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The baselines by the names that the report gives them."""
+        return {baseline_name(model): model for model in self.baselines}
+
+    @field_validator("baselines")
+    @classmethod
+    def _told_apart(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        names = [baseline_name(model) for model in baselines]
+        for model, name in zip(baselines, names, strict=True):
+            if not name:
+                raise ValueError(f"found {model!r}, expected a model folder, a name on the hub or URL#NAME")
+            if names.count(name) > 1 or name == BM25:
+                others = [other for other in baselines if other != model and baseline_name(other) == name]
+                raise ValueError(
+                    f"{model!r} would be called {name!r}, as {(others or [BM25])[0]!r} is; leave one out"
+                )
+        return baselines
 
     @field_validator("divisors")
     @classmethod

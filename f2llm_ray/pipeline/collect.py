@@ -6,6 +6,7 @@ import shlex
 from datetime import datetime, timezone
 from typing import Any
 
+from f2llm_ray.evaluate.differences import differences
 from f2llm_ray.pipeline.graph import Graph, Model
 from f2llm_ray.pipeline.work import CONTAMINATED, source_labels
 from f2llm_ray.recipe.recipe import Recipe
@@ -13,7 +14,7 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.root import Run, device_name
 from f2llm_ray.run.stage import Facts
 
-CARD = "card.json"
+CARD, FAILURES = "card.json", "failures.json"
 
 
 def collect(graph: Graph, run: Run) -> dict[str, Any]:
@@ -22,6 +23,7 @@ def collect(graph: Graph, run: Run) -> dict[str, Any]:
     prepared = run.manifest(graph.prepare) or {}
     found = {model.name: manifest for model in graph.models.values() if (manifest := run.manifest(model.stage))}
     results = {name: _results(graph, run, name) for name in found}
+    beside = {name: _results(graph, run, name) for name in graph.measured if name not in graph.models}
     models = [_model(graph, run, graph.models[name], manifest, results[name]) for name, manifest in found.items()]
     manifests = {stage.name: run.manifest(stage) for stage in graph.stages()}
     mined = None if graph.mined is None else manifests[graph.mined.name]
@@ -36,6 +38,9 @@ def collect(graph: Graph, run: Run) -> dict[str, Any]:
         "libraries": prepared.get("libraries", {}),
         "rows": prepared.get("rows", []),
         "languages": prepared.get("languages", {}),
+        "texts": prepared.get("texts"),
+        "cut_texts": prepared.get("cut_texts", {}),
+        "max_tokens": recipe.data.max_tokens,
         "backbone": recipe.backbone.path,
         "missing": [name for name, manifest in manifests.items() if manifest is None],
         "sources": {name: {**facts, **kept[name]} for name, facts in labels.items() if name in kept},
@@ -44,11 +49,19 @@ def collect(graph: Graph, run: Run) -> dict[str, Any]:
         "mining": None if mined is None else mined["mining"],
         "teaching": taught[-1] if taught else None,
         "models": models,
+        "baselines": [_baseline(graph, name, measured) for name, measured in beside.items() if measured],
+        "standing": [] if served not in found else _standing(graph, run, served),
+        "failures": {} if served not in found else _failures(graph, run, served),
         "reference": recipe.reference(),
         "sets": {
             name: {key: measured["result"][key] for key in ("kind", "queries", "corpus")}
-            for of_model in results.values()
+            for of_model in (*results.values(), *beside.values())
             for name, measured in of_model.items()
+        },
+        "chance": {
+            name: manifest["chance"]
+            for name, stage in graph.sets.items()
+            if "chance" in (manifest := run.manifest(stage) or {})
         },
         "overlap": {
             name: {key: facts[key] for key in ("rows", "queries", "of")}
@@ -71,14 +84,54 @@ def refresh_card(recipe: Recipe, prepared: Folder) -> None:
 
 
 def _results(graph: Graph, run: Run, model: str) -> dict[str, Facts]:
-    """The manifests of a model's finished evaluations, by set."""
-    found = {name: run.manifest(graph.evaluations[model, name]) for name in graph.sets}
+    """The manifests of the finished evaluations of a model, a baseline or BM25, by set."""
+    stages = {name: graph.evaluations[model, name] for name in graph.sets if (model, name) in graph.evaluations}
+    found = {name: run.manifest(stage) for name, stage in stages.items()}
     return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def _baseline(graph: Graph, name: str, measured: dict[str, Facts]) -> dict[str, Any]:
+    """What is shown of BM25 or a baseline."""
+    return {
+        "name": name,
+        "kind": graph.measured[name],
+        "model": graph.recipe.evaluation.models.get(name),
+        "scores": {of_set: facts["result"]["scores"] for of_set, facts in measured.items()},
+        "languages": {of_set: facts["result"]["languages"] for of_set, facts in measured.items()},
+    }
+
+
+def _standing(graph: Graph, run: Run, served: str) -> list[dict[str, Any]]:
+    """How far the served model is from BM25, its backbone and the baselines, on each set that both have.
+
+    Differences are the served model's main metric minus theirs, by paired bootstrap.
+    """
+    own, rows = _results(graph, run, served), []
+    for other in (name for name in graph.measured if name != served):
+        theirs = _results(graph, run, other)
+        for of_set in (name for name in own if name in theirs):
+            units = {
+                model: {of_set: run.folder(graph.evaluations[model, of_set]).read_table("units.parquet")}
+                for model in (other, served)
+            }
+            (row,) = differences({of_set: own[of_set]["result"]["kind"]}, units)
+            kept = {
+                key: row[key] for key in ("set", "model", "against", "difference", "low", "high", "p", "macro")
+            }
+            rows.append({**kept, "kind": graph.measured[other], "wins": row["wins"], "losses": row["losses"]})
+    return rows
+
+
+def _failures(graph: Graph, run: Run, served: str) -> dict[str, list[dict[str, Any]]]:
+    """Queries that the served model fails on, by set; none where there are none."""
+    folders = {name: run.folder(graph.evaluations[served, name]) for name in _results(graph, run, served)}
+    found = {name: folder.read_json(FAILURES) for name, folder in folders.items() if folder.exists(FAILURES)}
+    return {name: failures for name, failures in found.items() if failures}
 
 
 def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict[str, Facts]) -> dict[str, Any]:
     results = {name: facts["result"] for name, facts in measured.items()}
-    times = [facts["query_ms"] for facts in measured.values()]
+    speed = run.manifest(graph.speeds[model.name]) if model.name in graph.speeds else None
     clean = {name: _clean(graph, run, model.name, name) for name in results if name in graph.overlaps}
     return {
         "name": model.name,
@@ -91,7 +144,7 @@ def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict
         "languages": {name: result["languages"] for name, result in results.items()},
         "types": {name: result["types"] for name, result in results.items() if result.get("types")},
         **({"clean": {name: scores for name, scores in clean.items() if scores}} if any(clean.values()) else {}),
-        **({"query_ms": times[0]} if times else {}),
+        **({} if speed is None else {"query_ms": speed["query_ms"]}),
     }
 
 

@@ -23,8 +23,9 @@ DONE = "results.json"
 def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
     """Each further model against the first (`differences`).
 
-    Models of the run must be evaluated. Others are measured here and leave `compared/` in the root; a folder that
-    was measured before on the same sets is not measured again, an endpoint is asked each time.
+    Models of the run must be evaluated, and its baselines are as they were measured. Others are measured here and
+    leave `compared/` in the root; a folder that was measured before on the same sets is not measured again, an
+    endpoint is asked each time.
 
     Args:
         pipeline: the run.
@@ -36,7 +37,7 @@ def compare(pipeline: Pipeline, models: Sequence[str]) -> list[dict[str, Any]]:
     """
     graph, places = pipeline.graph, _all_places(pipeline, models)
     names, sets = list(graph.sets), pipeline.set_folders()
-    _measure(pipeline, sets, {m: place for m, place in places.items() if m not in graph.models})
+    _measure(pipeline, sets, {m: place for m, place in places.items() if _of_run(pipeline, m) is None})
     kinds = {name: sets[name].read_json("set.json")["kind"] for name in names}
     units = {
         model: {name: of_sets[name].read_table("units.parquet") for name in names}
@@ -49,7 +50,7 @@ def dry_run(pipeline: Pipeline, models: Sequence[str]) -> list[str]:
     """A line for each model: what it would be measured on. Raises as `compare`."""
     lines = []
     for model, place in _all_places(pipeline, models).items():
-        new = () if model in pipeline.graph.models else _missing(model, place)
+        new = () if _of_run(pipeline, model) is not None else _missing(model, place)
         names = ", ".join(new)
         lines.append(f"{model}: would be measured on {names}" if names else f"{model}: measured before")
     return lines
@@ -69,11 +70,20 @@ def _missing(model: str, place: Mapping[str, Folder]) -> dict[str, Folder]:
     return {name: folder for name, folder in place.items() if is_endpoint(model) or not folder.exists(DONE)}
 
 
+def _of_run(pipeline: Pipeline, model: str) -> str | None:
+    """The name by which the run itself measures a model: one that it makes, or a baseline by its name or place."""
+    graph, others = pipeline.graph, pipeline.recipe.evaluation.models
+    found = next((name for name, place in others.items() if model in (name, place)), None)
+    measured = (pipeline.run.manifest(graph.evaluations[found, name]) for name in graph.sets if found is not None)
+    return model if model in graph.models else found if found is not None and None not in measured else None
+
+
 def _places(pipeline: Pipeline, model: str) -> dict[str, Folder]:
     """Where the measurements of a model are or will be, by set."""
     graph, root = pipeline.graph, pipeline.run.root
-    if model in graph.models:
-        return {name: pipeline.run.require(graph.evaluations[model, name]) for name in graph.sets}
+    own = _of_run(pipeline, model)
+    if own is not None:
+        return {name: pipeline.run.require(graph.evaluations[own, name]) for name in graph.sets}
     if is_endpoint(model):
         identity = model
     else:

@@ -5,11 +5,20 @@ What the stages read from outside the run is looked at, so that the graph knows 
 
 from __future__ import annotations
 
-from f2llm_ray.pipeline import jobs
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from f2llm_ray.evaluate.bm25 import K1, B
+from f2llm_ray.evaluate.settings import BM25
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
+from f2llm_ray.pipeline import jobs, work
+from f2llm_ray.pipeline.baselines import baseline_files
 from f2llm_ray.pipeline.data_stages import DataStages
-from f2llm_ray.pipeline.graph import Graph
+from f2llm_ray.pipeline.graph import Graph, Model
 from f2llm_ray.pipeline.model_stages import ModelStages
-from f2llm_ray.pipeline.stage_inputs import StageInputs
+from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Stage
@@ -30,17 +39,6 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
     inputs = StageInputs(run)
     data = DataStages(recipe, run, inputs, rescreen=rescreen)
     models = ModelStages(recipe, run, inputs, data)
-    divisors = list(recipe.evaluation.divisors)
-    evaluations = {
-        (model.name, name): Stage(
-            name=f"evaluate-{model.name}-{name}",
-            job=jobs.EVALUATE,
-            settings={"divisors": divisors},
-            parents={"model": model.stage, "set": found},
-        )
-        for model in models.models.values()
-        for name, found in data.sets.items()
-    }
     return Graph(
         recipe=recipe,
         prepare=data.prepare,
@@ -48,5 +46,48 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
         models=models.models,
         sets=data.sets,
         overlaps=data.overlaps,
-        evaluations=evaluations,
+        evaluations=_evaluations(recipe, inputs, models.models, data.sets),
+        speeds=_speeds(recipe, run, models.models, data.sets),
     )
+
+
+def _evaluations(
+    recipe: Recipe, inputs: StageInputs, models: Mapping[str, Model], sets: Mapping[str, Stage]
+) -> dict[tuple[str, str], Stage]:
+    """Of every model, baseline and BM25 on every set that it can be scored on."""
+    divisors = {"divisors": list(recipe.evaluation.divisors)}
+    found = {}
+    for name, of_set in sets.items():
+        if recipe.evaluation.bm25 and recipe.evaluation.sets[name].kind == RetrievalSet.kind:
+            found[BM25, name] = _evaluation(BM25, name, {"k1": K1, "b": B}, {"set": of_set})
+    for model, place in recipe.evaluation.models.items():
+        sought = {"model": Sought(place, partial(baseline_files, place))}
+        for name, of_set in sets.items():
+            stage = _evaluation(model, name, divisors, {"set": of_set})
+            files = inputs.find(stage.name, sought)
+            found[model, name] = replace(stage, inputs=files, places=places(sought))
+    for model, made in models.items():
+        for name, of_set in sets.items():
+            found[model, name] = _evaluation(model, name, divisors, {"model": made.stage, "set": of_set})
+    return found
+
+
+def _evaluation(model: str, name: str, settings: dict[str, Any], parents: Mapping[str, Stage]) -> Stage:
+    return Stage(name=f"evaluate-{model}-{name}", job=jobs.EVALUATE, settings=settings, parents=parents)
+
+
+def _speeds(recipe: Recipe, run: Run, models: Mapping[str, Model], sets: Mapping[str, Stage]) -> dict[str, Stage]:
+    """How long each model takes for a query of the first set."""
+    return {
+        name: Stage(
+            name=f"speed-{name}",
+            job=jobs.EVALUATE,
+            settings={},
+            parents={"model": model.stage, "set": of_set},
+            work=partial(
+                work.measure_speed, run.folder(model.stage) / "model", run.folder(of_set), recipe.compute
+            ),
+        )
+        for of_set in list(sets.values())[:1]
+        for name, model in models.items()
+    }

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.evaluate.settings import BM25
+from f2llm_ray.recipe.recipe import UNTRAINED, Recipe
 from f2llm_ray.run.stage import Stage
 
 Kind = Literal["untrained", "train", "prune", "distill", "merge", "int8"]
@@ -43,12 +44,14 @@ class Graph:
     overlaps: dict[str, Stage]
     """For each set that the training rows are not screened for: how much of it is in them."""
     evaluations: dict[tuple[str, str], Stage]
-    """By model and set."""
+    """By set, and the name of a model of the run, of a baseline, or `BM25`."""
+    speeds: dict[str, Stage]
+    """By model: how long it takes for a query."""
 
     def stages(self) -> list[Stage]:
         """All stages, each after those that it needs."""
         ends = (self.prepare, *(model.stage for model in self.models.values()))
-        ends = (*ends, *self.overlaps.values(), *self.evaluations.values())
+        ends = (*ends, *self.overlaps.values(), *self.evaluations.values(), *self.speeds.values())
         return list({found.folder_name: found for end in ends for found in (*end.before(), end)}.values())
 
     def of_job(self, job: str) -> list[Stage]:
@@ -71,6 +74,14 @@ class Graph:
         if name not in self.models:
             raise RunError(f"recipe {self.recipe.name!r} makes no model {name!r}; it makes {list(self.models)}")
         return self.models[name]
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """What is measured beside the run's models by its name: "bm25", "backbone" or "model"."""
+        found = {BM25: "bm25"} if self.recipe.evaluation.bm25 else {}
+        if self.recipe.backbone.path is not None:
+            found[UNTRAINED] = "backbone"
+        return {**found, **dict.fromkeys(self.recipe.evaluation.models, "model")}
 
     def served(self) -> Model:
         """The model that the recipe serves: the one it names, or the last one."""

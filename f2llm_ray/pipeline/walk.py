@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
+from f2llm_ray.evaluate.bm25 import index_cost
+from f2llm_ray.evaluate.settings import BM25
+from f2llm_ray.pipeline.baselines import baseline_place
 from f2llm_ray.pipeline.declare import declare
-from f2llm_ray.pipeline.graph import Graph, Model
+from f2llm_ray.pipeline.graph import Graph
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Stage, changes
+from f2llm_ray.train.settings import is_endpoint
 
 REASONS = 3
 """Changes that a stage names when it starts."""
@@ -40,8 +44,9 @@ class Pipeline:
 
     def make(self) -> None:
         """Makes and evaluates every model of the recipe."""
+        last = {*self.graph.evaluations.values(), *self.graph.speeds.values()}
         for stage in self.graph.stages():
-            if stage not in self.graph.evaluations.values():
+            if stage not in last:
                 self._make(stage)
         self.evaluate()
 
@@ -83,13 +88,11 @@ class Pipeline:
         self.stage(self.graph.model(name).stage)
 
     def evaluate(self) -> None:
-        """Measures every finished model on every set that it was not measured on, models side by side."""
-        import ray
+        """Measures what was not measured yet.
 
-        from f2llm_ray.evaluate.measure import measure_folder
-
-        waiting = {model.name: self._unmeasured(model) for model in self.graph.models.values()}
-        waiting = {name: sets for name, sets in waiting.items() if sets}
+        Finished models, baselines and BM25 are measured side by side, then the speed of each model by itself.
+        """
+        waiting = self._unmeasured()
         there = sum(self.run.manifest(stage) is not None for stage in self.graph.evaluations.values())
         if there:
             say(f"evaluate: {formatting.plural(there, 'evaluation')} finished before, skipped")
@@ -98,25 +101,57 @@ class Pipeline:
         for stage in self.graph.overlaps.values():
             self.stage(stage)
         self._say_overlaps()
-        if not waiting:
-            return
-        work = ray.remote(num_cpus=1, num_gpus=1 if self.recipe.compute.gpus_per_worker else 0)(measure_folder)
+        self._measure(waiting)
+        for name, stage in self.graph.speeds.items():
+            if self.run.manifest(self.graph.models[name].stage) is not None and self.run.manifest(stage) is None:
+                self.stage(stage)
+
+    def _measure(self, waiting: Mapping[str, Mapping[str, Stage]]) -> None:
+        """Measures models, baselines and BM25 on sets: in Ray tasks, endpoints from here, where the key is."""
+        import ray
+
+        from f2llm_ray.engine.other_models import RemoteModel
+        from f2llm_ray.evaluate.measure import measure, measure_bm25, measure_folder
+
+        gpus, divisors = 1 if self.recipe.compute.gpus_per_worker else 0, self.recipe.evaluation.divisors
+        of_folder = ray.remote(num_cpus=1, num_gpus=gpus)(measure_folder)
+        of_bm25 = ray.remote(num_cpus=1)(measure_bm25)
         started, pending = time.time(), {}
+        others = self.recipe.evaluation.models
         for name, sets in waiting.items():
-            folder = self.run.folder(self.graph.models[name].stage) / "model"
+            say(f"evaluate {name}: started, on {', '.join(sets)}")
             found = {other: self.run.folder(self.graph.sets[other]) for other in sets}
             out = {other: self.run.folder(stage) for other, stage in sets.items()}
-            say(f"evaluate {name}: started, on {', '.join(sets)}")
-            pending[work.remote(folder, found, self.recipe.evaluation.divisors, out)] = name
+            if name == BM25:
+                self._say_cost(sets)
+                pending[of_bm25.remote(found, out)] = name
+            elif not is_endpoint(others.get(name, "")):
+                folder = baseline_place(others[name]) if name in others else self._folder_of(name)
+                pending[of_folder.remote(folder, found, divisors, out)] = name
         while pending:
             (done,), _ = ray.wait(list(pending))
             name = pending.pop(done)
-            measured = ray.get(done)
-            for other, stage in waiting[name].items():
-                facts = {"result": measured["results"][other], "query_ms": measured["query_ms"]}
-                seconds = measured["results"][other]["seconds"]
-                self.run.finish(stage, started=started, **facts, seconds=seconds)
-            say(f"evaluate {name}: finished in {measured['seconds']:.0f} s")
+            self._measured(name, waiting[name], ray.get(done)["results"], started)
+        for name in (name for name in waiting if is_endpoint(others.get(name, ""))):
+            started, sets = time.time(), waiting[name]
+            found = {other: self.run.folder(self.graph.sets[other]) for other in sets}
+            out = {other: self.run.folder(stage) for other, stage in sets.items()}
+            self._measured(name, sets, measure(RemoteModel(others[name]), found, divisors, out), started)
+
+    def _say_cost(self, sets: Iterable[str]) -> None:
+        for name in sets:
+            facts = self.run.manifest(self.graph.sets[name]) or {}
+            cost = index_cost(facts.get("passages", 0), facts.get("characters", 0))
+            if cost is not None:
+                say(f"evaluate bm25: the index of {name}'s {cost}; evaluation.bm25=false leaves it out")
+
+    def _measured(self, name: str, sets: Mapping[str, Stage], results: Mapping[str, Any], started: float) -> None:
+        for other, stage in sets.items():
+            self.run.finish(stage, started=started, result=results[other], seconds=results[other]["seconds"])
+        say(f"evaluate {name}: finished in {sum(result['seconds'] for result in results.values()):.0f} s")
+
+    def _folder_of(self, model: str) -> Folder:
+        return self.run.folder(self.graph.models[model].stage) / "model"
 
     def evaluate_folder(self, model: str) -> dict[str, Any]:
         """Scores of any model folder on the recipe's sets, by set and dim."""
@@ -185,12 +220,15 @@ class Pipeline:
             say(f"{stage.name}: finished before, skipped ({stage.folder_name})")
         return True
 
-    def _unmeasured(self, model: Model) -> dict[str, Stage]:
-        """The evaluations of a model that are missing, by set; none where the model is not finished."""
-        if self.run.manifest(model.stage) is None:
-            return {}
-        found = {name: self.graph.evaluations[model.name, name] for name in self.graph.sets}
-        return {name: stage for name, stage in found.items() if self.run.manifest(stage) is None}
+    def _unmeasured(self) -> dict[str, dict[str, Stage]]:
+        """The evaluations that are missing, by what is measured and set; none of models that are not finished."""
+        models = self.graph.models
+        unfinished = {name for name, model in models.items() if self.run.manifest(model.stage) is None}
+        found: dict[str, dict[str, Stage]] = {}
+        for (name, other), stage in self.graph.evaluations.items():
+            if name not in unfinished and self.run.manifest(stage) is None:
+                found.setdefault(name, {})[other] = stage
+        return found
 
     def _say_overlaps(self) -> None:
         for name, stage in self.graph.overlaps.items():

@@ -15,6 +15,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.settings import Data, Decontamination
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.evaluate.tasks.task import Task
 from f2llm_ray.model.settings import PARTS, Backbone, Prune
 from f2llm_ray.run.folder import Folder
@@ -57,7 +58,18 @@ def make_set(name: str, setting: EvaluationSet, settings: Data, out: Folder) -> 
     else:
         task = task_of(name, setting)
     task.write(out)
-    return {"kind": task.kind, "units": len(task.unit_texts())}
+    facts: Facts = {"kind": task.kind, "units": len(task.unit_texts())}
+    if isinstance(task, RetrievalSet):
+        characters = sum(map(len, task.corpus_texts))
+        facts |= {"passages": len(task.corpus_texts), "characters": characters, "chance": task.chance()}
+    return facts
+
+
+def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -> Facts:  # noqa: ARG001 - a stage's work
+    """How long a model takes to embed one query of a set, with nothing else running here."""
+    from f2llm_ray.evaluate.measure import query_ms_of
+
+    return {"query_ms": on_worker(query_ms_of, model, found, compute=compute)}
 
 
 def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, out: Folder) -> Facts:

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Tag, model_validator
 from f2llm_ray.base.section import Name, Neutral, Output, Section
 from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
-from f2llm_ray.evaluate.settings import Evaluation
+from f2llm_ray.evaluate.settings import BM25, Evaluation
 from f2llm_ray.mine.settings import Mine
 from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize, Soup
 from f2llm_ray.serve.settings import Serving
@@ -20,8 +20,8 @@ UNTRAINED, PRUNED, DISTILLED = "untrained", "pruned", "distilled"
 """What the backbone, and the models of the sections `prune` and `distill`, are called."""
 MERGED, INT8 = "-merged", "-int8"
 """What the names of merged and quantized models end in, after that of the model they are made from."""
-TAKEN = {UNTRAINED, PRUNED, DISTILLED, "prepare", "mined"}
-TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-")
+TAKEN = {UNTRAINED, PRUNED, DISTILLED, BM25, "prepare", "mined"}
+TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-")
 """Names of stages that make no model."""
 
 
@@ -248,6 +248,9 @@ class Recipe(Section):
                 yield f"stages.{name}: this name is taken"
             if name.endswith((MERGED, INT8)):
                 yield f"stages.{name}: a name ending in {MERGED} or {INT8} is that of a model made from another"
+        for name, model in self.evaluation.models.items():
+            if name in self.model_names():
+                yield f"evaluation.baselines: {model!r} would be called {name!r}, as a model of the run is"
         made = list(self.made_from())
         for name in () if self.quantize is None else self.quantize.models:
             if name not in made:

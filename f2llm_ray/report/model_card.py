@@ -6,6 +6,7 @@ It says what the report knows of the model, its weak languages first, and how to
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,18 +17,23 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.data.language import shortest
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
+from f2llm_ray.report.languages import named
 from f2llm_ray.report.page import render_page
 from f2llm_ray.report.read_scores import (
+    Metrics,
     ModelEntry,
     RunReport,
     by_dim,
     by_language,
+    dim_cell,
     interval,
     main_metric,
     metrics_of,
+    served_of,
     sets_of,
     source_cells,
 )
+from f2llm_ray.report.standing import standing_sentences
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -81,11 +87,12 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
         placeholder=PLACEHOLDER,
         query=repr(info.prompts.get("query", "") + "Passwort ändern"),
         document_prompt=repr(info.prompts.get("document", "")),
+        standing=standing_sentences(report) if model is served_of(report) else [],
         quality=[
-            [name, str(dim), metric, formatting.score(facts.get(metric)), interval(facts)]
+            [name, of, dim_cell(dim), metric, formatting.score(facts.get(metric)), interval(facts)]
             for name in sets_of([model])
             for metric in [main_metric([model], name)]
-            for dim, facts in by_dim(model, name).items()
+            for of, dim, facts in _scored(report, model, name)
         ],
         weakest=[_weakest(model, name) for name in sets_of([model]) if by_language(model, name)],
         sources=source_cells({name: sources[name] for name in model.get("sources") or () if name in sources}),
@@ -130,12 +137,21 @@ def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> Model
     return card
 
 
+def _scored(report: RunReport, model: ModelEntry, name: str) -> Iterator[tuple[str, int, Metrics]]:
+    """Whose score, dim and metrics on a set: the model's at every dim, then BM25's and the baselines'."""
+    for dim, facts in by_dim(model, name).items():
+        yield "this model", dim, facts
+    for entry in report.get("baselines") or []:
+        for dim, facts in list(by_dim(entry, name).items())[:1]:
+            yield str(entry.get("name")), dim, facts
+
+
 def _weakest(model: ModelEntry, name: str) -> tuple[str, str, int, list[str]]:
     """A set, its main metric, how many languages it has, and those with the lowest scores."""
     found, main = by_language(model, name), main_metric([model], name)
     weakest = sorted(found.items(), key=lambda item: (item[1].get(main) or 0.0, item[0]))[:WEAKEST]
     languages = [
-        f"{language} {formatting.score(facts.get(main))} ({formatting.count(facts.get('queries'))} queries)"
+        f"{named(language)} {formatting.score(facts.get(main))} ({formatting.count(facts.get('queries'))} queries)"
         for language, facts in weakest
     ]
     return name, main, len(found), languages

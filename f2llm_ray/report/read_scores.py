@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
+from f2llm_ray.evaluate.metrics.scores import NO_DIM
 from f2llm_ray.report.page import Cells
 
 RunReport = Mapping[str, Any]
@@ -48,6 +49,23 @@ def reference_of(report: RunReport) -> ModelEntry | None:
     models = report.get("models") or []
     wanted = report.get("reference") if any(is_shrunk(models, model) for model in models) else None
     return next((model for model in models if model.get("name") == wanted), None)
+
+
+def served_of(report: RunReport) -> ModelEntry | None:
+    """The model that the run serves, the last one where it names none; None without models."""
+    models = report.get("models") or []
+    wanted = (report.get("serving") or {}).get("model")
+    return next((model for model in models if model.get("name") == wanted), models[-1] if models else None)
+
+
+def shown(report: RunReport) -> list[ModelEntry]:
+    """What the tables of scores show: BM25 and the baselines, then the run's models."""
+    return [*(report.get("baselines") or []), *(report.get("models") or [])]
+
+
+def dim_cell(dim: int | None) -> str:
+    """A dim in a table; a ranking without vectors has none."""
+    return "–" if dim == NO_DIM else formatting.count(dim)
 
 
 def enough(languages: Mapping[str, Metrics]) -> dict[str, Metrics]:

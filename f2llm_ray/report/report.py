@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
+from f2llm_ray.report.advice import advice, cut_sentence
 from f2llm_ray.report.headline import headline
+from f2llm_ray.report.languages import named
 from f2llm_ray.report.model_card import write_cards
 from f2llm_ray.report.page import Cells, render_page
 from f2llm_ray.report.read_scores import (
@@ -20,6 +22,7 @@ from f2llm_ray.report.read_scores import (
     at_full,
     by_dim,
     by_language,
+    dim_cell,
     enough,
     interval,
     is_shrunk,
@@ -27,6 +30,7 @@ from f2llm_ray.report.read_scores import (
     megabytes,
     metrics_of,
     reference_of,
+    served_of,
     sets_of,
     source_cells,
 )
@@ -36,6 +40,8 @@ from f2llm_ray.run.folder import Folder
 
 LANGUAGES_OPEN = 20
 """Rows of the per-language table that are shown before unfolding it."""
+FAILURES_OPEN = 12
+"""The same for queries that the model fails on."""
 TYPES_OPEN = 9
 """The same for the table of smaller vectors: three dims."""
 
@@ -53,31 +59,43 @@ def write_report(root: Folder, report: dict[str, Any]) -> None:
 
 def render(report: RunReport, plots: Plots) -> str:
     """The HTML page; all text in it is escaped."""
-    models = list(report.get("models") or [])
-    reference = reference_of(report)
+    models, served = list(report.get("models") or []), served_of(report)
+    beside = list(report.get("baselines") or [])
+    reference, of_served = reference_of(report), [] if served is None else [served]
     against = [] if reference is None else [f"of {reference.get('name')}"]
+    timed = any(model.get("query_ms") is not None for model in models)
     return render_page(
         "report.html",
         name=report.get("name") or "run",
         facts=[str(report[key]) for key in ("created", "device", "root") if report.get(key)],
         headline=headline(report),
         quality=[
-            (name, _asked(report, name), _overlap(report, name), *_quality(models, reference, name))
+            (name, _asked(report, name), _overlap(report, name), *_quality(report, reference, name))
             for name in sets_of(models)
         ],
+        advice=advice(report),
+        failures=[(name, _failures(found)) for name, found in (report.get("failures") or {}).items()],
+        open_failures=FAILURES_OPEN,
         matryoshka=plots.matryoshka,
-        types=_types(models[-1]) if models else [],
+        types=[entry for model in of_served for entry in _types(model)],
         type_plots=dict(plots.types),
-        sizes=[_sizes(model) for model in models],
-        last=str(models[-1].get("name")) if models else "",
+        sizes=[_sizes(model, timed=timed) for model in models],
+        served="" if served is None else str(served.get("name")),
+        timed=timed,
         against=against,
         languages=[
-            (name, _scores_head(models, name), _languages(models[-1], report, reference, name))
-            for name in sets_of(models[-1:])
+            (
+                name,
+                [*_scores_head(models, name), *(str(entry["name"]) for entry in _on(beside, name))],
+                _languages(model, report, reference, name),
+            )
+            for model in of_served
+            for name in sets_of([model])
         ],
         resources=[
-            (name, main_metric(models, name), _resources(models[-1], report, reference, name))
-            for name in sets_of(models[-1:])
+            (name, main_metric(models, name), _resources(model, report, reference, name))
+            for model in of_served
+            for name in sets_of([model])
         ],
         missing=[str(stage) for stage in report.get("missing") or []],
         open_rows=LANGUAGES_OPEN,
@@ -85,6 +103,7 @@ def render(report: RunReport, plots: Plots) -> str:
         plotted=LANGUAGES_PLOTTED,
         steps=[_step(row) for row in report.get("rows") or []],
         sources=source_cells(report.get("sources") or {}),
+        cut=cut_sentence(report),
         language_count=len(report.get("languages") or {}),
         language_plot=plots.languages,
         training=[_training(*item) for item in (report.get("training") or {}).items()],
@@ -139,10 +158,22 @@ def _clean(models: Sequence[ModelEntry], name: str) -> list[Mapping[str, float]]
     return found if any(found) else []
 
 
-def _quality(models: Sequence[ModelEntry], reference: ModelEntry | None, name: str) -> tuple[list[str], Cells]:
-    """Names of the columns, and rows of model, d, metrics at d, and the main one's share of the reference's."""
-    clean = _clean(models, name)
-    rows = []
+def _on(entries: Sequence[ModelEntry], name: str) -> list[ModelEntry]:
+    """Those that were scored on a set."""
+    return [entry for entry in entries if by_dim(entry, name)]
+
+
+def _quality(report: RunReport, reference: ModelEntry | None, name: str) -> tuple[list[str], Cells]:
+    """Names of the columns, and rows of model, d, metrics at d, and the main one's share of the reference's.
+
+    BM25 and the baselines come first.
+    """
+    models = list(report.get("models") or [])
+    clean, rows = _clean(models, name), []
+    for entry in _on(report.get("baselines") or [], name):
+        full, scores = next(iter(by_dim(entry, name).items()))
+        row = [str(entry.get("name")), dim_cell(full), *_scores_cells(models, name, scores)]
+        rows.append([*row, *([""] if clean else []), *([] if reference is None else [""])])
     for place, model in enumerate(models):
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
         row = [str(model.get("name")), formatting.count(dim), *_scores_cells(models, name, facts)]
@@ -175,27 +206,32 @@ def _types(model: ModelEntry) -> list[tuple[str, Cells]]:
     ]
 
 
-def _sizes(model: ModelEntry) -> list[str]:
+def _sizes(model: ModelEntry, *, timed: bool) -> list[str]:
     numbers = [formatting.count(model.get(key)) for key in ("parameters", "non_embedding_parameters")]
     return [
         str(model.get("name")),
         *numbers,
         formatting.byte_size(model.get("bytes")),
-        formatting.milliseconds(model.get("query_ms")),
+        *([formatting.milliseconds(model.get("query_ms"))] if timed else []),
         str(model.get("folder") or ""),
     ]
 
 
 def _languages(model: ModelEntry, report: RunReport, reference: ModelEntry | None, name: str) -> Cells:
-    """Rows of language, training rows, queries, the metrics at d, and the main one's share of the reference's."""
+    """Rows of language, training rows, queries, and the metrics at d.
+
+    After them come the main metric of BM25 and the baselines, and its share of the reference's.
+    """
     trained = report.get("languages") or {}
     found, main = by_language(model, name), main_metric([model], name)
     theirs = {} if reference is None else by_language(reference, name)
+    beside = [by_language(entry, name) for entry in _on(report.get("baselines") or [], name)]
     rows = []
     for language in sorted(found, key=lambda language: (found[language].get(main) or 0.0, language)):
         facts = found[language]
         counts = [formatting.count(trained.get(language, 0)), formatting.count(facts.get("queries"))]
-        row = [language, *counts, *_scores_cells([model], name, facts)]
+        others = [formatting.score((scores.get(language) or {}).get(main)) for scores in beside]
+        row = [named(language), *counts, *_scores_cells([model], name, facts), *others]
         if reference is not None:
             row.append(formatting.share(facts.get(main), (theirs.get(language) or {}).get(main)))
         rows.append(row)
@@ -215,6 +251,20 @@ def _resources(model: ModelEntry, report: RunReport, reference: ModelEntry | Non
             row.append(formatting.share(mean, group.mean(theirs, main)))
         rows.append(row)
     return rows
+
+
+def _failures(found: Sequence[Mapping[str, Any]]) -> Cells:
+    """Rows of language, query, the right passage, its rank, and what was found first."""
+    return [
+        [
+            named(entry["language"]),
+            entry["query"],
+            entry["expected"],
+            formatting.count(entry["rank"]),
+            entry["found"],
+        ]
+        for entry in found
+    ]
 
 
 def _step(row: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from f2llm_ray.report.plots import Plot, bar_plot, line_plot
-from f2llm_ray.report.read_scores import BITS, ModelEntry, RunReport, by_dim, main_metric, megabytes, sets_of
+from f2llm_ray.report.read_scores import (
+    BITS,
+    ModelEntry,
+    RunReport,
+    by_dim,
+    main_metric,
+    megabytes,
+    served_of,
+    sets_of,
+)
 
 LANGUAGES_PLOTTED = 40
 
@@ -18,7 +27,7 @@ class Plots:
     matryoshka: list[tuple[str, Plot | None]]
     """The main metric by dim, a line per model, for each set."""
     types: list[tuple[str, Plot]]
-    """The main metric of the last model by the size of its vectors, a line per type, for each set that has it."""
+    """The main metric of the served model by the size of its vectors, a line per type, for each set with it."""
     languages: Plot | None
     """Training rows of the largest languages."""
     losses: list[tuple[str, Plot]]
@@ -34,10 +43,10 @@ class Plots:
 
 def plots_of(report: RunReport) -> Plots:
     """The plots of a report, which may lack any part."""
-    models = list(report.get("models") or [])
+    models, served = list(report.get("models") or []), served_of(report)
     return Plots(
         [(name, _matryoshka(models, name)) for name in sets_of(models)],
-        _types(models[-1]) if models else [],
+        [] if served is None else _types(served),
         _languages(report.get("languages") or {}),
         _losses(report),
         _scores(report),

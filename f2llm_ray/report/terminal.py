@@ -7,19 +7,21 @@ from typing import Any
 
 from f2llm_ray.base import formatting
 from f2llm_ray.report.page import Cells
-from f2llm_ray.report.read_scores import ModelEntry, RunReport, by_dim, metrics_of, sets_of
+from f2llm_ray.report.read_scores import ModelEntry, RunReport, by_dim, metrics_of, sets_of, shown
+from f2llm_ray.report.standing import standing_sentences
 
 TERMINAL_COLUMNS = 120
 
 
 def terminal_table(report: RunReport) -> str:
-    """One row per model: sizes, and for each set the metrics at d and the main one at the smaller dims.
+    """One row per baseline and model: sizes, and for each set the metrics at d and the main one at smaller dims.
 
+    Below them stands in sentences where the served model is between chance, BM25 and the baselines.
     Sets are side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
     """
-    models = list(report.get("models") or [])
-    if not models:
+    if not report.get("models"):
         return f"models: {formatting.NOT_MEASURED}"
+    models, standing = shown(report), standing_sentences(report)
     sizes = [["params", *(formatting.size(model.get("parameters")) for model in models)]]
     sizes.append(["non-emb", *(formatting.size(model.get("non_embedding_parameters")) for model in models)])
     names = [["model", *(formatting.clip(str(model.get("name")), 16) for model in models)]]
@@ -35,13 +37,15 @@ def terminal_table(report: RunReport) -> str:
         block = _beside([block, part], gap=3)
         titles += "   " + formatting.clip(name, len(part[0])).ljust(len(part[0]))
     title = [titles.rstrip()] if titles.strip() else []
-    return "\n".join(line.rstrip() for line in [*lines, *title, *block])
+    below = ["", *standing] if standing else []
+    return "\n".join(line.rstrip() for line in [*lines, *title, *block, *below])
 
 
 def _terminal_columns(models: Sequence[ModelEntry], name: str) -> Cells:
     """Columns, each with its header: the metrics at d, then the main one at d over each divisor."""
     found = [by_dim(model, name) for model in models]
-    cells = [{max(scores) // dim: facts for dim, facts in scores.items()} for scores in found]
+    # A ranking without vectors has its one score in the column of the full dim.
+    cells = [{max(scores) // (dim or 1) or 1: facts for dim, facts in scores.items()} for scores in found]
     divisors = sorted({divisor for cell in cells for divisor in cell} - {1})
     metrics = metrics_of(models, name)
     columns = [[metric, *(_brief(cell.get(1), metric) for cell in cells)] for metric in metrics]

@@ -13,7 +13,7 @@ import pytest
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.engine.other_models import SentenceTransformers, open_folder
+from f2llm_ray.engine.other_models import SentenceTransformers, on_disk, open_folder
 from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
 from f2llm_ray.model.checkpoint import INFO_FILE
 from tests.tiny import LINES, tiny_model
@@ -54,6 +54,26 @@ def test_the_package_and_the_engine_give_the_same_scores(ours: Path, tmp_path: P
     assert list(b.scores["types"]) == ["32"]
     without = held.measure(open_folder(stranger(ours, tmp_path / "bare", {})), (1,))
     assert without.scores["scores"]["32"] != a.scores["scores"]["32"]
+
+
+def test_a_name_on_the_hub_is_read_from_its_cache(
+    ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--org--small"
+    stranger(ours, cached / "snapshots" / "0a1b", {})
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0a1b")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with on_disk("org/small") as folder:
+        other = open_folder(folder)
+    vectors_nd, _ = open_folder(ours).embed_counted(LINES)
+    assert np.allclose(other.embed_counted(LINES)[0], vectors_nd, atol=1e-5)
+    with (
+        pytest.raises(RunError, match=r"org/none: not a folder, and not found on the hub: ."),
+        on_disk("org/none"),
+    ):
+        pass
 
 
 def test_documents_get_their_prompt(ours: Path, tmp_path: Path) -> None:

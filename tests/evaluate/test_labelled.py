@@ -16,14 +16,17 @@ from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
+from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.differences import compare, table
 from f2llm_ray.evaluate.tasks.registry import read_task, task_of
+from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.pipeline.compare import compare as compare_models
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from tests.corpus import write_corpus, write_recipe
+from tests.openai_server import openai_endpoint
 from tests.tiny import tiny_model
 
 Rows = list[dict[str, Any]]
@@ -219,9 +222,9 @@ def test_retrieval_is_the_kind_of_entries_without_one() -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, Path]]:
-    """A run up to the evaluation of its untrained model, with sets of three kinds."""
+    """A run up to the evaluation of its untrained model, with sets of three kinds and two baselines."""
     folder = tmp_path_factory.mktemp("labelled")
-    corpus = write_corpus(folder, rows=60)
+    corpus = write_corpus(folder, rows=160)
     held = corpus["evaluation"]["sets"]["held"]["source"]
     lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     asked = [{"text": row["q"], "label": row["lang"]} for row in lines[:20]]
@@ -230,11 +233,16 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
         "topics": {"kind": "classification", "train": write(folder / "train.jsonl", asked[10:])}
         | {"test": write(folder / "test.jsonl", asked[:10])},
     }
+    beside = tiny_model(folder / "beside", hidden=16)
+    engine = Engine(beside)
     connect()
-    pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
-    pipeline.job("prepare")
-    pipeline.model("untrained")
-    pipeline.evaluate()
+    with openai_endpoint(lambda texts: engine.embed_counted(texts)[0]) as endpoint:
+        corpus["evaluation"]["baselines"] = [str(beside), f"{endpoint.url}#far"]
+        pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
+        pipeline.job("prepare")
+        pipeline.model("untrained")
+        pipeline.evaluate()
+    # Nobody answers at the endpoint any more: it was asked once.
     yield pipeline, folder
     import ray
 
@@ -276,7 +284,61 @@ def test_a_run_measures_sets_of_all_kinds_and_trains_on_none(
     assert again == {name: found["scores"] for name, found in results.items()}
     capsys.readouterr()
     pipeline.evaluate()
-    assert "evaluate: 3 evaluations finished before, skipped" in capsys.readouterr().out
+    assert "evaluate: 10 evaluations finished before, skipped" in capsys.readouterr().out
+
+
+def test_the_report_holds_the_model_against_bm25_and_a_baseline(evaluated: tuple[Pipeline, Path]) -> None:
+    pipeline, folder = evaluated
+    report = pipeline.report()
+    beside = {entry["name"]: entry for entry in report["baselines"]}
+    assert {name: list(entry["scores"]) for name, entry in beside.items()} == {
+        "bm25": ["held"],
+        "beside": ["held", "bitext", "topics"],
+        "far": ["held", "bitext", "topics"],
+    }
+    assert beside["far"]["model"].endswith("#far")
+    assert beside["beside"]["model"] == str(folder / "beside")
+    assert pipeline.evaluate_folder(str(folder / "beside")) == beside["beside"]["scores"]
+    task = RetrievalSet.read(pipeline.set_folders()["held"])
+    measured = task.measure_bm25().scores
+    assert beside["bm25"]["scores"]["held"] == measured["scores"]
+    assert beside["bm25"]["languages"]["held"] == measured["languages"]
+    assert report["chance"] == {"held": task.chance()}
+    rows = {(row["set"], row["against"]): row for row in report["standing"]}
+    others = {(name, other) for name in pipeline.graph.sets for other in ("beside", "far")}
+    assert set(rows) == {("held", "bm25"), *others}
+    (compared,) = [row for row in compare_models(pipeline, ["beside", "untrained"]) if row["set"] == "held"]
+    assert {key: compared[key] for key in ("difference", "low", "high")} == {
+        key: rows["held", "beside"][key] for key in ("difference", "low", "high")
+    }
+    assert not (Path(pipeline.run.root.path) / "compared").is_dir(), "the run has measured it"
+    failed = report["failures"]["held"]
+    assert failed, "random weights find nothing"
+    for failure in failed:
+        query, right = task.query_texts.index(failure["query"]), task.corpus_texts.index(failure["expected"])
+        assert (query, right) in set(map(tuple, task.relevant.tolist()))
+        assert task.query_languages[query] == failure["language"]
+        assert failure["rank"] > 10
+    page = (folder / "root" / "report.html").read_text()
+    assert "bm25" in page
+    assert "Queries that fail: untrained" in page
+    assert report["models"][0]["query_ms"] > 0
+
+
+def test_switching_bm25_off_measures_no_model_again(
+    evaluated: tuple[Pipeline, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline, folder = evaluated
+    changes = ["evaluation.bm25=false", "evaluation.baselines=[]"]
+    without = Pipeline(load_recipe(str(folder / "recipe.yaml"), changes), str(folder / "root"))
+    capsys.readouterr()
+    without.evaluate()
+    said = capsys.readouterr().out
+    assert "evaluate: 3 evaluations finished before, skipped" in said
+    assert "started" not in said
+    report = without.report()
+    assert report["baselines"] == report["standing"] == []
+    pipeline.report()
 
 
 def test_a_runs_models_and_others_are_compared(evaluated: tuple[Pipeline, Path]) -> None:

@@ -124,6 +124,20 @@ def test_the_pruned_model_is_smaller_and_reads_its_corpus_alike(finished: Path) 
     assert scores.keys() >= {"untrained", "tuned", "pruned", "distilled", "distilled-int8"}
 
 
+def test_the_report_holds_the_served_model_against_its_backbone(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    assert {(row["against"], row["kind"], row["model"]) for row in report["standing"]} == {
+        ("bm25", "bm25", "distilled-int8"),
+        ("untrained", "backbone", "distilled-int8"),
+    }
+    scores = {model["name"]: model["scores"]["held"]["32"]["ndcg@10"] for model in report["models"]}
+    (gap,) = (row["difference"] for row in report["standing"] if row["kind"] == "backbone")
+    assert gap == pytest.approx(scores["distilled-int8"] - scores["untrained"], abs=2e-6)
+    card = (model_of(finished, "distilled-int8") / "README.md").read_text()
+    assert "On held the served model distilled-int8 has ndcg@10" in card
+    assert "its backbone (" in card
+
+
 def test_bulk_embedding_takes_texts_for_passages(finished: Path, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 

@@ -80,19 +80,64 @@ def test_what_cannot_change_an_output_runs_nothing_again(run: Run, change: str) 
 
 def test_a_changed_setting_changes_only_what_depends_on_it(run: Run) -> None:
     def measured(*models: str) -> set[str]:
-        return {f"evaluate-{model}-{name}" for model in models for name in ("django_ui", "language_names")}
+        found = {f"evaluate-{model}-{name}" for model in models for name in ("django_ui", "language_names")}
+        return found | {f"speed-{model}" for model in models}
 
     assert changed(run, "distill.lr=0.5") == {"distilled", *measured("distilled")}
     assert changed(run, "prune.ffn=16") == {"pruned", "distilled", *measured("pruned", "distilled")}
     cut = changed(run, "prune.calibration_rows=400")
     assert cut == {"importance-stage2", "pruned", "distilled", *measured("pruned", "distilled")}
-    assert changed(run, "evaluation.divisors=[1]") == measured(*MODELS)
+    speeds = {f"speed-{model}" for model in MODELS}
+    assert changed(run, "evaluation.divisors=[1]") == measured(*MODELS) - speeds
     worded = changed(run, "evaluation.sets.django_ui.source.instruction=Find it.")
-    assert worded == {"set-django_ui", *(f"evaluate-{model}-django_ui" for model in MODELS)}
+    of_set = {f"evaluate-{model}-django_ui" for model in {*MODELS, "bm25"}}
+    assert worded == {"set-django_ui", *of_set, *speeds}
     assert changed(run, "seed=99") >= {"prepare", *MODELS}
     seen = changed(run, "sources.plone_ui.weight=2")
     assert seen >= {"taught-distilled", *TRAINED}
     assert not {"prepare", "untrained"} & seen, "how often a row is seen is no matter of its text"
+
+
+def test_baselines_are_measured_beside_the_models_and_never_again_for_each_other(run: Run, tmp_path: Path) -> None:
+    assert changed(run, "evaluation.bm25=false") == {"evaluate-bm25-django_ui"}, "language_names is no search"
+    one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
+    before = hashes(quickstart(run, f"evaluation.baselines=[{one}]"))
+    both = hashes(quickstart(run, f"evaluation.baselines=[{other}, {one}]"))
+    added = {f"evaluate-other-{name}" for name in ("django_ui", "language_names")}
+    assert both.keys() - before.keys() == added
+    assert before.items() <= both.items()
+    moved = tiny_model(tmp_path / "elsewhere" / "one")
+    assert hashes(quickstart(run, f"evaluation.baselines=[{moved}]")) == before, "known by content"
+    tiny_model(one, hidden=16)
+    changed_files = hashes(quickstart(run, f"evaluation.baselines=[{one}]"))
+    again = {name for name in before if before[name] != changed_files[name]}
+    assert again == {"evaluate-one-django_ui", "evaluate-one-language_names"}
+    endpoint = quickstart(run, "evaluation.baselines=[http://127.0.0.1:9/v1#org/m, org/hub-model]")
+    assert {model for model, _ in endpoint.evaluations} == {*MODELS, "bm25", "m", "hub-model"}
+
+
+@pytest.mark.parametrize(
+    ("baselines", "words"),
+    [
+        (["a/x", "b/x"], ["'a/x' would be called 'x'", "'b/x'"]),
+        (["a/bm25"], ["'a/bm25' would be called 'bm25'"]),
+        (["models/stage1"], ["'models/stage1' would be called 'stage1', as a model of the run is"]),
+        (["/"], ["'/'", "expected a model folder, a name on the hub or URL#NAME"]),
+    ],
+)
+def test_baselines_with_one_name_are_refused(tmp_path: Path, baselines: list[str], words: list[str]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        small(tmp_path, evaluation={"baselines": baselines})
+    for word in ["evaluation.baselines", *words]:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["nothing", "here/is/none", "empty"])
+def test_a_baseline_that_is_no_model_is_named_before_any_work(tmp_path: Path, run: Run, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe = small(tmp_path, evaluation={**held(tmp_path), "baselines": [str(tmp_path / place)]})
+    with pytest.raises(DataError, match=rf"evaluation\.baselines: .*{place}: found no model there"):
+        declare(recipe, run)
 
 
 def test_the_order_of_sources_counts_and_that_of_sets_does_not(run: Run) -> None:

@@ -50,13 +50,34 @@ def metrics(top_qk: Ints, relevant_r2: Ints, corpus: int, grade_r: Values | None
     hit_qk = (pair_r[place_qk] == pair_qk) & (top_qk >= 0)
     gain_qk = np.where(hit_qk, grade_r[place_qk], 0)
     relevant_q = np.bincount(query_r, minlength=len(top_qk))
+    discount_k = 1 / np.log2(np.arange(2, top_qk.shape[1] + 2))
+    return {
+        "ndcg@10": gain_qk @ discount_k / _ideal(query_r, grade_r, relevant_q),
+        "acc@1": hit_qk[:, 0].astype(np.float64),
+        "recall@10": hit_qk.sum(axis=1) / relevant_q,
+    }
+
+
+def chance(judged: Judgements, corpus: int) -> Values:
+    """ndcg@10 of each query [q] that passages in random order have on average.
+
+    Each rank then has a passage's mean gain: the sum of the query's grades over the passages that can be results.
+    """
+    query_r = judged.relevant_r2[:, 0]
+    queries = len(judged.own_q)
+    candidates_q = corpus - (judged.own_q >= 0)
+    total_q = np.bincount(query_r, judged.grade_r, minlength=queries)
+    discount_k = 1 / np.log2(np.arange(2, K + 2))
+    # Fewer candidates than ranks: those that are left have no result.
+    reached_q = np.append(0, np.cumsum(discount_k))[np.minimum(candidates_q, K)]
+    ideal_q = _ideal(query_r, judged.grade_r, np.bincount(query_r, minlength=queries))
+    return total_q / candidates_q * reached_q / ideal_q
+
+
+def _ideal(query_r: Ints, grade_r: Values, relevant_q: Ints) -> Values:
+    """The sum of grade / log2(rank + 1) with the most relevant passages on top [q]."""
     # The grades of each query from its highest on, and the rank of each there.
     best_r = np.lexsort((-grade_r, query_r))
     rank_r = np.arange(len(query_r)) - np.repeat(np.cumsum(relevant_q) - relevant_q, relevant_q) + 1
     ideal_r = np.where(rank_r <= K, grade_r[best_r] / np.log2(rank_r + 1), 0)
-    discount_k = 1 / np.log2(np.arange(2, top_qk.shape[1] + 2))
-    return {
-        "ndcg@10": gain_qk @ discount_k / np.bincount(query_r, ideal_r, minlength=len(top_qk)),
-        "acc@1": hit_qk[:, 0].astype(np.float64),
-        "recall@10": hit_qk.sum(axis=1) / relevant_q,
-    }
+    return np.asarray(np.bincount(query_r, ideal_r, minlength=len(relevant_q)), dtype=np.float64)

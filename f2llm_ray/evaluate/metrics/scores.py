@@ -20,6 +20,8 @@ from f2llm_ray.evaluate.metrics.intervals import Values, bootstrap, interval
 from f2llm_ray.evaluate.metrics.weighted_metrics import Builder, Metrics
 
 DIGITS = 6
+NO_DIM = 0
+"""Stands for the dim of a ranking that comes from no vectors."""
 FIXED = ["id", "language", "target"]
 """Columns of a table of units; the others are dims."""
 
@@ -54,6 +56,8 @@ class Measured(NamedTuple):
     units: pa.Table
     """One row per query, text or pair, in the task's order: `id`, `language`, `target` (null where the kind has
     none), and a column per dim, named by it, with the value of the main metric, or what it is computed from."""
+    failures: Sequence[Mapping[str, Any]] = ()
+    """Queries whose right passage is far down, as JSON values (`failures.Failure`); only retrieval has them."""
 
 
 class LanguageGroups:

@@ -15,17 +15,20 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.data.schema import text_key
+from f2llm_ray.evaluate.bm25 import top_passages
+from f2llm_ray.evaluate.failures import Failure, find_failures
 from f2llm_ray.evaluate.metrics import weighted_metrics
 from f2llm_ray.evaluate.metrics.by_type import by_type
 from f2llm_ray.evaluate.metrics.intervals import Values
-from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, metrics
-from f2llm_ray.evaluate.metrics.scores import Measured, measured, units_table
+from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, chance, metrics
+from f2llm_ray.evaluate.metrics.scores import NO_DIM, Measured, measured, rounded, units_table
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.tasks.task import SetSection
 from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct
@@ -39,6 +42,8 @@ JUDGED_QUERY = ("query-id", "query_id", "qid")
 JUDGED_PASSAGE = ("corpus-id", "corpus_id", "pid")
 QUERY_TEXT = ("text", "query")
 CORPUS_TEXT = ("text", "passage")
+SHOWN = 300
+"""Characters of a text that is shown as an example."""
 KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, SCORE}
 
 
@@ -118,27 +123,55 @@ class RetrievalSet:
         passages = as_documents(encoder, self.corpus_texts)
         encoded = embed_distinct(encoder, [*queries, *passages])
         query_q, corpus_c = encoded.of(queries), encoded.of(passages)
-        judged = self.judgements
-        found = measured(
+        judged, found = self.judgements, dict[int, Ints]()
+        full_ud = next(encoded.at_dims(divisors))[1]
+        for dim, cut_ud in encoded.at_dims(divisors):
+            found[dim] = top_positions(
+                cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device
+            )
+        scored = self._scored(found, encoded.tokens)
+        scored.scores["types"] = by_type(
+            encoded.vectors_ud, query_q, corpus_c, judged, encoder.info.dims, encoder.ranges, encoder.device
+        )
+        top_qk = next(iter(found.values()))
+        failed = find_failures(full_ud, query_q, corpus_c, top_qk, judged, self.query_languages)
+        return scored._replace(failures=[self._told(failure) for failure in failed])
+
+    def measure_bm25(self) -> Measured:
+        """Scores BM25 as a model is scored, at the dim `NO_DIM`. Queries carry no instruction.
+
+        Raises:
+            DataError: bm25s is not installed.
+        """
+        left_out_q = self.judgements.own_q
+        top_qk = top_passages(self.query_texts, self.corpus_texts, k=K, left_out_q=left_out_q)
+        return self._scored({NO_DIM: top_qk}, 0)
+
+    def chance(self) -> float:
+        """ndcg@10 of passages in random order, on average."""
+        return rounded(chance(self.judgements, len(self.corpus_ids)).mean())
+
+    def _scored(self, results: Mapping[int, Ints], tokens: int) -> Measured:
+        """Scores of the results by dim, largest first."""
+        judged, corpus = self.judgements, len(self.corpus_ids)
+        return measured(
             self.kind,
             self.metrics,
             units_table(self.query_ids, self.query_languages),
-            {
-                dim: metrics(
-                    top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device),
-                    judged.relevant_r2,
-                    len(corpus_c),
-                    judged.grade_r,
-                )
-                for dim, cut_ud in encoded.at_dims(divisors)
-            },
-            corpus=len(corpus_c),
-            tokens=encoded.tokens,
+            {dim: metrics(top_qk, judged.relevant_r2, corpus, judged.grade_r) for dim, top_qk in results.items()},
+            corpus=corpus,
+            tokens=tokens,
         )
-        found.scores["types"] = by_type(
-            encoded.vectors_ud, query_q, corpus_c, judged, encoder.info.dims, encoder.ranges, encoder.device
-        )
-        return found
+
+    def _told(self, failure: Failure) -> dict[str, str | int]:
+        """A failure in words, as JSON values."""
+        return {
+            "language": self.query_languages[failure.query],
+            "query": formatting.clip(self.query_texts[failure.query], SHOWN),
+            "expected": formatting.clip(self.corpus_texts[failure.right], SHOWN),
+            "found": formatting.clip(self.corpus_texts[failure.found], SHOWN),
+            "rank": failure.rank,
+        }
 
     @classmethod
     def read(cls, folder: Folder) -> RetrievalSet:
