@@ -518,6 +518,20 @@ def test_a_stray_quote_costs_its_own_line(tmp_path: Path, closed: int | None) ->
     every_line(rows(source, "skip"), {5})
 
 
+@pytest.mark.parametrize("closed", [6, 8])
+def test_a_stray_quote_that_a_near_line_closes_costs_no_other_row(tmp_path: Path, closed: int) -> None:
+    """As inches do: `"24 inch,a` and then `b,27"` are one row of one field, where two of two were meant."""
+    lines = [*TABLE]
+    lines[5] = f'"{lines[5]}'
+    lines[closed] += '"'
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", *lines))
+    found = rows(source, "skip")
+    assert [n for n, row in enumerate(found) if row["drop"]] == [5]
+    assert found[5]["drop"] == "read: a quote that is not closed"
+    assert found[closed]["passage"] == f'{TABLE[closed].split(",")[1]}"'
+    assert len(found) == len(TABLE)
+
+
 def test_texts_over_many_lines_are_texts(tmp_path: Path) -> None:
     """Also long ones, with commas here and there."""
     text = "\n".join("line, with commas," if n % 3 else "line without" for n in range(1500))
