@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.near.shingle_store import jaccards
 from f2llm_ray.data.near.shingles import Hashes, shingle
-from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
+from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, ranges
 from f2llm_ray.data.schema import with_column
 
 # With 24 negatives each about a million characters, whose shingles stay in the cache: all 4,096 rows of a table at
@@ -25,7 +25,7 @@ def drop_near_positives(rows: pa.Table, *, size: int, min_jaccard: float) -> pa.
     """Leaves out negatives that say nearly what their row's passage says.
 
     Args:
-        rows: columns passage and negatives, and any others.
+        rows: columns passage, negatives and negative_scores, and any others.
         size: tokens of a shingle.
         min_jaccard: from this Jaccard of their shingles on, two texts say the same.
 
@@ -49,8 +49,8 @@ def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
     """Leaves out negatives that are, or nearly are, a passage of any row with the same query.
 
     Args:
-        ids: columns query_group, passage_group and negative_keys, and any others; all rows of a query group,
-            duplicates included.
+        ids: columns query_group, passage_group, negative_keys and negative_scores, and any others; all rows of a
+            query group, duplicates included.
         groups: the near-duplicate groups.
 
     Returns:
@@ -67,9 +67,10 @@ def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
 
 
 def _without(rows: pa.Table, column: str, dropped: Mask, owner: Ints) -> pa.Table:
-    kept = filter_lists(rows[column].combine_chunks(), ~dropped)
+    lists, scores = rows[column].combine_chunks(), rows["negative_scores"].combine_chunks()
     counts = np.bincount(owner[dropped], minlength=len(rows))
-    rows = with_column(rows, column, kept.cast(rows[column].type))
+    rows = with_column(rows, column, filter_lists(lists, ~dropped).cast(lists.type))
+    rows = with_column(rows, "negative_scores", filter_beside(scores, lengths_of(lists), ~dropped))
     return rows.append_column("dropped_negatives", pa.array(counts, pa.int32()))
 
 

@@ -26,7 +26,7 @@ from f2llm_ray.data.keys import KEYS, add_keys
 from f2llm_ray.data.pairs import drop_near_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.schema import ROW, SCORES
 from f2llm_ray.data.settings import Data
 from f2llm_ray.run.folder import Folder
 
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 # Given by the source, and dropped since they were near-equal to the passage.
 NEGATIVES = pa.schema([("given_negatives", pa.int32()), ("dropped_negatives", pa.int32())])
-WRITTEN = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
+SCORED = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
+"""What is written of rows that bring scores."""
+WRITTEN = pa.schema([field for field in SCORED if field not in SCORES])
+"""What is written of others."""
 # Two texts with this Jaccard say the same where near dedup accepts every candidate.
 NEAR_EQUAL = 0.7
 PAIR = ["query", "passage", "language"]
@@ -103,14 +106,14 @@ def _write_part(part: Part, *, task: Reading) -> Tables:
     source = task.sources[part.source]
     kept = task.rows.exists(part.file) or _bring(part, task)
     if not kept:
-        index = ray.get(task.screen)
+        index, schema = ray.get(task.screen), SCORED if source.scored else WRITTEN
         tables = (
             add_keys(decontaminate(_found(table, task), index), source.query_instruction)
-            .select(WRITTEN.names)
-            .cast(WRITTEN)
+            .select(schema.names)
+            .cast(schema)
             for table in _cleaned(part, source, task.settings)
         )
-        task.rows.write_table(part.file, tables, WRITTEN)
+        task.rows.write_table(part.file, tables, schema)
         task.known.write_json(f"{part.key}.json", {"file": f"{task.rows.uri}/{part.file}"})
     columns = ["language", "query", "passage", "drop", *FOUND.names, *NEGATIVES.names]
     account = [part_account(table) for table in task.rows.read_batches(part.file, columns)]

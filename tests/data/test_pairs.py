@@ -106,6 +106,7 @@ def test_no_positive_of_a_query_is_a_negative_of_it(tmp_path: Path) -> None:
                 ],
                 pa.list_(KEY),
             ),
+            "negative_scores": pa.array([[1, 2, 3], None, [4, 5, 6]], pa.list_(pa.float32())),
         }
     )
     found = drop_positives(rows, groups)
@@ -115,6 +116,7 @@ def test_no_positive_of_a_query_is_a_negative_of_it(tmp_path: Path) -> None:
         [text_key("answer"), text_key("wrong")],
     ]
     assert found["dropped_negatives"].to_pylist() == [1, 2, 1]
+    assert found["negative_scores"].to_pylist() == [[2, 3], None, [4, 6]], "scores go with their texts"
 
 
 def test_negatives_near_equal_to_the_positive_go() -> None:
@@ -123,7 +125,12 @@ def test_negatives_near_equal_to_the_positive_go() -> None:
     near, far = " ".join([*words[:-1], "else"]), " ".join(words[::-1])
     rows = rows_table(
         [
-            {"query": "q", "passage": positive, "negatives": [near, far, positive.upper() + "."]},
+            {
+                "query": "q",
+                "passage": positive,
+                "negatives": [near, far, positive.upper() + "."],
+                "negative_scores": [3, 1, 2],
+            },
             {"query": "q", "passage": "short"},
             {"query": "q", "passage": "short", "negatives": ["Short!", "shorter"]},
         ],
@@ -133,6 +140,7 @@ def test_negatives_near_equal_to_the_positive_go() -> None:
     found = drop_near_positives(rows, size=5, min_jaccard=0.7)
     assert found["negatives"].to_pylist() == [[far], [], ["shorter"]]
     assert found["dropped_negatives"].to_pylist() == [2, 0, 1]
+    assert found["negative_scores"].to_pylist() == [[1], None, None]
     assert drop_near_positives(rows.slice(1, 1), size=5, min_jaccard=0.7)["dropped_negatives"].to_pylist() == [0]
 
 

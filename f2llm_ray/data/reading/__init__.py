@@ -17,6 +17,7 @@ from f2llm_ray.data.reading.files import F2llmSource, TableSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 from f2llm_ray.data.reading.judged import JudgedSource
 from f2llm_ray.data.reading.parallel import ParallelSource
+from f2llm_ray.data.reading.tmx import TmxSource
 
 Source: TypeAlias = Annotated[
     TableSource
@@ -24,6 +25,7 @@ Source: TypeAlias = Annotated[
     | DatasetsSource
     | JudgedSource
     | ParallelSource
+    | TmxSource
     | GettextSource
     | GettextDomainSource
     | CldrNamesSource
