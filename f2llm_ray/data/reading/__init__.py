@@ -13,6 +13,7 @@ from pydantic import Field
 from f2llm_ray.data.reading.cldr import CldrKindSource, CldrNamesSource
 from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.docstrings import DocstringsSource
+from f2llm_ray.data.reading.documents import DocumentsSource
 from f2llm_ray.data.reading.files import F2llmSource, TableSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 from f2llm_ray.data.reading.judged import JudgedSource
@@ -26,6 +27,7 @@ Source: TypeAlias = Annotated[
     | JudgedSource
     | ParallelSource
     | TmxSource
+    | DocumentsSource
     | GettextSource
     | GettextDomainSource
     | CldrNamesSource
