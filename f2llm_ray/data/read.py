@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean
-from f2llm_ray.data.decontaminate import Screen, decontaminate
+from f2llm_ray.data.decontaminate import SETS, Screen, decontaminate
 from f2llm_ray.data.flow import Part, Tables, checked, map_parts, parts_of
 from f2llm_ray.data.identify import FOUND, Identifier
 from f2llm_ray.data.keys import KEYS, add_keys
@@ -33,8 +33,10 @@ from f2llm_ray.run.folder import Folder
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-# Given by the source, and dropped since they were near-equal to the passage.
-NEGATIVES = pa.schema([("given_negatives", pa.int32()), ("dropped_negatives", pa.int32())])
+# Given by the source; dropped since they were near-equal to the passage; the sets whose texts dropped ones held.
+NEGATIVES = pa.schema(
+    [("given_negatives", pa.int32()), ("dropped_negatives", pa.int32()), ("screened_negatives", SETS)]
+)
 SCORED = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
 """What is written of rows that bring scores."""
 WRITTEN = pa.schema([field for field in SCORED if field not in SCORES])
@@ -141,7 +143,7 @@ def _bring(part: Part, task: Reading) -> bool:
 
 
 def _found(rows: pa.Table, task: Reading) -> pa.Table:
-    """Adds the columns of `FOUND` and `NEGATIVES`."""
+    """Adds the columns of `FOUND`, and of `NEGATIVES` the counts."""
     given = lengths_of(rows["negatives"].combine_chunks())
     rows = rows.append_column("given_negatives", pa.array(given, pa.int32()))
     near = task.settings.near_dedup
