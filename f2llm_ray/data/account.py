@@ -37,6 +37,7 @@ def part_account(rows: pa.Table) -> dict[str, Any]:
         "language_check": count_by(asked, "language", "detected", "verdict"),
         "given_negatives": _sum(kept, "given_negatives"),
         "near_positives": _sum(kept, "dropped_negatives"),
+        "screened_negatives": Counter(pc.list_flatten(kept["screened_negatives"]).to_pylist()),
     }
 
 
@@ -71,6 +72,7 @@ class Account:
             lengths[side] += found["lengths"][side]
         self.add_negatives(source, given=found["given_negatives"])
         self.add_negatives(source, **{"near-equal to the positive": found["near_positives"]})
+        self.add_negatives(source, **{f"a text of {name}": n for name, n in found["screened_negatives"].items()})
 
     def add_negatives(self, source: str, **counts: int) -> None:
         """Adds negatives that a source gave ("given") or lost, by reason."""

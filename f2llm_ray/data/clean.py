@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import unicodedata
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from f2llm_ray.data.language import CODE
+from f2llm_ray.data.ragged import filter_beside, lengths_of
 from f2llm_ray.data.schema import with_column
 from f2llm_ray.data.settings import Data
 
@@ -53,17 +55,22 @@ def clean(rows: pa.Table, settings: Data) -> pa.Table:
         _is_code(pc.coalesce(rows["passage_language"], rows["language"])),
     ]
     queries, passages, negatives, drops = [], [], [], []
+    keep: list[bool] = []
     for query, passage, others, drop, query_code, passage_code in zip(*columns, strict=True):
         query_text, passage_text = normalize(query or ""), normalize(passage or "")
         queries.append(query_text)
         passages.append(passage_text)
-        negatives.append([text for text in map(normalize, others or []) if text])
+        normal = [normalize(text) for text in others or []]
+        negatives.append([text for text in normal if text])
+        keep += map(bool, normal)
         drops.append(
             drop
             or _fault("query", query_text, settings, code=query_code)
             or _fault("passage", passage_text, settings, code=passage_code)
             or ("clean: query equals passage" if query_text == passage_text else None)
         )
+    given, scores = (rows[name].combine_chunks() for name in ("negatives", "negative_scores"))
+    rows = with_column(rows, "negative_scores", filter_beside(scores, lengths_of(given), np.array(keep, bool)))
     for name, values in {"query": queries, "passage": passages, "negatives": negatives, "drop": drops}.items():
         rows = with_column(rows, name, values)
     return rows

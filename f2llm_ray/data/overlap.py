@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from f2llm_ray.data.decontaminate import Screen, Screened, make_screen
+from f2llm_ray.data.decontaminate import TEXTS_AT_ONCE, Screen, Screened, make_screen
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.run.folder import Folder
 
@@ -25,7 +25,7 @@ class Overlap(NamedTuple):
     """What the training rows and a set have in common."""
 
     rows: int
-    """Training rows, held-out ones included, that hold a text of the set."""
+    """Training rows, held-out ones included, that hold a text of the set, in a negative too."""
     units: Mask
     """Whether a training row holds what each unit asks [n]."""
 
@@ -69,11 +69,20 @@ def _hits(files: pa.Table, *, rows: Folder, screen: Any) -> pa.Table:
     (file,) = files["file"].to_pylist()
     index: Screen = ray.get(screen)
     found, first = [HIT.empty_table()], 0
-    for table in rows.read_batches(file, ["source", "query", "passage", "drop"]):
+    for table in rows.read_batches(file, ["source", "query", "passage", "negatives", "drop"]):
         position = np.flatnonzero(pc.is_null(table["drop"]).to_numpy(zero_copy_only=False))
         kept = table.take(pa.array(position))
-        for side in ("query", "passage"):
-            owner, text = index.held(kept[side].to_pylist())
+        negatives = kept["negatives"].combine_chunks()
+        rows_of = pc.list_parent_indices(negatives).to_numpy()
+        texts = pc.list_flatten(negatives)
+        looked = [(np.arange(len(kept)), kept[side]) for side in ("query", "passage")]
+        looked += [
+            (rows_of[at : at + TEXTS_AT_ONCE], texts.slice(at, TEXTS_AT_ONCE))
+            for at in range(0, len(texts), TEXTS_AT_ONCE)
+        ]
+        for rows_at, said in looked:
+            owner, text = index.held(said.to_pylist())
+            owner = rows_at[owner]
             columns = [
                 kept["source"].take(pa.array(owner)),
                 pa.array(np.full(len(owner), int(file.partition(".")[0]))),

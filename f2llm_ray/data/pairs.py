@@ -10,13 +10,14 @@ import pyarrow.compute as pc
 
 from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.near.shingle_store import jaccards
-from f2llm_ray.data.near.shingles import Hashes, shingle
-from f2llm_ray.data.ragged import Ints, filter_lists, lengths_of, ranges
+from f2llm_ray.data.near.shingles import Hashes, Ragged, Shingles, shingle
+from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, ranges
 from f2llm_ray.data.schema import with_column
 
 # With 24 negatives each about a million characters, whose shingles stay in the cache: all 4,096 rows of a table at
 # once took twice as long, and a gigabyte.
 ROWS_AT_ONCE = 128
+SLOT_BITS = 20
 
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -25,7 +26,7 @@ def drop_near_positives(rows: pa.Table, *, size: int, min_jaccard: float) -> pa.
     """Leaves out negatives that say nearly what their row's passage says.
 
     Args:
-        rows: columns passage and negatives, and any others.
+        rows: columns passage, negatives and negative_scores, and any others.
         size: tokens of a shingle.
         min_jaccard: from this Jaccard of their shingles on, two texts say the same.
 
@@ -35,22 +36,48 @@ def drop_near_positives(rows: pa.Table, *, size: int, min_jaccard: float) -> pa.
     rows = rows.combine_chunks()
     negatives = rows["negatives"].combine_chunks()
     owner = np.repeat(np.arange(len(rows)), lengths_of(negatives))
-    near = [np.zeros(0, bool)]
+    near = np.zeros(len(owner), bool)
     for first in range(0, len(rows) if len(owner) else 0, ROWS_AT_ONCE):
         some = rows.slice(first, ROWS_AT_ONCE)
         passages = shingle(some["passage"].to_pylist(), size).distinct()
-        others = shingle(pc.list_flatten(some["negatives"]).to_pylist(), size).distinct()
-        own = owner[(owner >= first) & (owner < first + ROWS_AT_ONCE)] - first
-        near.append(jaccards(_taken(passages, own), others) >= min_jaccard)
-    return _without(rows, "negatives", np.concatenate(near), owner)
+        others = shingle(pc.list_flatten(some["negatives"]).to_pylist(), size)
+        items = np.flatnonzero((owner >= first) & (owner < first + ROWS_AT_ONCE))
+        own = owner[items] - first
+        may = np.flatnonzero(_shared(passages, others, own) >= min_jaccard * passages[1][own])
+        near[items[may]] = jaccards(_taken(passages, own[may]), others.of(may)) >= min_jaccard
+    return _without(rows, "negatives", near, owner)
+
+
+def _shared(sets: Ragged, others: Shingles, own: Ints) -> Ints:
+    """At least as many shingles as each text shares with its set [n], most often none: a look-up in a small table.
+
+    Of two texts with a Jaccard of j, one has at least j of the other's shingles, so that nearly all are told apart
+    without sorting any: 1,000 rows with 24 negatives of 50 words took 0.39 s in place of 0.93 s.
+
+    Args:
+        sets: distinct shingles.
+        others: those of the texts [n].
+        own: the set that each text is compared with [n].
+    """
+    hashes, lengths = sets
+    table = np.zeros(1 << SLOT_BITS, bool)
+    table[_slots(hashes, np.repeat(np.arange(len(lengths)), lengths))] = True
+    known = table[_slots(others.hashes, np.repeat(own, np.diff(others.starts)))]
+    return np.add.reduceat(known, others.starts[:-1], dtype=np.int64) if len(own) else np.zeros(0, np.int64)
+
+
+def _slots(hashes: Hashes, owner: Ints) -> Ints:
+    """The places in a table of 2^`SLOT_BITS` of shingles that belong to something."""
+    mixed_in = owner.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return ((hashes + mixed_in) >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
 
 
 def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
     """Leaves out negatives that are, or nearly are, a passage of any row with the same query.
 
     Args:
-        ids: columns query_group, passage_group and negative_keys, and any others; all rows of a query group,
-            duplicates included.
+        ids: columns query_group, passage_group, negative_keys and negative_scores, and any others; all rows of a
+            query group, duplicates included.
         groups: the near-duplicate groups.
 
     Returns:
@@ -67,9 +94,10 @@ def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
 
 
 def _without(rows: pa.Table, column: str, dropped: Mask, owner: Ints) -> pa.Table:
-    kept = filter_lists(rows[column].combine_chunks(), ~dropped)
+    lists, scores = rows[column].combine_chunks(), rows["negative_scores"].combine_chunks()
     counts = np.bincount(owner[dropped], minlength=len(rows))
-    rows = with_column(rows, column, kept.cast(rows[column].type))
+    rows = with_column(rows, column, filter_lists(lists, ~dropped).cast(lists.type))
+    rows = with_column(rows, "negative_scores", filter_beside(scores, lengths_of(lists), ~dropped))
     return rows.append_column("dropped_negatives", pa.array(counts, pa.int32()))
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_SOURCE = 3
 LAYOUT = "layout.json"
+ROWS_VERSION = 2
+"""Of what is written of a row: rows that an earlier one wrote are read again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +164,12 @@ def _part_key(task: Preparation) -> Any:
     """What gives the key of a part: a hash of all that its rows depend on, and of nothing else."""
     settings = task.settings.identity()
     del settings["validation"], settings["max_tokens"]  # rows are split and cut later
-    shared = [settings, task.screened, [entry.digest for entry in task.inputs.get("language_id", ())]]
+    shared = [
+        ROWS_VERSION,
+        settings,
+        task.screened,
+        [entry.digest for entry in task.inputs.get("language_id", ())],
+    ]
     shared_key = seeded_key(json.dumps(shared, sort_keys=True)).hex()
     digests = {entry.uri: entry.digest for entries in task.inputs.values() for entry in entries}
 

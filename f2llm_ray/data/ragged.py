@@ -37,6 +37,22 @@ def list_array(values: pa.Array, lengths: Ints) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), values)
 
 
+def filter_beside(values: pa.ListArray, lengths: Ints, keep: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.ListArray:
+    """Lists of values that stand beside those of a `filter_lists`, less the same items; null ones stay null.
+
+    Args:
+        values: lists as long as the others, or null.
+        lengths: of the others.
+        keep: which of the others' items are kept.
+    """
+    there = values.is_valid()
+    some = there.to_numpy(zero_copy_only=False)
+    if not some.any():
+        return values
+    filled = pc.fill_null(values, pa.scalar([], values.type))
+    return pc.if_else(there, filter_lists(filled, keep[np.repeat(some, lengths)]), pa.scalar(None, values.type))
+
+
 def filter_lists(lists: pa.ListArray, keep: np.ndarray[Any, np.dtype[np.bool_]]) -> pa.ListArray:
     """The lists with only the items that are kept, whose mask lies end to end as the items do."""
     lengths = lengths_of(lists)

@@ -19,23 +19,28 @@ import pyarrow.compute as pc
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.data.account import Account, part_account
 from f2llm_ray.data.clean import clean
-from f2llm_ray.data.decontaminate import Screen, decontaminate
+from f2llm_ray.data.decontaminate import SETS, Screen, decontaminate
 from f2llm_ray.data.flow import Part, Tables, checked, map_parts, parts_of
 from f2llm_ray.data.identify import FOUND, Identifier
 from f2llm_ray.data.keys import KEYS, add_keys
 from f2llm_ray.data.pairs import drop_near_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.schema import ROW, SCORES
 from f2llm_ray.data.settings import Data
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
-# Given by the source, and dropped since they were near-equal to the passage.
-NEGATIVES = pa.schema([("given_negatives", pa.int32()), ("dropped_negatives", pa.int32())])
-WRITTEN = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
+# Given by the source; dropped since they were near-equal to the passage; the sets whose texts dropped ones held.
+NEGATIVES = pa.schema(
+    [("given_negatives", pa.int32()), ("dropped_negatives", pa.int32()), ("screened_negatives", SETS)]
+)
+SCORED = pa.schema([*ROW, *FOUND, *NEGATIVES, *KEYS])
+"""What is written of rows that bring scores."""
+WRITTEN = pa.schema([field for field in SCORED if field not in SCORES])
+"""What is written of others."""
 # Two texts with this Jaccard say the same where near dedup accepts every candidate.
 NEAR_EQUAL = 0.7
 PAIR = ["query", "passage", "language"]
@@ -103,14 +108,14 @@ def _write_part(part: Part, *, task: Reading) -> Tables:
     source = task.sources[part.source]
     kept = task.rows.exists(part.file) or _bring(part, task)
     if not kept:
-        index = ray.get(task.screen)
+        index, schema = ray.get(task.screen), SCORED if source.scored else WRITTEN
         tables = (
             add_keys(decontaminate(_found(table, task), index), source.query_instruction)
-            .select(WRITTEN.names)
-            .cast(WRITTEN)
+            .select(schema.names)
+            .cast(schema)
             for table in _cleaned(part, source, task.settings)
         )
-        task.rows.write_table(part.file, tables, WRITTEN)
+        task.rows.write_table(part.file, tables, schema)
         task.known.write_json(f"{part.key}.json", {"file": f"{task.rows.uri}/{part.file}"})
     columns = ["language", "query", "passage", "drop", *FOUND.names, *NEGATIVES.names]
     account = [part_account(table) for table in task.rows.read_batches(part.file, columns)]
@@ -138,7 +143,7 @@ def _bring(part: Part, task: Reading) -> bool:
 
 
 def _found(rows: pa.Table, task: Reading) -> pa.Table:
-    """Adds the columns of `FOUND` and `NEGATIVES`."""
+    """Adds the columns of `FOUND`, and of `NEGATIVES` the counts."""
     given = lengths_of(rows["negatives"].combine_chunks())
     rows = rows.append_column("given_negatives", pa.array(given, pa.int32()))
     near = task.settings.near_dedup

@@ -28,8 +28,12 @@ ROW = pa.schema(
         ("passage_language", pa.string()),  # None where it is the query's
         ("label", pa.string()),  # class of the query's text, where a clustering source says it
         ("drop", pa.string()),
+        ("passage_score", pa.float32()),  # a teacher's, where the source brings scores: null where it does not
+        ("negative_scores", pa.list_(pa.float32())),  # one for each of the negatives
     ]
 )
+SCORES = tuple(ROW)[-2:]
+"""The columns that are written of sources with scores alone."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class SourceFacts:
     """Said before its queries in stages with instructions."""
     weight: float = 1.0
     """How often a row is seen per epoch."""
+    scored: bool = False
+    """Whether its rows bring a teacher's scores."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from f2llm_ray.data.negatives import class_negatives, label_negatives
 from f2llm_ray.data.pairs import drop_positives
 from f2llm_ray.data.ragged import lengths_of, list_array
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, with_column
+from f2llm_ray.data.schema import KEY, SCORES, TextPrompts, key_numbers, with_column
 from f2llm_ray.data.settings import Data
 from f2llm_ray.run.folder import Folder
 
@@ -61,7 +61,9 @@ def write_table(
     """
     near = prepared / "near" / "groups" if settings.near_dedup is not None else None
     labels = frozenset(name for name, source in sources.items() if source.task == "classification")
-    ids = map_parts(parts, partial(_read_ids, labels=labels, rows=prepared / "rows", near=near, shards=shards))
+    scored = frozenset(name for name, source in sources.items() if source.scored)
+    rows = prepared / "rows"
+    ids = map_parts(parts, partial(_read_ids, labels=labels, scored=scored, rows=rows, near=near, shards=shards))
     unique = map_groups(ids, "shard", partial(_settle, near=near, shards=shards))
     written = map_groups(
         unique,
@@ -97,8 +99,13 @@ def _opened(near: Folder | None, shards: int) -> Iterator[Groups]:
             yield Groups(folder, shards)
 
 
-def _read_ids(part: Part, *, labels: frozenset[str], rows: Folder, near: Folder | None, shards: int) -> Tables:
-    ids = rows.read_table(part.file, [*READ_COLUMNS, "drop"])
+def _read_ids(
+    part: Part, *, labels: frozenset[str], scored: frozenset[str], rows: Folder, near: Folder | None, shards: int
+) -> Tables:
+    own = [field.name for field in SCORES] if part.source in scored else []
+    ids = rows.read_table(part.file, [*READ_COLUMNS, *own, "drop"])
+    for field in () if own else SCORES:  # the rows of all sources go through one shuffle
+        ids = ids.append_column(field, pa.nulls(len(ids), field.type))
     for name, value in {"piece": part.number, "source_rank": part.source_rank}.items():
         ids = ids.append_column(name, pa.array(np.full(len(ids), value), pa.int64()))
     ids = ids.append_column("position", pa.array(np.arange(len(ids)), pa.int64()))
@@ -138,7 +145,7 @@ def _write_source(
     (prepared / "removed").write_table(f"{name}.parquet", [removed], removed.schema)
     kept = ids.filter(left)
     dropped = int(pc.sum(kept["dropped_negatives"]).as_py() or 0)
-    kept = kept.select(ID_COLUMNS)
+    kept = kept.select([*ID_COLUMNS, *(field.name for field in SCORES if source.scored)])
     if source.task == "classification":
         kept = label_negatives(kept, source=name, seed=seed)
     elif source.task == "clustering":

@@ -148,7 +148,7 @@ class ModelStages:
         recipe, facts = self.recipe, dict[str, SourceFacts]()
         for source in recipe.stage_sources(step):
             entry = recipe.sources[source]
-            facts[source] = SourceFacts(entry.task, entry.query_instruction, entry.weight)
+            facts[source] = SourceFacts(entry.task, entry.query_instruction, entry.weight, entry.scored)
         measured = self.sets if recipe.evaluation.during_training else {}
         return Training(
             stage=name,

@@ -193,10 +193,18 @@ class Recipe(Section):
         if unknown:
             yield f"{place}.sources: {unknown} not among the sources {sorted(self.sources)}"
             return
+        terms = [term for term in ("score_margin_weight", "score_kl_weight") if getattr(stage, term)]
+        if terms and not stage.negatives.get("retrieval"):
+            yield f"{place}.{terms[0]}: compares passages with negatives; give retrieval some in {place}.negatives"
         if not self.stage_sources(stage):
             yield f"{place}: no source has a task in {list(stage.tasks)}"
         for name in self.stage_sources(stage):
             task = self.sources[name].task
+            if terms and not self.sources[name].scored:
+                yield (
+                    f"{place}.{terms[0]}: source {name!r} has no scores; name their column in "
+                    f"sources.{name}.columns.scores, or leave it out of {place}.sources"
+                )
             if task != "retrieval" and not stage.negatives.get(task):
                 yield (
                     f"{place}.negatives: source {name!r} is for {task}, which learns from negatives "

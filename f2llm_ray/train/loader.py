@@ -27,6 +27,7 @@ from f2llm_ray.train.teacher_store import TeacherStore
 # Steps that one loading task prepares, each handed on as it is ready. Ray Data's rounds set the rate: tasks of 4
 # steps gave two consumers on 2 cores 15 to 17 batches/s, tasks of 16 gave 43 to 50 (benchmarks/loader.py).
 STEPS_PER_TASK = 16
+Scores = np.ndarray[Any, np.dtype[np.float32]]
 PAUSE = 0.1
 """Seconds between two rounds of Ray Data's executor, each of which can hand on the steps of a whole task."""
 
@@ -49,6 +50,9 @@ class TrainBatch:
     """An id of each passage's content [b]: equal passages are no negatives of each other."""
     query_id: Ints
     """The same of each query [b]: a passage that reads like a query is no negative of it."""
+    scores: Scores | None = None
+    """A teacher's, of each row's passage and negatives [b, 1 + k]; NaN where it says nothing, None where the
+    source brings no scores."""
     teacher: Halves | None = None
     """The teacher's vectors of the texts [n, D], where they were computed before."""
 
@@ -176,6 +180,9 @@ def _collate(table: BatchTable, store: Path, taught: Path | None, rank: int, wor
         "passage_id": key_numbers(batch["passage"])[:, 1].astype(np.int64),
         "query_id": key_numbers(batch["query"])[:, 1].astype(np.int64),
     }
+    if "passage_score" in batch.schema.names:
+        scores = [batch["passage_score"], pc.list_flatten(batch["negative_scores"])]
+        columns["scores"] = np.concatenate([part.to_numpy(zero_copy_only=False) for part in scores])
     if taught is not None:
         columns["teacher"] = _vectors(taught).lookup(keys[first]).reshape(-1)
     lists = {
@@ -191,7 +198,13 @@ def _unpack(row: pa.Table, sources: tuple[str, ...]) -> TrainBatch:
     counts = values["negatives"]
     rows, places = len(counts), values["places"].astype(np.int64)
     negative = np.full((rows, int(counts.max(initial=0))), -1, dtype=np.int64)
-    negative[np.arange(negative.shape[1]) < counts[:, None]] = places[2 * rows :]
+    there = np.arange(negative.shape[1]) < counts[:, None]
+    negative[there] = places[2 * rows :]
+    scores = None
+    if "scores" in values:
+        scores = np.full((rows, 1 + negative.shape[1]), np.nan, dtype=np.float32)
+        scores[:, 0] = values["scores"][:rows]
+        scores[:, 1:][there] = values["scores"][rows:]
     return TrainBatch(
         step=row["step"][0].as_py(),
         source=sources[row["source"][0].as_py()],
@@ -201,5 +214,6 @@ def _unpack(row: pa.Table, sources: tuple[str, ...]) -> TrainBatch:
         negative=negative,
         passage_id=values["passage_id"].astype(np.int64),
         query_id=values["query_id"].astype(np.int64),
+        scores=scores,
         teacher=values["teacher"].reshape(len(tokens), -1) if "teacher" in values else None,
     )

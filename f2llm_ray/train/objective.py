@@ -98,7 +98,8 @@ class StageLoss:
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
         places = TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
         loss, parts = contrastive(v_nd, places, self.settings, task)
-        inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings)
+        scores = None if batch.scores is None else torch.from_numpy(batch.scores.copy()).to(v_nd)
+        inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings, scores_bk=scores)
         if self.teacher is not None:
             matched_nD = v_nd if self.projected_dims is None else v[:, self.hidden :]
             inputs = replace(inputs, matched_nD=matched_nD, teacher_nD=self.teacher(batch).to(v.device))

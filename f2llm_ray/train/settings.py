@@ -87,6 +87,15 @@ class TrainStage(Section):
     spread_weight: Output[float] = Field(default=0.0, ge=0)
     """Weight of the mean squared cosine between different queries, plus that between different passages, which
     spreads vectors out (Zhang et al. 2017, arXiv 1708.06320; EmbeddingGemma)."""
+    score_margin_weight: Output[float] = Field(default=0.0, ge=0)
+    """Weight of the MSE between the margins of the scores that rows bring and the model's (margin-MSE, Hofstätter
+    et al. 2020, arXiv 2010.02666). The model's score is the cosine over the temperature."""
+    score_kl_weight: Output[float] = Field(default=0.0, ge=0)
+    """Weight of the KL divergence between the softmax of these scores and of the model's, over the passage and the
+    negatives of a row."""
+    score_scale: Output[float] = Field(default=1.0, gt=0)
+    """What scores are multiplied by: 1 for logits, such as a cross-encoder's; 20 for cosines, at a temperature of
+    0.05."""
     absolute_margin: Output[float | None] = None
     """Negatives whose cosine is above the passage's minus this are taken for false ones and left out; -0.1 leaves
     out what is better than the passage by 0.1 (Qwen3-Embedding). Unset in the paper."""

@@ -7,6 +7,7 @@ Shapes: n texts of this rank, d dims of the model, D of the teacher, b rows of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ class TermInputs:
     places: TextPlaces
     """The role of each text."""
     settings: TrainStage
+    scores_bk: torch.Tensor | None = None
+    """What a teacher says of each row's passage, then of its negatives; NaN where it says nothing, None where the
+    batch's source brings no scores."""
     matched_nD: torch.Tensor | None = None
     """The vectors that should equal the teacher's: the model's own, or a projection; None without a teacher."""
     teacher_nD: torch.Tensor | None = None
@@ -107,12 +111,41 @@ def margin_loss(inputs: TermInputs) -> torch.Tensor:
     return (student_m - teacher_m).square().sum() / per_rank(inputs.places.negative_bk >= 0, student_m.dtype)
 
 
+def score_margin_loss(inputs: TermInputs) -> torch.Tensor:
+    """MSE between the margins of the rows' scores and the model's: that of the passage minus that of a negative.
+
+    The mean is over all negatives with a score (Hofstätter et al. 2020, arXiv 2010.02666).
+    """
+    logits_bk, scores_bk, known_bk = scored_logits(inputs)
+    margins_bk = (logits_bk[:, :1] - logits_bk[:, 1:]) - (scores_bk[:, :1] - scores_bk[:, 1:])
+    known_bk = known_bk[:, 1:]
+    return margins_bk[known_bk].square().sum() / per_rank(known_bk, margins_bk.dtype)
+
+
+def score_kl_loss(inputs: TermInputs) -> torch.Tensor:
+    """KL divergence between the softmax of a row's scores and the model's, over its passage and negatives.
+
+    The mean is over the rows that have a negative with a score.
+    """
+    logits_bk, scores_bk, known_bk = scored_logits(inputs)
+    row_b = known_bk[:, 1:].any(1)
+    model_bk, teacher_bk = (
+        log_softmax(x_bk.masked_fill(~known_bk, -math.inf), dim=1) for x_bk in (logits_bk, scores_bk)
+    )
+    # Left out before the product: of what is not known both are -inf.
+    known_bk = known_bk & row_b[:, None]
+    teacher_m = teacher_bk[known_bk]
+    return (teacher_m.exp() * (teacher_m - model_bk[known_bk])).sum() / per_rank(row_b, teacher_m.dtype)
+
+
 TERMS: dict[str, Callable[[TermInputs], torch.Tensor]] = {
     "spread": spread_loss,
     "mse": mse_loss,
     "cosine": cosine_loss,
     "similarity": similarity_loss,
     "margin": margin_loss,
+    "score_margin": score_margin_loss,
+    "score_kl": score_kl_loss,
 }
 """The terms by name; the weight of each is the stage's setting `<name>_weight`, and 0 without one."""
 
@@ -133,6 +166,18 @@ def margins(v_nd: torch.Tensor, places: TextPlaces) -> torch.Tensor:
     row_m, column_m = (places.negative_bk >= 0).nonzero(as_tuple=True)
     query_md, passage_md = unit_nd[places.query_b[row_m]], unit_nd[places.passage_b[row_m]]
     return (query_md * (passage_md - unit_nd[places.negative_bk[row_m, column_m]])).sum(1)
+
+
+def scored_logits(inputs: TermInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model's logits of each row's passage and negatives [b, 1 + k], the scaled scores, and which have one."""
+    settings, places, scores_bk = inputs.settings, inputs.places, inputs.scores_bk
+    assert scores_bk is not None  # noqa: S101 - the recipe is checked: all of the stage's sources bring scores
+    temperature = settings.temperatures.get("retrieval", settings.temperature)
+    unit_nd = normalize(inputs.v_nd, dim=1)
+    text_bk = torch.cat([places.passage_b[:, None], places.negative_bk], dim=1)
+    cosine_bk = torch.einsum("bd,bkd->bk", unit_nd[places.query_b], unit_nd[text_bk.clamp(min=0)])
+    known_bk = (text_bk >= 0) & ~scores_bk.isnan()
+    return cosine_bk / temperature, scores_bk * settings.score_scale, known_bk
 
 
 def query_cosines(v_nd: torch.Tensor, places: TextPlaces, *, gradient: bool) -> torch.Tensor:

@@ -79,7 +79,11 @@ def test_sorting_by_length_within_windows_keeps_every_row() -> None:
 def test_negatives_are_drawn_from_the_rows_own(lists: list[list[int]], count: int) -> None:
     keys = [[text_key(str(n)) for n in row] for row in lists]
     array = pa.array([[b"\0" * 16], *keys], pa.list_(pa.binary(16))).slice(1)
-    drawn = draw_negatives(array, count, rng("x")).to_pylist()
+    names = pa.array([[-1], *lists], pa.list_(pa.int64())).slice(1)
+    drawn, beside = (found.to_pylist() for found in draw_negatives([array, names], count, rng("x")))
+    assert drawn == [[text_key(str(n)) for n in row] for row in beside], (
+        "what stands beside them is drawn with them"
+    )
     for own, found in zip(keys, drawn, strict=True):
         assert len(found) == min(len(own), count) == len(set(found))
         assert set(found) <= set(own)

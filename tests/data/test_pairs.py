@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
 
-from f2llm_ray.data.decontaminate import decontaminate, make_screen
+from f2llm_ray.data.decontaminate import Screened, decontaminate, make_screen
 from f2llm_ray.data.dedup import NEAR, SAME, dedup
 from f2llm_ray.data.keys import find_keys
 from f2llm_ray.data.near.groups import Groups, write_members
+from f2llm_ray.data.near.shingles import shingle
 from f2llm_ray.data.pairs import drop_near_positives, drop_positives
 from f2llm_ray.data.reading.base import rows_table
 from f2llm_ray.data.schema import key_array, key_numbers, rng, text_key
@@ -106,6 +109,7 @@ def test_no_positive_of_a_query_is_a_negative_of_it(tmp_path: Path) -> None:
                 ],
                 pa.list_(KEY),
             ),
+            "negative_scores": pa.array([[1, 2, 3], None, [4, 5, 6]], pa.list_(pa.float32())),
         }
     )
     found = drop_positives(rows, groups)
@@ -115,6 +119,7 @@ def test_no_positive_of_a_query_is_a_negative_of_it(tmp_path: Path) -> None:
         [text_key("answer"), text_key("wrong")],
     ]
     assert found["dropped_negatives"].to_pylist() == [1, 2, 1]
+    assert found["negative_scores"].to_pylist() == [[2, 3], None, [4, 6]], "scores go with their texts"
 
 
 def test_negatives_near_equal_to_the_positive_go() -> None:
@@ -123,7 +128,12 @@ def test_negatives_near_equal_to_the_positive_go() -> None:
     near, far = " ".join([*words[:-1], "else"]), " ".join(words[::-1])
     rows = rows_table(
         [
-            {"query": "q", "passage": positive, "negatives": [near, far, positive.upper() + "."]},
+            {
+                "query": "q",
+                "passage": positive,
+                "negatives": [near, far, positive.upper() + "."],
+                "negative_scores": [3, 1, 2],
+            },
             {"query": "q", "passage": "short"},
             {"query": "q", "passage": "short", "negatives": ["Short!", "shorter"]},
         ],
@@ -133,6 +143,7 @@ def test_negatives_near_equal_to_the_positive_go() -> None:
     found = drop_near_positives(rows, size=5, min_jaccard=0.7)
     assert found["negatives"].to_pylist() == [[far], [], ["shorter"]]
     assert found["dropped_negatives"].to_pylist() == [2, 0, 1]
+    assert found["negative_scores"].to_pylist() == [[1], None, None]
     assert drop_near_positives(rows.slice(1, 1), size=5, min_jaccard=0.7)["dropped_negatives"].to_pylist() == [0]
 
 
@@ -171,7 +182,47 @@ def test_rows_that_hold_a_text_of_a_set_are_tagged() -> None:
     assert found == [tag, tag, None, tag, tag, None, None, tag, None]
     only_queries = decontaminate(rows, screen_of(["test query"], [long], passages=False))
     assert only_queries["drop"].to_pylist() == [tag, tag, *[None] * 7]
-    assert decontaminate(rows, make_screen({}, Decontamination())).equals(rows)
+    nothing = decontaminate(rows, make_screen({}, Decontamination()))
+    assert nothing.drop_columns(["screened_negatives"]).equals(rows)
+    assert nothing["screened_negatives"].null_count == len(rows)
+
+
+def test_negatives_that_hold_a_text_of_a_set_go_and_their_rows_stay() -> None:
+    """Each with its score, and counted by its set; also those that a training set shares with many rows."""
+    long = "the quick brown fox jumps over the lazy dog and then it sleeps for a while"
+    other = "another set asks whether nine words of its own are found in the training rows"
+    sets = {"one": Screened(["test query"], [long, "Save"]), "two": Screened([other], [])}
+    negatives = [["fine", long, "Save"], [], ["Test query!", f"so {other}", f"{long} too", "fine"], ["fine"]]
+    rows = rows_table(
+        [
+            {"query": f"q{n}", "passage": "p", "negatives": texts, "negative_scores": [*range(len(texts))]}
+            for n, texts in enumerate(negatives)
+        ],
+        source="s",
+        task="retrieval",
+    )
+    found = decontaminate(rows, make_screen(sets, Decontamination()))
+    assert found["drop"].to_pylist() == [None] * 4
+    assert found["negatives"].to_pylist() == [["fine", "Save"], [], ["fine"], ["fine"]]
+    assert found["negative_scores"].to_pylist() == [[0, 2], [], [3], [0]]
+    assert found["screened_negatives"].to_pylist() == [["one"], [], ["one", "two", "one"], []]
+
+
+@given(st.lists(st.lists(st.sampled_from("abcd"), max_size=14), min_size=1, max_size=6), st.floats(0.1, 1))
+def test_near_positives_are_those_whose_jaccard_says_so(texts: list[list[str]], least: float) -> None:
+    """Whatever is told apart before: as the shingles of each pair, as sets, say it."""
+    said = [" ".join(words) for words in texts]
+    rows = rows_table(
+        [{"query": "q", "passage": text, "negatives": said} for text in said], source="s", task="retrieval"
+    )
+    found = drop_near_positives(rows, size=2, min_jaccard=least)["negatives"].to_pylist()
+    hashes, lengths = shingle(said, 2).distinct()
+    sets = [set(part.tolist()) for part in np.split(hashes, np.cumsum(lengths)[:-1])]
+    expected = [
+        [text for text, theirs in zip(said, sets, strict=True) if len(own & theirs) / len(own | theirs) < least]
+        for own in sets
+    ]
+    assert found == expected
 
 
 def test_overlap_is_counted_as_python_sets_count_it() -> None:

@@ -21,9 +21,12 @@ import pytest
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.near.find import _connect_spread
+from f2llm_ray.data.overlap import find_overlap
 from f2llm_ray.data.schema import key_numbers, text_key
+from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
@@ -64,7 +67,7 @@ def planted() -> dict[str, list[dict[str, Any]]]:
         {
             "query": "two answers",
             "passage": first[100],
-            "negatives": [first[101], "wrong answer", changed(first[101], 59)],
+            "negatives": [first[101], "wrong answer", changed(first[101], 59), f"as if {TEST_PASSAGE}"],
         }
     )
     rows.append(
@@ -189,6 +192,14 @@ def kept(prepared: Path, source: str) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_set_that_comes_later_is_looked_for_in_negatives_too(prepared: Path) -> None:
+    units = [["wrong answer"], ["asked of nobody"]]
+    screened = Screened([text for unit in units for text in unit], [])
+    found = find_overlap(Folder.at(str(prepared / "out")), units, screened, Decontamination())
+    assert found.units.tolist() == [True, False]
+    assert found.rows == 1
+
+
 def card(prepared: Path) -> dict[str, Any]:
     return dict(json.loads((prepared / "out" / "card.json").read_text()))
 
@@ -231,8 +242,10 @@ def test_no_false_negative_is_left(prepared: Path) -> None:
     assert sorted(negatives, key=sorted) == sorted(
         [{text_key("wrong answer")}, {text_key("another wrong one")}], key=sorted
     )
-    assert card(prepared)["negatives"]["pairs"]["given"] == 5
-    assert sum(card(prepared)["negatives"]["pairs"]["dropped"].values()) == 3
+    counted = card(prepared)["negatives"]["pairs"]
+    assert counted["given"] == 6
+    assert sum(counted["dropped"].values()) == 4
+    assert counted["dropped"]["a text of held"] == 1
 
 
 def test_test_texts_are_never_trained_on(prepared: Path) -> None:

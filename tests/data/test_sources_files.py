@@ -518,6 +518,20 @@ def test_a_stray_quote_costs_its_own_line(tmp_path: Path, closed: int | None) ->
     every_line(rows(source, "skip"), {5})
 
 
+@pytest.mark.parametrize("closed", [6, 8])
+def test_a_stray_quote_that_a_near_line_closes_costs_no_other_row(tmp_path: Path, closed: int) -> None:
+    """As inches do: `"24 inch,a` and then `b,27"` are one row of one field, where two of two were meant."""
+    lines = [*TABLE]
+    lines[5] = f'"{lines[5]}'
+    lines[closed] += '"'
+    source = table_csv(write_lines(tmp_path / "a.csv", "query,passage", *lines))
+    found = rows(source, "skip")
+    assert [n for n, row in enumerate(found) if row["drop"]] == [5]
+    assert found[5]["drop"] == "read: a quote that is not closed"
+    assert found[closed]["passage"] == f'{TABLE[closed].split(",")[1]}"'
+    assert len(found) == len(TABLE)
+
+
 def test_texts_over_many_lines_are_texts(tmp_path: Path) -> None:
     """Also long ones, with commas here and there."""
     text = "\n".join("line, with commas," if n % 3 else "line without" for n in range(1500))
@@ -651,6 +665,17 @@ def test_judgements_join_queries_and_passages(tmp_path: Path, *, jsonl_: bool) -
     assert {file.uri for file in source.inputs("s")} == set(source.piece_inputs(source.pieces("s")[0]))
 
 
+def test_pairs_of_sentences_as_tatoeba_has_them(tmp_path: Path) -> None:
+    """Numbered columns: id, text, id, text; and a language for each side."""
+    path = write_lines(
+        tmp_path / "a.tsv", "1276\tLet's go.\t2481\t¡Vamos!", '1277\tI "must" go.\t2482\tTengo que ir.'
+    )
+    columns = Columns(query="1", passage="3")
+    found = rows(tsv(path, columns=columns, language="en", passage_language="es"))
+    assert pairs(found) == [("Let's go.", "¡Vamos!"), ('I "must" go.', "Tengo que ir.")]
+    assert {(row["language"], row["passage_language"]) for row in found} == {("eng", "spa")}
+
+
 def test_the_files_of_ms_marco(tmp_path: Path) -> None:
     """No names of columns anywhere; quotes are part of the texts."""
     files = {
@@ -679,7 +704,7 @@ def test_lines_that_do_not_match_are_named(tmp_path: Path) -> None:
     assert drops(half) == [None, "read: empty query", None]
     with pytest.raises(DataError, match=r"x\.de:2: query: found blank text"):
         rows(half)
-    with pytest.raises(ValidationError, match=r"passage_language: found .klingonisch."):
+    with pytest.raises(ValidationError, match=r"passage_language\n.*found 'klingonisch'"):
         parallel(tmp_path, "a", "b", passage_language="klingonisch")
 
 

@@ -123,6 +123,7 @@ def written(drops: list[str | None], languages: list[str | None]) -> pa.Table:
             "passage": ["abcd"] * count,
             "given_negatives": pa.array([2] * count, pa.int32()),
             "dropped_negatives": pa.array([1] * count, pa.int32()),
+            "screened_negatives": pa.array([["set"], *[[]] * (count - 1)], pa.list_(pa.string())),
         }
     )
 
@@ -143,7 +144,10 @@ def test_the_account_balances() -> None:
     assert card["lengths"]["s"]["query"][:3] == [0, 3, 0]
     assert card["lengths"]["s"]["passage"][:3] == [0, 0, 3]
     assert card["negatives"] == {
-        "s": {"given": 6, "dropped": {"near-equal to the positive": 3, "a positive of the query": 2}}
+        "s": {
+            "given": 6,
+            "dropped": {"near-equal to the positive": 3, "a text of set": 1, "a positive of the query": 2},
+        }
     }
     checks = {(row["claimed"], row["detected"], row["verdict"]): row["rows"] for row in card["language_check"]}
     assert checks == {(None, "fra", "filled"): 1, ("deu", "fra", "differs"): 2}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from f2llm_ray.train.losses import TextPlaces
-from f2llm_ray.train.settings import Distill
+from f2llm_ray.train.settings import Distill, TrainStage
 from f2llm_ray.train.terms import TERMS, TermInputs, added_terms
 from tests.train.ranks import on_two_ranks
 from tests.train.test_losses import D, close, plain_side, side
@@ -23,6 +23,8 @@ LESSONS = {
     "similarity": Distill(teacher="teacher", mse_weight=0, similarity_weight=1, similarity_temperature=0.2),
     "margin": Distill(teacher="teacher", mse_weight=0, margin_weight=1),
     "spread": Distill(teacher="teacher", mse_weight=0, spread_weight=1),
+    "score_margin": Distill(teacher="teacher", mse_weight=0, score_margin_weight=1, score_scale=0.5),
+    "score_kl": Distill(teacher="teacher", mse_weight=0, score_kl_weight=1, temperature=0.3),
     "all, weighted": Distill(
         teacher="teacher",
         mse_weight=0.5,
@@ -31,6 +33,9 @@ LESSONS = {
         similarity_temperature=0.1,
         margin_weight=0.4,
         spread_weight=0.6,
+        score_margin_weight=0.01,
+        score_kl_weight=0.1,
+        temperatures={"retrieval": 0.2},
     ),
 }
 Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor, TextPlaces]
@@ -45,17 +50,35 @@ def learner(seed: int) -> Side:
     return v_nd, v_nd @ matrix, teacher, places
 
 
+def scores_of(places: TextPlaces) -> torch.Tensor:
+    """A score of each row's passage and negatives [b, 1 + k]; some negatives were mined, and have none."""
+    rows, count = places.negative_bk.shape
+    generator = torch.Generator().manual_seed(int(places.query_id_b.sum()))
+    scores_bk = 3 * torch.randn(rows, 1 + count, dtype=torch.float64, generator=generator)
+    scores_bk[:, 1:][places.negative_bk < 0] = math.nan
+    scores_bk[3, 1] = math.nan
+    scores_bk[4, 1:] = math.nan
+    return scores_bk
+
+
 def terms_of(
     v_nd: torch.Tensor, matched: torch.Tensor, teacher: torch.Tensor, places: TextPlaces, lesson: Distill
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return added_terms(
-        TermInputs(v_nd=v_nd, places=places, settings=lesson, matched_nD=matched, teacher_nD=teacher)
+        TermInputs(
+            v_nd=v_nd,
+            places=places,
+            settings=lesson,
+            scores_bk=scores_of(places),
+            matched_nD=matched,
+            teacher_nD=teacher,
+        )
     )
 
 
 def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[str, float]]:
     """The terms of the global batch, one text and one pair at a time."""
-    errors, angles, rows, margins = [], [], [], []
+    errors, angles, rows, margins, score_margins, score_rows = [], [], [], [], [], []
     passages = [(v[p], t[p]) for v, _, t, places in sides for p in places.passage_b]
     for v, matched, teacher, places in sides:
         texts = [*places.query_b, *places.passage_b, *(n for n in places.negative_bk.flatten() if n >= 0)]
@@ -75,6 +98,21 @@ def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[st
             q, p, n = places.query_b[row], places.passage_b[row], places.negative_bk[row, column]
             mine, theirs = (cosine(x[q], x[p]) - cosine(x[q], x[n]) for x in (v, teacher))
             margins.append((mine - theirs) ** 2)
+        temperature = lesson.temperatures.get("retrieval", lesson.temperature)
+        for q, p, negatives, scores in zip(
+            places.query_b, places.passage_b, places.negative_bk, scores_of(places), strict=True
+        ):
+            own = [(p, scores[0]), *((n, s) for n, s in zip(negatives, scores[1:], strict=True) if not s.isnan())]
+            if len(own) == 1:
+                continue
+            logits = [cosine(v[q], v[text]) / temperature for text, _ in own]
+            wanted = [score * lesson.score_scale for _, score in own]
+            score_margins += [
+                ((logits[0] - mine) - (wanted[0] - theirs)) ** 2
+                for mine, theirs in zip(logits[1:], wanted[1:], strict=True)
+            ]
+            student, target = (torch.stack(x) - torch.stack(x).exp().sum().log() for x in (logits, wanted))
+            score_rows.append((target.exp() * (target - student)).sum())
     spread = []
     for role in ("query", "passage"):
         texts = [
@@ -84,6 +122,7 @@ def reference(sides: list[Side], lesson: Distill) -> tuple[torch.Tensor, dict[st
         ]
         spread.append(torch.stack([cosine(a, b) ** 2 for a, i in texts for b, j in texts if i != j]).mean())
     found = {"mse": errors, "cosine": angles, "similarity": rows, "margin": margins}
+    found |= {"score_margin": score_margins, "score_kl": score_rows}
     means = {name: torch.stack(x).mean() for name, x in found.items()} | {"spread": sum(spread, torch.tensor(0.0))}
     total = torch.stack([getattr(lesson, f"{name}_weight") * mean for name, mean in means.items()]).sum()
     used = {name: float(mean.detach()) for name, mean in means.items() if getattr(lesson, f"{name}_weight")}
@@ -185,6 +224,20 @@ def test_a_student_like_its_teacher_has_nothing_to_learn() -> None:
     loss, terms = terms_of(2 * v_nd, 2 * v_nd, v_nd.clone(), places, lesson)
     assert math.isclose(float(loss), float(terms["mse"]), abs_tol=1e-9)
     assert float(loss) > 0.1
+
+
+def test_a_model_that_scores_as_the_scores_say_has_nothing_to_learn() -> None:
+    """Whatever is added to all scores of a row: a cross-encoder's have no fixed zero."""
+    v_nd, _, _, places = learner(1)
+    unit_nd = torch.nn.functional.normalize(v_nd, dim=1)
+    text_bk = torch.cat([places.passage_b[:, None], places.negative_bk], dim=1)
+    logits_bk = (unit_nd[places.query_b][:, None] * unit_nd[text_bk]).sum(2) / 0.05
+    scores_bk = (logits_bk + torch.arange(len(logits_bk))[:, None]).masked_fill(text_bk < 0, math.nan)
+    stage = TrainStage(score_margin_weight=1, score_kl_weight=1)
+    inputs = TermInputs(v_nd=v_nd, places=places, settings=stage, scores_bk=scores_bk)
+    close(added_terms(inputs)[0], torch.zeros((), dtype=torch.float64))
+    inputs = TermInputs(v_nd=v_nd, places=places, settings=stage, scores_bk=-scores_bk)
+    assert min(added_terms(inputs)[1].values()) > 1
 
 
 def test_every_term_has_a_weight_that_is_a_setting() -> None:

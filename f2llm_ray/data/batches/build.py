@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from f2llm_ray.data.batches.table import by_length, epoch_rows, mix, row_rates, write_source
 from f2llm_ray.data.language import UNKNOWN
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.schema import SourceFacts, Task, key_numbers, rng
+from f2llm_ray.data.schema import SCORES, SourceFacts, Task, key_numbers, rng, with_column
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.run.folder import Folder
 
@@ -105,10 +105,13 @@ def _write_epoch(
     query = "instructed_key" if plan.instructions else "query_key"
     names = {query: "query", "passage_key": "passage", "negative_keys": "negatives"}
     columns = [*names, "query_group", "passage_group", "language", "validation"]
+    columns += [field.name for field in SCORES if facts.scored]
     file = f"{source}.parquet"
     rows = (prepared / "table").read_table(file, columns)
     if mined is not None and mined.exists(file):  # its rows are in the table's order
         negatives = mined.read_table(file, ["negative_keys"])["negative_keys"]
+        if facts.scored:
+            rows = with_column(rows, "negative_scores", scores_among(rows, negatives))
         rows = rows.set_column(columns.index("negative_keys"), "negative_keys", negatives)
     rows = rows.filter(pc.equal(rows["validation"], split == "validation")).rename_columns(
         [names.get(column, column) for column in columns]
@@ -136,6 +139,22 @@ def _write_epoch(
             seed=seed,
         )
     return {**work, "batches": batches}
+
+
+def scores_among(rows: pa.Table, negatives: pa.ChunkedArray) -> pa.Array:
+    """The scores of other negatives than those that rows brought: those of what they brought, null of the rest.
+
+    Args:
+        rows: columns negative_keys and negative_scores.
+        negatives: a list of keys for each row.
+    """
+    columns = (rows["negative_keys"], rows["negative_scores"], negatives)
+    known = (
+        (dict(zip(keys, scores, strict=True)), wanted)
+        for keys, scores, wanted in zip(*(column.to_pylist() for column in columns), strict=True)
+    )
+    found = [[score_of.get(key) for key in wanted] for score_of, wanted in known]
+    return pa.array(found, rows["negative_scores"].type)
 
 
 def _lengths(rows: pa.Table, store: TokenStore) -> Ints:

@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.data.ragged import Ints, list_array, numbered
-from f2llm_ray.data.schema import KEY, Task, rng
+from f2llm_ray.data.ragged import Ints, lengths_of, list_array, numbered
+from f2llm_ray.data.schema import KEY, SCORES, Task, rng
 
 EXAMPLES = pa.schema([("query", KEY), ("passage", KEY), ("negatives", pa.list_(KEY))])
+SCORED = pa.schema([*EXAMPLES, *SCORES])
+"""Examples of sources that bring scores."""
 ORDER = np.dtype([("epoch", "<u2"), ("source", "<u2"), ("batch", "<u4")])
 # Rows put back because their texts are in the batch already are tried again for the next one; looking at more
 # than this many batches' worth of them each time would make a label-like source quadratic.
@@ -118,17 +120,17 @@ def _candidates(waiting: deque[int], coming: Iterator[int], limit: int) -> Itera
     yield from islice(coming, limit)
 
 
-def draw_negatives(negatives: pa.ListArray, count: int, generator: np.random.Generator) -> pa.ListArray:
-    """Draws up to `count` of each row's negatives, without repetition."""
-    lengths = np.diff(negatives.offsets.to_numpy())
-    starts = negatives.offsets.to_numpy()[:-1]
+def draw_negatives(
+    lists: Sequence[pa.ListArray], count: int, generator: np.random.Generator
+) -> list[pa.ListArray]:
+    """Draws up to `count` items of each row's list, without repetition: the same of all lists, such as scores."""
+    lengths = lengths_of(lists[0])
     rows = np.repeat(np.arange(len(lengths)), lengths)
     # A random key per negative; the first `count` of each row in that order are drawn.
     order = np.lexsort((generator.random(len(rows)), rows))
     rank = numbered(lengths)
     chosen = order[rank < count]
-    values = negatives.values.slice(starts[0] if len(starts) else 0, len(rows)).take(pa.array(chosen))
-    return list_array(values.cast(KEY), np.minimum(lengths, count))
+    return [list_array(array.flatten().take(pa.array(chosen)), np.minimum(lengths, count)) for array in lists]
 
 
 def write_source(
@@ -146,7 +148,8 @@ def write_source(
 
     Args:
         path: the .arrow file.
-        rows: columns query, passage, negatives, query_group, passage_group (keys), in key order.
+        rows: columns query, passage, negatives, query_group, passage_group (keys), in key order; with
+            passage_score and negative_scores, these are written too.
         order: row numbers in the order that the epoch takes them.
         source: its name, part of the seed.
         task: retrieval batches hold no two equal or near-equal texts; elsewhere equal passages (labels) are no
@@ -162,12 +165,16 @@ def write_source(
     batches = fill_batches(order, unique, size)
     generator = rng(seed, source, "negatives")
     rows = rows.combine_chunks()
-    with pa.ipc.new_file(path, EXAMPLES) as writer:
+    schema = SCORED if "passage_score" in rows.column_names else EXAMPLES
+    lists = [field.name for field in schema if pa.types.is_list(field.type)]
+    with pa.ipc.new_file(path, schema) as writer:
         for batch in batches:
             taken = rows.take(pa.array(batch)).combine_chunks()
-            drawn = draw_negatives(taken["negatives"].combine_chunks(), negatives, generator)
-            columns = [taken["query"].combine_chunks(), taken["passage"].combine_chunks(), drawn]
-            writer.write_batch(pa.record_batch(columns, schema=EXAMPLES))
+            columns = {name: taken[name].combine_chunks() for name in schema.names}
+            drawn = draw_negatives([columns[name] for name in lists], negatives, generator)
+            columns |= dict(zip(lists, drawn, strict=True))
+            arrays = [columns[field.name].cast(field.type) for field in schema]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
     return len(batches)
 
 

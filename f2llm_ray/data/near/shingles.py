@@ -53,6 +53,11 @@ class Shingles:
         """The distinct shingles of each text, sorted."""
         return distinct(self.hashes, np.diff(self.starts))
 
+    def of(self, texts: Ints) -> Ragged:
+        """The distinct shingles of some of the texts [n], sorted."""
+        lengths = self.starts[texts + 1] - self.starts[texts]
+        return distinct(self.hashes[ranges(self.starts[texts], lengths)], lengths)
+
 
 def distinct(hashes: Hashes, lengths: Ints) -> Ragged:
     """Lists end to end as sets: each sorted, without repetition."""

@@ -13,10 +13,12 @@ from pydantic import Field
 from f2llm_ray.data.reading.cldr import CldrKindSource, CldrNamesSource
 from f2llm_ray.data.reading.datasets import DatasetsSource
 from f2llm_ray.data.reading.docstrings import DocstringsSource
+from f2llm_ray.data.reading.documents import DocumentsSource
 from f2llm_ray.data.reading.files import F2llmSource, TableSource
 from f2llm_ray.data.reading.gettext import GettextDomainSource, GettextSource
 from f2llm_ray.data.reading.judged import JudgedSource
 from f2llm_ray.data.reading.parallel import ParallelSource
+from f2llm_ray.data.reading.tmx import TmxSource
 
 Source: TypeAlias = Annotated[
     TableSource
@@ -24,6 +26,8 @@ Source: TypeAlias = Annotated[
     | DatasetsSource
     | JudgedSource
     | ParallelSource
+    | TmxSource
+    | DocumentsSource
     | GettextSource
     | GettextDomainSource
     | CldrNamesSource

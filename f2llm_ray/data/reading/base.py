@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from f2llm_ray.base.section import Neutral, Output, Section
 from f2llm_ray.data.language import CODE, normal
@@ -38,7 +38,10 @@ class SourceBase(Section, ABC):
     """ISO 639-3 of every query, or "code:<name>"; unset where a column or the reader itself says it. Where nothing
     says it, `data.language_id` fills in what it detects; without it the language stays unknown."""
 
-    @field_validator("language")
+    passage_language: Output[str | None] = None
+    """The same of every passage; the query's where nothing says it."""
+
+    @field_validator("language", "passage_language")
     @classmethod
     def _is_code(cls, value: str | None) -> str | None:
         """A code as rows carry it; those of ISO 639-3 are looked up later, where tables are read."""
@@ -58,6 +61,17 @@ class SourceBase(Section, ABC):
     """How often a row is seen per epoch: 0.5 takes half of the rows, 2 takes each twice."""
     licence: Neutral[str | None] = None
     """Licence of the text, carried to the model card."""
+
+    @property
+    def scored(self) -> bool:
+        """Whether rows bring a teacher's scores of their passage and negatives."""
+        return False
+
+    @model_validator(mode="after")
+    def _scores_rank(self) -> SourceBase:
+        if self.scored and self.task != "retrieval":
+            raise ValueError(f"columns.scores: scores rank passages, which is for retrieval; task is {self.task}")
+        return self
 
     @property
     def query_instruction(self) -> str:

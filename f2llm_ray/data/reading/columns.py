@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, reduce
 from string import Formatter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +18,11 @@ from pydantic import field_validator
 
 from f2llm_ray.base.section import Output, Section
 from f2llm_ray.data.language import normal
-from f2llm_ray.data.ragged import filter_lists, lengths_of, list_array
+from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, list_array
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
 from f2llm_ray.data.reading.values import ColumnKind, Fault
-from f2llm_ray.data.schema import ROW
+from f2llm_ray.data.schema import ROW, SCORES
 
 TEXT_LIST = pa.list_(pa.string())
 TEXTS = pa.schema(
@@ -33,10 +33,11 @@ TEXTS = pa.schema(
         ("language", pa.string()),
         ("passage_language", pa.string()),
         ("label", pa.string()),
+        *((field.name, field.type) for field in SCORES),
     ]
 )
 
-LISTS = ("negatives", "item")
+LISTS = ("negatives", "item", "scores")
 """Fields of `Columns` that are no column of one text."""
 Template = tuple[tuple[str, str | None], ...]
 """Pieces of text, each with the column that follows it, or None."""
@@ -66,6 +67,9 @@ class Columns(Section):
     """The same of the passage, or "code:<name>"; the query's where unset, null or blank."""
     label: Output[str | None] = None
     """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
+    scores: Output[str | tuple[str, ...] | None] = None
+    """What a teacher, such as a cross-encoder, says of a row's texts: as many numbers as the row has passages and
+    negatives, passages first, in one column with a list, several columns, or a pattern such as score_*."""
 
     @field_validator("query", "passage", "language", "passage_language", "item")
     @classmethod
@@ -94,13 +98,20 @@ class Columns(Section):
         """
         plain = [text for field, text in self if text is not None and field not in LISTS and not template(text)]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
-        lists: dict[str, ColumnKind] = dict.fromkeys(self.negative_columns(names), "texts")
+        lists: dict[str, ColumnKind] = dict.fromkeys(listed(self.negatives, names), "texts")
+        lists |= dict.fromkeys(listed(self.scores, names), "numbers")
         return {**kinds, **({} if template(self.passage) else {self.passage: "texts"}), **lists}
 
-    def negative_columns(self, names: Sequence[str]) -> list[str]:
-        """The columns with negatives, in the order in which a row's negatives are listed."""
-        said = (self.negatives,) if isinstance(self.negatives, str) else self.negatives or ()
-        return [column for text in said for column in (_numbered(text, names) if "*" in text else [text])]
+
+def listed(said: str | Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The columns that hold the items of a row's list, in their order.
+
+    Args:
+        said: a column, several, or a pattern such as negative_*.
+        names: the columns of the table.
+    """
+    columns = (said,) if isinstance(said, str) else said or ()
+    return [column for text in columns for column in (_numbered(text, names) if "*" in text else [text])]
 
 
 @lru_cache(maxsize=256)
@@ -139,11 +150,11 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
     """
     found: dict[str, pa.Array] = {}
     for field in TEXTS:
-        text = getattr(columns, field.name)
+        text = getattr(columns, field.name, None)
         if text is None:
             found[field.name] = pa.nulls(len(rows), field.type)
         elif field.name == "negatives":
-            found[field.name] = _negatives(rows, columns)
+            found[field.name] = _joined_lists(rows, columns, "negatives", "texts", TEXT_LIST)
         elif parts := template(text):
             texts = {c: rows.column(c, "text", field=field.name).cast(field.type) for _, c in parts if c}
             found[field.name] = join_columns(texts, parts)
@@ -152,35 +163,71 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
         else:
             found[field.name] = rows.column(text, "text", field=field.name, required=True).cast(field.type)
     passages = found["passage"]
+    if columns.scores is not None:
+        found |= _scores(rows, columns, passages, found["negatives"])
     if pa.types.is_list(passages.type):
         # A list without a text is a row without a passage, which is counted.
         empty = pc.fill_null(pc.equal(pc.list_value_length(passages), 0), True)
         passages = pc.if_else(empty, pa.scalar([None], passages.type), passages)
         origin = pc.list_parent_indices(passages)
-        found = {name: array.take(origin) for name, array in found.items() if name != "passage"}
-        found["passage"] = pc.list_flatten(passages).cast(pa.string())
+        of_passages = {"passage": pc.list_flatten(passages).cast(pa.string())}
+        if columns.scores is not None:
+            of_passages["passage_score"] = pc.list_flatten(found["passage_score"])
+        found = {**{name: array.take(origin) for name, array in found.items() if name != "passage"}, **of_passages}
         rows.spread(origin.to_numpy())
     return pa.table([found[name] for name in TEXTS.names], schema=TEXTS)
 
 
-def _negatives(rows: Rows, columns: Columns) -> pa.Array:
-    """The negatives of each row as one list; null where its only column is null."""
-    names = columns.negative_columns(rows.names)
-    required = "*" not in "".join(columns.negatives or ())
+def _joined_lists(
+    rows: Rows, columns: Columns, field: str, kind: Literal["texts", "numbers"], type_: pa.DataType
+) -> pa.Array:
+    """What each row has in the columns of a list, as one list; null where its only column is null."""
+    said = getattr(columns, field)
+    required, item = "*" not in "".join(said or ()), columns.read_item if kind == "texts" else None
     lists = [
-        rows.column(name, "texts", field="negatives", required=required, item=columns.read_item).cast(TEXT_LIST)
-        for name in names
+        rows.column(name, kind, field=field, required=required, item=item).cast(type_)
+        for name in listed(said, rows.names)
     ]
     if not lists:
-        return pa.nulls(len(rows), TEXT_LIST)
+        return pa.nulls(len(rows), type_)
     if len(lists) == 1:
         return lists[0]
-    filled = [pc.fill_null(array, pa.scalar([], TEXT_LIST)) for array in lists]
+    filled = [pc.fill_null(array, pa.scalar([], type_)) for array in lists]
     stacked = pa.concat_arrays(filled)
     row_by_row = np.arange(len(stacked)).reshape(len(lists), len(rows)).T.ravel()
     ordered = stacked.take(pa.array(row_by_row))
     lengths = lengths_of(ordered).reshape(len(rows), len(lists)).sum(axis=1)
     return list_array(ordered.flatten(), lengths)
+
+
+def _scores(rows: Rows, columns: Columns, passages: pa.Array, negatives: pa.Array) -> dict[str, pa.Array]:
+    """The scores of each row's passages, in a list where these are, and of its negatives; null in faulty rows."""
+    several = pa.types.is_list(passages.type)
+    given = _joined_lists(rows, columns, "scores", "numbers", pa.list_(pa.float32())).to_pylist()
+    texts = _counts(passages) if several else np.ones(len(rows), np.int64)
+    of_passages, of_negatives = [], []
+    for row, (scores, first, others) in enumerate(zip(given, texts, _counts(negatives), strict=True)):
+        found = scores or []
+        if len(found) != first + others:
+            message = (
+                f"scores: found {len(found)} numbers, expected {first + others}, one for each passage and negative"
+            )
+            rows.faults.setdefault(row, Fault("not as many scores as texts", message))
+            found = [None] * (first + others)
+        of_passages.append(found[:first] or [None])
+        of_negatives.append(found[first:])
+    score, list_of = (field.type for field in SCORES)
+    return {
+        "passage_score": pa.array(
+            of_passages if several else [first for (first,) in of_passages], list_of if several else score
+        ),
+        "negative_scores": pa.array(of_negatives, list_of),
+    }
+
+
+def _counts(lists: pa.Array) -> Ints:
+    """Items of each list, 0 where it is null."""
+    return lengths_of(pc.fill_null(lists, pa.scalar([], lists.type)))
 
 
 def _numbered(pattern: str, names: Sequence[str]) -> list[str]:
@@ -205,12 +252,17 @@ def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: 
     codes = {field: _codes(columns[field], field, rows) for field in ("language", "passage_language")}
     if bad_row == "error":
         rows.refuse_faults()
-    drop = [f"read: {rows.faults[row].reason}" if row in rows.faults else None for row in range(count)]
+    drop = [rows.faults[row].tag if row in rows.faults else None for row in range(count)]
     kept = pa.array([reason is None for reason in drop], pa.bool_())
     given = pc.and_(kept, columns["negatives"].is_valid())
     negatives = pc.if_else(given, columns["negatives"], pa.scalar([], TEXT_LIST))
+    blank, scores = _blank(negatives.flatten()), columns["negative_scores"]
+    if source.scored:
+        scores = filter_beside(
+            pc.if_else(given, scores, pa.scalar([], scores.type)), lengths_of(negatives), ~blank
+        )
     language = _filled(codes["language"], source.language)
-    passage_language = _filled(codes["passage_language"], None)
+    passage_language = _filled(codes["passage_language"], source.passage_language)
     same = pc.fill_null(pc.equal(passage_language, language), False)
     return pa.table(
         {
@@ -219,10 +271,12 @@ def finish(source: SourceBase, name: str, texts: pa.Table, rows: Rows, bad_row: 
             "language": language,
             "query": pc.if_else(kept, columns["query"], ""),
             "passage": pc.if_else(kept, columns["passage"], ""),
-            "negatives": filter_lists(negatives, ~_blank(negatives.flatten())),
+            "negatives": filter_lists(negatives, ~blank),
             "passage_language": pc.if_else(same, pa.scalar(None, pa.string()), passage_language),
             "label": _filled(columns["label"], None),
             "drop": pa.array(drop, pa.string()),
+            "passage_score": columns["passage_score"],
+            "negative_scores": scores,
         },
         schema=ROW,
     )

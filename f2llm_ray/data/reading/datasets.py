@@ -34,6 +34,11 @@ class DatasetsSource(SourceBase):
     split: Output[str] = "train"
     columns: Columns = Columns()
 
+    @property
+    def scored(self) -> bool:
+        """Whether a column has scores."""
+        return self.columns.scores is not None
+
     def inputs(self, name: str) -> list[InputFile]:
         """The files of a saved dataset; a dataset on the hub is one input, known by its name."""
         folder = _saved_folder(self.path)

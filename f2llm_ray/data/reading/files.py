@@ -11,27 +11,21 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
+from f2llm_ray.base.section import Output
+from f2llm_ray.data.reading.base import BadRow, Piece
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
-from f2llm_ray.data.reading.paths import find_files, passed_over
+from f2llm_ray.data.reading.paths_source import PathsSource
 from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.inputs import InputFile
 
 QUERIES = ("query", "anchor", "question")
 PASSAGES = ("passage", "positive", "answer", "document")
 """What n-tuples call the two; the first that a file has."""
 
 
-class FilesSource(SourceBase):
-    """What all sources made of files share: a row group is a piece, and so is a text file."""
-
-    paths: Content[tuple[str, ...]] = Field(min_length=1)
-    """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens, such as
-    s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
-    A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
+class FilesSource(PathsSource):
+    """What all sources made of tables share: a row group is a piece, and so is a text file."""
 
     @property
     def _file_format(self) -> Format:
@@ -46,32 +40,10 @@ class FilesSource(SourceBase):
     def _dialect(self) -> Dialect | None:
         return None
 
-    def inputs(self, name: str) -> list[InputFile]:
-        """The files in the order of `paths`, each once, sorted within a folder or glob; without those of 0 bytes.
-
-        Raises:
-            DataError: a path that matches nothing, or all files are empty.
-        """
-        found = self._found(name)
-        with_rows = [file for file in found if file.size != 0]
-        if not with_rows:
-            raise DataError(f"source {name!r}: {found[0].uri}: found an empty file, expected rows")
-        return with_rows
-
-    def notes(self, name: str) -> list[str]:
-        """Empty files, and files of other formats in the folders."""
-        suffix = f".{self._file_format}"
-        empty = [file.uri for file in self._found(name) if file.size == 0]
-        other = [f"{path}/{found}" for path in self.paths for found in passed_over(path, (suffix,))]
-        told = ((empty, "empty"), (other, f"passed over, having another ending than {suffix}"))
-        return [f"source {name!r}: {len(some):,} files {what}, such as {some[0]}" for some, what in told if some]
-
-    def _found(self, name: str) -> list[InputFile]:
-        found: dict[str, InputFile] = {}
-        for path in self.paths:
-            files = find_files(path, (f".{self._file_format}",), f"source {name!r}: {path}").values()
-            found |= {file.uri: found.get(file.uri, file) for file in files}
-        return list(found.values())
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """That of the format."""
+        return (f".{self._file_format}",)
 
     def pieces(self, name: str) -> list[Piece]:
         """One per row group or text file; the columns of every file are checked here."""
@@ -144,6 +116,11 @@ class TableSource(FilesSource):
         if said and self.format not in ("csv", "tsv"):
             raise ValueError(f"{said[0]}: {self.format} has none; it is for csv and tsv")
         return self
+
+    @property
+    def scored(self) -> bool:
+        """Whether a column has scores."""
+        return self.columns.scores is not None
 
     @property
     def _file_format(self) -> Format:

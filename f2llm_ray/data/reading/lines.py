@@ -178,7 +178,7 @@ class _Cells:
             except _SwallowedError:
                 yield self._give_back(self._not_closed())
             else:
-                if not self._swallowed():
+                if not self._swallowed(whole=len(fields) == self.width):
                     yield self._taken[0][0], self._fault or fields
                     continue
                 yield self._give_back(self._not_closed())
@@ -206,10 +206,14 @@ class _Cells:
             self._fault = not_utf8(error, suffix=" of the line", encoding=encoding)
             return data.decode(encoding, errors="replace")
 
-    def _swallowed(self) -> bool:
-        """Whether each line inside the row, its first and last left out, reads like a row of the table."""
-        count = len(self._taken) - 2
-        if self.width < 2 or count < SWALLOWED:
+    def _swallowed(self, *, whole: bool = True) -> bool:
+        """Whether each line inside the row, its first and last left out, reads like a row of the table.
+
+        Of a row that is not whole, having another number of fields, it is enough that each line after the first
+        does: it is a fault either way, and those lines would be lost with it.
+        """
+        count, least = (len(self._taken) - 2, SWALLOWED) if whole else (len(self._taken) - 1, 1)
+        if self.width < 2 or count < least:
             return False
         inside, fault = islice(self._taken, 1, 1 + count), self._fault
         alike = all(len(self._cut(self._decoded(*line)) or ()) == self.width for line in inside)

@@ -7,11 +7,9 @@ from itertools import islice, zip_longest
 from typing import Literal
 
 import pyarrow as pa
-from pydantic import model_validator
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
-from f2llm_ray.data.language import normal
 from f2llm_ray.data.reading.base import BadRow, Piece, SourceBase
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8_MARK, Record
@@ -33,14 +31,6 @@ class ParallelSource(SourceBase):
     """The file of the queries, such as corpus.de-en.de."""
     passages: Content[str]
     """The file of the passages."""
-    passage_language: Output[str | None] = None
-
-    @model_validator(mode="after")
-    def _has_code(self) -> ParallelSource:
-        said = self.passage_language
-        if said is not None and normal(said) is None:
-            raise ValueError(f"passage_language: found {said!r}, expected an ISO 639 code such as deu")
-        return self
 
     def inputs(self, name: str) -> list[InputFile]:
         """The two files."""
@@ -84,12 +74,10 @@ class ParallelSource(SourceBase):
                 lines = [(number, _record(number, *pair)) for number, pair in chunk if any(map(bytes.strip, pair))]
                 faults = {row: record for row, (_, record) in enumerate(lines) if isinstance(record, Fault)}
                 records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in lines]
-                names = ["query", "passage", "passage_language"]
-                rows = Rows(place, names, records, lines=[number for number, _ in lines], faults=faults)
-                for record in records:
-                    record["passage_language"] = self.passage_language
-                columns = Columns(passage_language="passage_language")
-                yield finish(self, name, texts_of(rows, columns), rows, bad_row)
+                rows = Rows(
+                    place, ["query", "passage"], records, lines=[number for number, _ in lines], faults=faults
+                )
+                yield finish(self, name, texts_of(rows, Columns()), rows, bad_row)
 
 
 def _record(number: int, query: bytes, passage: bytes) -> Record | Fault:

@@ -149,9 +149,10 @@ class Rows:
         return Rows(self.place, self.names, content, self.first + start)
 
     def refuse_faults(self) -> None:
-        """Raises a DataError for the first row with a fault, if there is one."""
-        if self.faults:
-            row = min(self.faults)
+        """Raises a DataError for the first malformed row, if there is one."""
+        malformed = [row for row, fault in self.faults.items() if fault.malformed]
+        if malformed:
+            row = min(malformed)
             raise DataError(f"{self.at(row)}: {self.faults[row].message}")
 
 

@@ -14,15 +14,16 @@ import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
 
-ColumnKind = Literal["text", "texts", "label", "number", "any"]
+ColumnKind = Literal["text", "texts", "label", "number", "numbers", "any"]
 """What a column holds: text, texts (one or a list), a label (text or a whole number, read as text), a finite
-number, or anything of one type. A value may always be null."""
+number, numbers (one or a list), or anything of one type. A value may always be null."""
 
 EXPECTED: dict[ColumnKind, str] = {
     "text": "text",
     "texts": "text or a list of text",
     "label": "text or a whole number",
     "number": "a number",
+    "numbers": "a number or a list of numbers",
 }
 # Large strings: a whole CSV file may hold more than the 2 GB that the offsets of plain ones reach.
 TYPES: dict[ColumnKind, pa.DataType] = {
@@ -30,6 +31,7 @@ TYPES: dict[ColumnKind, pa.DataType] = {
     "texts": pa.list_(pa.large_string()),
     "label": pa.large_string(),
     "number": pa.float64(),
+    "numbers": pa.list_(pa.float64()),
 }
 
 
@@ -38,9 +40,16 @@ class Fault:
     """What is wrong with one row."""
 
     reason: str
-    """Short and the same for all such rows: what `drop` says after "read: "."""
+    """Short and the same for all such rows."""
     message: str
     """Column, what was found and what was expected."""
+    malformed: bool = True
+    """False for what is as its format has it and still makes no row: it is counted, and never stops a run."""
+
+    @property
+    def tag(self) -> str:
+        """What `drop` says of the row."""
+        return f"{'read' if self.malformed else 'clean'}: {self.reason}"
 
 
 ReadItem = Callable[[Mapping[str, Any]], str | None]
@@ -65,14 +74,17 @@ def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "", enco
 
 
 def check_type(found: pa.DataType, column: str, kind: ColumnKind, place: str) -> None:
-    """Checks the type of an Arrow column of text; one without any value has none and is of every kind.
+    """Checks the type of an Arrow column of text or numbers; one without any value has none and is of every kind.
 
     Raises:
         DataError: it is of another kind.
     """
-    inner = found.value_type if kind == "texts" and is_list(found) else found
-    fits = _is_text(inner) or pa.types.is_null(inner) or (inner is not found and pa.types.is_struct(inner))
-    if kind in {"text", "texts"} and not fits:
+    inner = found.value_type if kind in {"texts", "numbers"} and is_list(found) else found
+    if kind == "numbers":
+        fits = pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_decimal(inner)
+    else:
+        fits = _is_text(inner) or (inner is not found and pa.types.is_struct(inner))
+    if kind in {"text", "texts", "numbers"} and not fits and not pa.types.is_null(inner):
         raise DataError(f"{place}: column {column!r}: found {found}, expected {EXPECTED[kind]}")
 
 
@@ -110,7 +122,7 @@ def from_cells(
     item: ReadItem | None = None,
 ) -> Column:
     """A column of CSV: lists are JSON, and in a column of any kind texts that all are numbers become numbers."""
-    if kind == "texts":
+    if kind in {"texts", "numbers"}:
         return from_python([_list_cell(cell) for cell in cells], column, kind, field, item)
     if kind == "any":
         for numbers in (pa.int64(), pa.float64()):
@@ -164,9 +176,10 @@ def _typed(value: Any, kind: ColumnKind, item: ReadItem | None = None) -> Any:
     if value is None or kind == "any":
         return value
     if kind == "number":
-        if math.isfinite(number := float(value)):
-            return number
-    elif kind == "texts":
+        return _finite(value)
+    if kind == "numbers":
+        return [_finite(entry) for entry in (value if isinstance(value, list) else [value])]
+    if kind == "texts":
         texts = [_text_of(entry, item) for entry in (value if isinstance(value, list) else [value])]
         if all(isinstance(text, str | None) for text in texts):
             return texts
@@ -175,6 +188,16 @@ def _typed(value: Any, kind: ColumnKind, item: ReadItem | None = None) -> Any:
     elif kind == "label" and isinstance(value, int):
         return str(value)
     raise ValueError
+
+
+def _finite(value: Any) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
 def _text_of(entry: Any, item: ReadItem | None) -> Any:
