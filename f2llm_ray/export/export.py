@@ -7,7 +7,6 @@ is written beside its place and moved there when every proof holds, so that half
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import say
-from f2llm_ray.data.tokens.tokenizer import TOKENIZER
 from f2llm_ray.export import gguf_file, onnx_file, openvino_file
 from f2llm_ray.export.golden import Golden, check_tokens, make_golden
 from f2llm_ray.export.source import Source
@@ -176,9 +174,12 @@ def _building(out: Path) -> Iterator[Path]:
 
 
 def _copy_texts_side(model: Path, folder: Path) -> None:
-    """Copies what loaders read beside weights: config, tokenizer, the modules of sentence-transformers, the card."""
-    modules = json.loads((model / MODULES_FILE).read_text(encoding="utf-8"))
+    """Copies what loaders read beside weights: config, tokenizer, modules of sentence-transformers, the card."""
+    modules = Folder.at(str(model)).read_json(MODULES_FILE)
     places = [entry["path"] for entry in modules if entry.get("path")]
+    outside = [place for place in places if Path(place).name != place]
+    if outside:
+        raise RunError(f"{model / MODULES_FILE}: found path {outside[0]!r}, expected a folder beside it")
     names = [path.name for path in model.glob("*.json") if not path.name.endswith(".index.json")]
     names += [f"{place}/{CONFIG_FILE}" for place in places] + ["README.md"]
     for name in (*places, *names):
@@ -186,8 +187,6 @@ def _copy_texts_side(model: Path, folder: Path) -> None:
             (folder / name).mkdir()
         elif (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
-    if not (folder / TOKENIZER).is_file():
-        raise RunError(f"{model}: it has no {TOKENIZER}")
 
 
 def _sum(path: Path) -> str:

@@ -21,10 +21,9 @@ from f2llm_ray.data.tokens.tokenizer import TOKENIZER, load_tokenizer, template_
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.described import CONFIG_FILE
 from f2llm_ray.model.families import Pooling, kv_heads
+from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from f2llm_ray.export.golden import Golden
     from f2llm_ray.export.source import Source
     from f2llm_ray.model.dims import Vectors
@@ -48,7 +47,7 @@ POOLINGS: dict[Pooling, str] = {"last": "LAST", "mean": "MEAN", "cls": "CLS"}
 def refuse(model: Path, info: ModelInfo) -> None:
     """Raises RunError where llama.cpp would run a model folder otherwise than the engine does."""
     path = model / CONFIG_FILE
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = Folder.at(str(model)).read_json(CONFIG_FILE)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise RunError(
@@ -224,7 +223,7 @@ def _split(model: Path) -> str:
         RunError: it has none, or the tokenizer is no byte-level BPE.
     """
     path = model / TOKENIZER
-    content = json.loads(_load(path).to_str())
+    content = json.loads(load_tokenizer(model).to_str())
     if content["model"]["type"] != "BPE" or content["model"].get("byte_fallback"):
         raise RunError(
             f"{path}: found {content['model']['type']}, and GGUF is written of byte-level BPE alone here"
@@ -244,10 +243,6 @@ def _split(model: Path) -> str:
         if name is not None:
             return name
     raise RunError(f"{path}: its pre_tokenizer is none that llama.cpp has under a name known here")
-
-
-def _load(path: Path) -> Tokenizer:
-    return load_tokenizer(path.parent)
 
 
 def _read_back(path: Path, source: Source, kind: str) -> None:

@@ -38,6 +38,8 @@ ONE_FILE = 1_500_000_000
 """Bytes of weights from which they lie beside the graph, in `model.onnx_data`: a file may hold less than 2 GB."""
 BLOCK = 32
 """Inputs of a linear map that share a scale in the int8 file."""
+FLOAT32 = 1
+"""ONNX Runtime's name for float32 activations beside int8 weights."""
 TOP = 127
 """What the largest value of an int8 row of embeddings is."""
 
@@ -85,7 +87,9 @@ def write_int8(folder: Path, embeddings: str) -> None:
     tools = require("onnxruntime.quantization.matmul_nbits_quantizer", extra="export")
     model = onnx.load(folder / FLOAT_FILE)
     _int8_table(model, f"backbone.{embeddings}.weight")
-    config = tools.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=8)
+    config = tools.DefaultWeightOnlyQuantConfig(
+        block_size=BLOCK, is_symmetric=True, bits=8, accuracy_level=FLOAT32
+    )
     quantizer = tools.MatMulNBitsQuantizer(model, algo_config=config)
     logging.getLogger(tools.__name__).setLevel(logging.WARNING)  # it says a line for every operator
     quantizer.process()
