@@ -16,13 +16,13 @@ VOCABULARY = 60
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def backbone(kind: str, *, seed: int = 0, tied: bool = True) -> torch.nn.Module:
+def backbone(kind: str, *, seed: int = 0, tied: bool = True, vocabulary: int = VOCABULARY) -> torch.nn.Module:
     """Three layers, two of them sliding if they can; 32 channels, 4 query heads (decoders: 2 groups), FFN 48."""
     from transformers import AutoConfig, AutoModel
 
     model_type = kind.split(maxsplit=1)[0]
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
