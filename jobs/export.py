@@ -1,53 +1,10 @@
-"""Exports a model folder to other runtimes (ONNX, OpenVINO, GGUF), with a proof that the vectors are the same."""
+"""`f2llm export` as a script, for `ray job submit`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
-from f2llm_ray.base import formatting
-from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.base.progress import say
-from f2llm_ray.pipeline.command_line import main
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", metavar="FOLDER", type=Path, help="a model folder")
-    parser.add_argument("--to", metavar="A,B", default="onnx", help="onnx, openvino, gguf (default: onnx)")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, help="where the export goes; new or empty")
-    parser.add_argument("--check", metavar="FOLDER", type=Path, help="only prove an export again")
-    return parser
-
-
-def export(arguments: argparse.Namespace) -> None:
-    """Exports, or checks an export."""
-    from f2llm_ray.export import export as work
-
-    if arguments.check is not None:
-        _show(work.check(arguments.check))
-        say(f"{arguments.check}: every proof holds")
-        return
-    if arguments.model is None or arguments.output is None:
-        raise RecipeError("give --model and --output, or --check")
-    facts = work.export(arguments.model, arguments.output, arguments.to.split(","))
-    for name, said in facts["files"].items():
-        say(f"{formatting.byte_size(said['bytes']):>10}  {name}")
-    _show(facts["proofs"])
-    say(f"{arguments.output}: every proof holds")
-
-
-def _show(proofs: dict[str, dict[str, Any]]) -> None:
-    for name, said in proofs.items():
-        if "least" in said:
-            found = f"cosine {said['least']:.6f} at least, {said['mean']:.6f} in the mean"
-            say(f"{name}: {found}, of {said['texts']} texts in {said['batches']} batches")
-        else:
-            say(f"{name}: {said['tensors']} tensors and {said['tokens']} tokens read back")
-
+from f2llm_ray.commands.main import job
 
 if __name__ == "__main__":
-    sys.exit(main(parser(), export))
+    sys.exit(job("export"))

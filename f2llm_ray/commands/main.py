@@ -32,6 +32,7 @@ GROUPS = {
     },
     "Models": {
         "embed": "embed a column of files into shards of vectors",
+        "export": "write a model for other runtimes (ONNX, OpenVINO, GGUF), with a proof",
         "serve": "answer OpenAI-compatible requests on this machine",
         "publish": "check a model folder and push it to the Hugging Face hub",
     },
