@@ -1,4 +1,4 @@
-"""The corpus that the demo page searches: a folder that jobs/embed.py wrote, held in the replica's memory.
+"""The corpus that the demo page searches: a folder that `f2llm embed` wrote, held in the replica's memory.
 
 It shows what a model finds and is not for production: search is exact, over a bounded number of passages.
 Shapes: n passages, d dims of the whole vector, k trained dims.
@@ -20,7 +20,7 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.api import Body, RequestBody
 
 MANIFEST = "_manifest.json"
-"""The file that jobs/embed.py writes last, beside the shards."""
+"""The file that `f2llm embed` writes last, beside the shards."""
 MOST_ROWS = 100_000
 """Passages of a corpus: 400 MB of vectors at d = 1024, and tens of milliseconds per search on one core."""
 
@@ -63,7 +63,7 @@ def check_corpus(corpus: Folder, model: Folder, info: ModelInfo) -> int:
         RunError: it is not finished, was embedded by another model, or lacks what the page needs.
     """
     if not corpus.exists(MANIFEST):
-        raise RunError(f"{corpus.uri}: not a finished output of jobs/embed.py: it has no {MANIFEST}")
+        raise RunError(f"{corpus.uri}: not a finished output of `f2llm embed`: it has no {MANIFEST}")
     made: dict[str, Any] = corpus.read_json(MANIFEST)
     if made.get("model_fingerprint") != fingerprint(model):
         raise RunError(f"{corpus.uri}: embedded by {made.get('model')!r} as it was then, not by {model.uri}")

@@ -48,7 +48,7 @@ class Arguments(Access, Limits):
     aliases: tuple[str, ...] = ()
     """Other names that clients may use, such as that of a model that this one replaces."""
     corpus: str | None = None
-    """Folder that jobs/embed.py wrote with this model and with the texts kept; the page at / searches in it."""
+    """Folder that `f2llm embed` wrote with this model and with the texts kept; the page at / searches in it."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Arguments:
@@ -137,7 +137,7 @@ def with_limits(settings: Serving, given: Limits) -> Serving:
 
 def _report(root: Folder) -> Report:
     if not root.exists("report.json"):
-        raise RunError(f"{root.uri}: no finished run: it has no report.json; run jobs/pipeline.py first")
+        raise RunError(f"{root.uri}: no finished run: it has no report.json; run `f2llm run` first")
     try:
         return Report.model_validate(root.read_json("report.json"))
     except ValidationError as error:
