@@ -36,7 +36,12 @@ def export_backbone(model: Path) -> PreTrainedModel:
     """
     if is_quantized(model):
         raise RunError(f"{model}: its weights are int8; export the model that it was made from")
-    backbone = load_backbone(model).eval()
+    from safetensors import SafetensorError
+
+    try:
+        backbone = load_backbone(model).eval()
+    except SafetensorError as error:
+        raise RunError(f"{model}: cannot be loaded as a model: {error}") from None
     backbone.config.use_cache = False
     return backbone
 
