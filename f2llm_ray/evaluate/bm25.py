@@ -20,7 +20,7 @@ import numpy as np
 
 from f2llm_ray.base import formatting
 from f2llm_ray.base.optional import require
-from f2llm_ray.data.near.shingles import _UNSPACED
+from f2llm_ray.data.near.shingles import UNSPACED
 from f2llm_ray.data.ragged import Ints
 
 K1, B = 1.5, 0.75
@@ -110,7 +110,7 @@ def _best(score_c: np.ndarray[Any, Any], k: int) -> Ints:
 @lru_cache(maxsize=1)
 def _runs() -> re.Pattern[str]:
     """Finds words (first group), and runs of a script without spaces (second)."""
-    unspaced = {point for first, last in (*_UNSPACED, *_HANGUL) for point in range(first, last + 1)}
+    unspaced = {point for first, last in (*UNSPACED, *_HANGUL) for point in range(first, last + 1)}
     inside = [point for point in range(0x40000) if unicodedata.category(chr(point))[0] in "LMN"]
     spaced, alone = (_class(p for p in inside if (p in unspaced) is without) for without in (False, True))
     return re.compile(f"([{spaced}]+)|([{alone}]+)")

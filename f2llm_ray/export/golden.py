@@ -133,7 +133,10 @@ def _texts(info: ModelInfo, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def text_of_length(tokenizer: Tokenizer, tokens: int, words: Sequence[str]) -> str:
-    """A text of so many tokens, special ones included, or of the nearest number that its characters allow."""
+    """A text of so many tokens, special ones included, or of the nearest number that its characters allow.
+
+    Cutting a word makes more or fewer tokens of it: a few ends are tried, and a few starts of the text.
+    """
     base = " ".join(words) + " "
     whole = base * (tokens // len(tokenizer.encode(base, add_special_tokens=False).ids) + 2)
     encoded = tokenizer.encode(whole)
@@ -142,7 +145,7 @@ def text_of_length(tokenizer: Tokenizer, tokens: int, words: Sequence[str]) -> s
     ]
     wanted = max(tokens - sum(encoded.special_tokens_mask), 1)
     ends = range(real[wanted - 1], min(real[wanted - 1] + 16, len(whole)))
-    found = [whole[:end] for end in ends]
+    found = [whole[start:end] for start in range(min(4, len(base))) for end in ends]
     return min(found, key=lambda text: abs(len(tokenizer.encode(text).ids) - tokens))
 
 

@@ -30,7 +30,7 @@ SEPARATOR, WORD, ALONE = range(3)
 # Blocks of scripts written without spaces between words: Thai and Lao, Myanmar, Khmer, New Tai Lue to Tai Tham,
 # kana and Bopomofo to the CJK ideographs, Yi, Javanese, Myanmar extended to Tai Viet, CJK compatibility,
 # ideographs beyond the first plane. Tibetan is not among them: its tsheg separates syllables. Hangul has spaces.
-_UNSPACED = (
+UNSPACED = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x1AAF), (0x2E80, 0x2FDF), (0x3005, 0x3007),
     (0x3040, 0x312F), (0x31A0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0xA4CF), (0xA980, 0xA9DF), (0xA9E0, 0xAADF),
     (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFF),
@@ -134,7 +134,7 @@ def _kinds() -> np.ndarray[Any, np.dtype[np.uint8]]:
             kinds[point] = WORD
         elif category in {"So", "Sm", "Sc"} or 0x1F3FB <= point <= 0x1F3FF:
             kinds[point] = ALONE
-    for first, last in _UNSPACED:
+    for first, last in UNSPACED:
         block = kinds[first : last + 1]
         block[block == WORD] = ALONE
     kinds[_VARIATION_SELECTORS[0] : _VARIATION_SELECTORS[1] + 1] = SEPARATOR
