@@ -844,13 +844,19 @@ def test_languages_are_one_code_each(tmp_path: Path) -> None:
         "German",
         "german",
         "code:go",
+        "Go",
+        "python",
+        "ts",
         "zh-Hans",
         "sr@latin",
         "eng-Latn",
     ]
     lines = [{"query": str(n), "passage": "p", "lang": code} for n, code in enumerate(said)]
     source = jsonl(write_lines(tmp_path / "a.jsonl", *lines), columns=Columns(language="lang"))
-    assert [row["language"] for row in rows(source)] == ["deu"] * 7 + ["code:go", "zho-Hans", "srp", "eng"]
+    assert [row["language"] for row in rows(source)] == ["deu"] * 7 + [
+        *("code:go", "code:go", "code:python", "tso"),
+        *("zho-Hans", "srp", "eng"),
+    ]
 
 
 def test_an_unknown_language_is_a_fault_of_its_row(tmp_path: Path) -> None:
