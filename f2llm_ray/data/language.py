@@ -11,11 +11,41 @@ CODE = "code:"
 """What the language of a programming language begins with, as in "code:python"."""
 
 PROGRAMMING = frozenset(
-    "bash c c# c++ cpp csharp dart elixir go haskell html java javascript js julia kotlin matlab objective-c perl "
-    "php powershell python r ruby rust scala shell sql swift typescript".split()
+    [
+        "bash",
+        "c",
+        "c#",
+        "c++",
+        "cpp",
+        "csharp",
+        "dart",
+        "elixir",
+        "go",
+        "haskell",
+        "html",
+        "java",
+        "javascript",
+        "js",
+        "julia",
+        "kotlin",
+        "matlab",
+        "objective-c",
+        "perl",
+        "php",
+        "powershell",
+        "python",
+        "r",
+        "ruby",
+        "rust",
+        "scala",
+        "shell",
+        "sql",
+        "swift",
+        "typescript",
+    ]
 )
-"""Programming languages that data name without `CODE`, as CodeSearchNet and The Stack do. ISO 639 has none of these
-names; "lua" and "ts" are codes of it, and so not here."""
+"""Programming languages that data name without `CODE`, as CodeSearchNet and The Stack do. ISO has none of them;
+"lua" and "ts" are codes of it, and so not here."""
 
 SCRIPTS = {
     "aze",
@@ -65,8 +95,8 @@ def iso639_3(code: str) -> str:
 def normal(said: str) -> str | None:
     """What data call a language, as rows carry it: ISO 639-3, with the script where it tells ("zho-Hans").
 
-    It may be a code or a locale (`iso639_3`), a name of ISO 639-3 in English ("german"), or a programming language,
-    as "code:<name>" or one of `PROGRAMMING`.
+    It may be a code or a locale (`iso639_3`), a name of ISO 639-3 in English ("german"), or a programming
+    language, as "code:<name>" or one of `PROGRAMMING`.
 
     Returns:
         None for what names none.
