@@ -181,7 +181,7 @@ def test_every_score_of_a_batch_is_that_of_its_pair(tmp_path: Path) -> None:
     connect()
     try:
         pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
-        pipeline.job("jobs/prepare.py")
+        pipeline.job("prepare")
         prepared = pipeline.run.folder(pipeline.graph.prepare)
         check(given, prepared, tmp_path / "batches", mined=None)
         table = prepared.read_table("table/scored.parquet", ["row_key", "passage_key", "negative_keys"])
