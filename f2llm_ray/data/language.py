@@ -73,6 +73,12 @@ SCRIPTS = {
 
 # Codes of two letters that ISO 639-1 has withdrawn or given to a group; its tables no longer list them.
 _WITHDRAWN = {"bh": "bho", "in": "ind", "iw": "heb", "ji": "yid", "jw": "jav", "mo": "ron"}
+# ISO 639-2's codes of groups of languages, which catalogs use ("nah", "ber"): no one language, and no mistake either.
+_GROUPS = frozenset(
+    "afa alg apa art ath aus bad bai bat ber bih bnt btk cai cau cel cmc cpe cpf cpp crp cus day dra fiu gem gme ijo "  # noqa: SIM905
+    "inc ine ira iro kar khi kro map mkh mno mun myn nah nai nic nub oto paa phi pra roa sai sal sem sgn sio sit sla "
+    "smi son ssa tai tup tut wak wen ypk znd".split()
+)
 # Filipino is the standard form of Tagalog: catalogs and models use either code, and ISO 639-3 joins them nowhere.
 _SAME = {"fil": "tgl"}
 
@@ -96,7 +102,7 @@ def normal(said: str) -> str | None:
     """What data call a language, as rows carry it: ISO 639-3, with the script where it tells ("zho-Hans").
 
     It may be a code or a locale (`iso639_3`), a name of ISO 639-3 in English ("german"), or a programming
-    language, as "code:<name>" or one of `PROGRAMMING`.
+    language, as "code:<name>" or one of `PROGRAMMING`. The code of a group of languages gives "und".
 
     Returns:
         None for what names none.
@@ -108,7 +114,7 @@ def normal(said: str) -> str | None:
         return f"{CODE}{text.lower()}"
     subtags = re.split(r"[_\-@.]", text)
     language = iso639_3(text)
-    if language == UNKNOWN and subtags[0].lower() != UNKNOWN:
+    if language == UNKNOWN and subtags[0].lower() not in (UNKNOWN, *_GROUPS):
         named = _named(text)
         if named is None:
             return None

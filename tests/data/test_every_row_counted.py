@@ -246,7 +246,7 @@ def test_a_run_counts_every_record_of_every_file(tmp_path: Path) -> None:
     connect()
     try:
         pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
-        pipeline.job("jobs/prepare.py")
+        pipeline.job("prepare")
     finally:
         import ray
 

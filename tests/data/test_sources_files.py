@@ -850,12 +850,13 @@ def test_languages_are_one_code_each(tmp_path: Path) -> None:
         "zh-Hans",
         "sr@latin",
         "eng-Latn",
+        "nah",
     ]
     lines = [{"query": str(n), "passage": "p", "lang": code} for n, code in enumerate(said)]
     source = jsonl(write_lines(tmp_path / "a.jsonl", *lines), columns=Columns(language="lang"))
     assert [row["language"] for row in rows(source)] == ["deu"] * 7 + [
         *("code:go", "code:go", "code:python", "tso"),
-        *("zho-Hans", "srp", "eng"),
+        *("zho-Hans", "srp", "eng", "und"),
     ]
 
 
