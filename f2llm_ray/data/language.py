@@ -74,9 +74,9 @@ SCRIPTS = {
 # Codes of two letters that ISO 639-1 has withdrawn or given to a group; its tables no longer list them.
 _WITHDRAWN = {"bh": "bho", "in": "ind", "iw": "heb", "ji": "yid", "jw": "jav", "mo": "ron"}
 _GROUPS_OF_ISO_639_2 = """
-afa alg apa art ath aus bad bai bat ber bih bnt btk cai cau cel cmc cpe cpf cpp crp cus day dra fiu gem gme ijo inc ine
-ira iro kar khi kro map mkh mno mun myn nah nai nic nub oto paa phi pra roa sai sal sem sgn sio sit sla smi son ssa tai
-tup tut wak wen ypk znd"""
+afa alg apa art ath aus bad bai bat ber bih bnt btk cai cau cel cmc cpe cpf cpp crp cus day dra fiu gem gme ijo inc
+ine ira iro kar khi kro map mkh mno mun myn nah nai nic nub oto paa phi pra roa sai sal sem sgn sio sit sla smi son
+ssa tai tup tut wak wen ypk znd"""
 # Catalogs use them ("nah", "ber"): they name no one language, and are no mistake either.
 _GROUPS = frozenset(_GROUPS_OF_ISO_639_2.split())
 # Filipino is the standard form of Tagalog: catalogs and models use either code, and ISO 639-3 joins them nowhere.
