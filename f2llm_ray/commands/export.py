@@ -18,6 +18,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", metavar="A,B", default="onnx", help="onnx, openvino, gguf (default: onnx)")
     parser.add_argument("--output", metavar="FOLDER", type=Path, help="where the export goes; new or empty")
     parser.add_argument("--check", metavar="FOLDER", type=Path, help="only prove an export again")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be written, or why it cannot be"
+    )
     return parser
 
 
@@ -31,7 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.model is None or arguments.output is None:
         raise RecipeError("give --model and --output, or --check")
-    facts = work.export(arguments.model, arguments.output, arguments.to.split(","))
+    targets = arguments.to.split(",")
+    if arguments.dry_run:
+        info = work.admit(arguments.model, arguments.output, targets)
+        say(f"would write {info.name} for {', '.join(targets)} to {arguments.output}, and prove it")
+        return
+    facts = work.export(arguments.model, arguments.output, targets)
     for name, said in facts["files"].items():
         say(f"{formatting.byte_size(said['bytes']):>10}  {name}")
     _show(facts["proofs"])

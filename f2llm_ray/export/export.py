@@ -71,14 +71,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
             proof does not hold; `out` is as it was then.
         DataError: a package is missing.
     """
-    info = load_info(model)
-    for name in targets:
-        if name not in TARGETS:
-            raise RunError(f"--to: found {name!r}, expected some of {', '.join(TARGETS)}")
-        _require(name)
-        TARGETS[name].refuse(model, info)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: it is there already; expected a folder that is new or empty")
+    info = admit(model, out, targets)
     from f2llm_ray.export.graph import export_backbone
 
     source = Source(model, info, export_backbone(model))
@@ -105,6 +98,24 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
         }
         Folder.at(str(folder / OWN)).write_json(Path(FACTS_FILE).name, facts)
     return facts
+
+
+def admit(model: Path, out: Path, targets: Sequence[str]) -> ModelInfo:
+    """Checks what can be checked before any work, and returns the model's facts.
+
+    Raises:
+        RunError: a target is not known or cannot hold the model, there is no model, or `out` is in use.
+        DataError: a package is missing.
+    """
+    info = load_info(model)
+    for name in targets:
+        if name not in TARGETS:
+            raise RunError(f"--to: found {name!r}, expected some of {', '.join(TARGETS)}")
+        _require(name)
+        TARGETS[name].refuse(model, info)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: it is there already; expected a folder that is new or empty")
+    return info
 
 
 def check(folder: Path) -> Facts:

@@ -225,6 +225,9 @@ def test_a_wrong_runtime_is_found(made: Path, wrong: Callable[[Run], Run], bound
 
 def test_the_job_exports_and_checks(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "a" / "out")
+    assert main(parser(), job, ["--model", str(tiny), "--output", out, "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"would write tiny for onnx to {out}, and prove it\n"
+    assert not (tmp_path / "a").exists()
     assert main(parser(), job, ["--model", str(tiny), "--output", out]) == 0
     assert main(parser(), job, ["--check", out]) == 0
     told = capsys.readouterr().out
