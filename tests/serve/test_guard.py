@@ -80,7 +80,10 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 def test_a_large_request_holds_up_no_short_one(running: Running) -> None:
     """And one whose client leaves is not embedded to its end."""
-    large = ["the cat sat " * 450] * 60  # some 100,000 tokens
+    text = "the cat sat " * 450  # 1,800 tokens or so
+    before = time.monotonic()
+    running.post([text] * 10, truncate=True)
+    large = [text] * min(1500, round(10 * 5 / (time.monotonic() - before)))  # some five seconds
     started, took = time.monotonic(), list[float]()
 
     def ask() -> None:
@@ -98,7 +101,6 @@ def test_a_large_request_holds_up_no_short_one(running: Running) -> None:
         waits.append(time.monotonic() - before)
         assert httpx.get(f"{running.url}/health", timeout=60).status_code == 200
     thread.join()
-    assert took[0] > 1.5, "too fast to say anything"
     assert np.median(waits) < took[0] / 3
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
@@ -193,9 +195,11 @@ def test_an_engine_that_hangs_is_ended_with_its_replica(
                 assert refused.status_code == 503
                 assert refused.json()["error"]["code"] == "not_ready"
             with pytest.raises(ApiError, match="hangs"):
-                running.check_health()
+                for _ in range(20):  # while the probe of the page may still be on its way
+                    running.check_health()
+                    time.sleep(0.2)
             assert running.left
-            assert not psutil.pid_exists(engine.pid) or engine.status() == psutil.STATUS_ZOMBIE
+            assert not psutil.pid_exists(engine.pid)
         finally:
             if psutil.pid_exists(engine.pid):
                 os.kill(engine.pid, signal.SIGCONT)
