@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -77,8 +76,6 @@ class EngineProcess(TextEngine):
     def kill(self) -> None:
         """Ends the process, also one that hangs or is stopped; the engine is of no use after that."""
         self._process.kill()
-        with suppress(subprocess.TimeoutExpired):  # one that waits for its GPU ends when that lets it
-            self._process.wait(5)
 
     def _read(self, size: int) -> bytes:
         content = self._answers.read(size)

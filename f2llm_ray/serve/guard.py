@@ -32,7 +32,7 @@ class WatchedEngine:
     """
 
     def __init__(self, engine: EngineProcess, leave: Callable[[str], None]) -> None:
-        self._engine, self._leave = engine, leave
+        self._engine, self._leave, self._leaving = engine, leave, False
         self.probe = engine.tokenize([PROBE])
         self._known_1d = engine.embed_tokens(self.probe)
 
@@ -51,7 +51,10 @@ class WatchedEngine:
             raise
 
     def leave(self, reason: str) -> None:
-        """Ends the engine's process, which may hang, and then this replica."""
+        """Ends the engine's process, which may hang, and then this replica, for the first reason that there is."""
+        if self._leaving:
+            return
+        self._leaving = True
         self._engine.kill()
         self._leave(reason)
 

@@ -68,6 +68,7 @@ def serving(model: Path) -> Iterator[Running]:
         time.sleep(0.05)
     yield Running(f"http://127.0.0.1:{port}", served, left, loop)
     served.engine.kill()
+    served.engine._process.wait(10)  # noqa: SLF001 (else it stays a zombie among this process's children)
     server.should_exit = True
     thread.join(10)
 
@@ -200,7 +201,7 @@ def test_an_engine_that_hangs_is_ended_with_its_replica(
                 with suppress(ApiError):
                     running.check_health()
             assert "hangs" in running.left[0]
-            assert not psutil.pid_exists(engine.pid)
+            assert running.replica.engine._process.wait(10) == -signal.SIGKILL  # noqa: SLF001
         finally:
             if psutil.pid_exists(engine.pid):
                 os.kill(engine.pid, signal.SIGCONT)
