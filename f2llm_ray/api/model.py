@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from f2llm_ray.base.errors import ArgumentError
 from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.model.described import SETTINGS_FILE
-from f2llm_ray.model.dims import Quantized, Vectors, quantize_vectors
+from f2llm_ray.model.dims import Quantized, Vectors, quantize_vectors, unit
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Model:
                 raise ArgumentError(f"similarity: found {vectors.dtype} vectors, expected float32 or float16")
         if left.shape[1] != right.shape[1]:
             raise ArgumentError(f"similarity: found vectors of {left.shape[1]} and {right.shape[1]} dims")
-        left, right = (_unit(vectors.astype(np.float32)) for vectors in (left, right))
+        left, right = (unit(vectors.astype(np.float32)) for vectors in (left, right))
         return left @ right.T
 
     def __repr__(self) -> str:
@@ -137,8 +137,3 @@ def _engine(folder: Folder) -> Engine:
 
     with folder.as_local() as path:
         return Engine(path)
-
-
-def _unit(vectors_nd: Any) -> Any:
-    norm_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
-    return vectors_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny)

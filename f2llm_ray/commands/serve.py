@@ -58,14 +58,14 @@ def run(arguments: argparse.Namespace) -> None:
     from ray import serve
 
     from f2llm_ray.base.session import connect
-    from f2llm_ray.serve.app import build
-    from f2llm_ray.serve.served_model import Arguments, find_model
+    from f2llm_ray.serve.app import application
+    from f2llm_ray.serve.served_model import Arguments, checked, find_model
 
     given = {name: getattr(arguments, name) for name in ("model", "root", "name", "corpus")}
     keys = arguments.keys and str(Path(arguments.keys).absolute())
     given = {name: value for name, value in {**given, "keys": keys}.items() if value is not None}
-    application = build(given)
-    name = find_model(Arguments.model_validate(given)).card.id
+    served = checked(lambda: find_model(Arguments.model_validate(given)))
+    name = served.card.id
     if not os.environ.get("RAY_ADDRESS"):
         _check_free(arguments.host, arguments.port)
     connect()
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         serve.start(http_options=http, logging_config=quiet)
         try:
-            serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+            serve.run(application(served), name=APPLICATION, route_prefix="/", logging_config=quiet)
         except RuntimeError as error:
             raise RunError(f"{name} cannot be served: {_reason() or error}") from None
         signal.signal(signal.SIGTERM, lambda *_: ended.set())

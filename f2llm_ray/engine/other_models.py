@@ -18,7 +18,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo
 from f2llm_ray.model.described import MODULES_FILE, sides
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.dims import Vectors, unit
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ class RemoteModel(_OtherModel):
         with ThreadPoolExecutor(REQUESTS) as pool:
             answers = list(pool.map(self._ask, parts))
         vectors_nd = np.concatenate([vectors for vectors, _ in answers])
-        norm_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
-        return vectors_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny), sum(count for _, count in answers)
+        return unit(vectors_nd), sum(count for _, count in answers)
 
     def _ask(self, texts: Sequence[str]) -> tuple[Vectors, int]:
         from openai import OpenAIError

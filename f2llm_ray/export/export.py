@@ -6,7 +6,6 @@ is written beside its place and moved there when every proof holds, so that half
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from f2llm_ray import __version__
+from f2llm_ray.base.checksum import sha256_of
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import say
@@ -92,7 +92,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
         }
         facts["proofs"] = _prove(folder, facts["targets"], golden, info, shown=out)
         facts["files"] = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
@@ -143,7 +143,7 @@ def check(folder: Path) -> Facts:
             raise RunError(f"{path}: it is missing")
         if path.stat().st_size != size:
             raise RunError(f"{path}: found {path.stat().st_size} bytes, expected {size}")
-        if _sum(path) != digest:
+        if sha256_of(path) != digest:
             raise RunError(f"{path}: found another content than the export's (its SHA-256 differs)")
     return _prove(folder, targets, Golden.load(folder), load_info(folder), shown=folder)
 
@@ -198,11 +198,3 @@ def _copy_texts_side(model: Path, folder: Path) -> None:
             (folder / name).mkdir()
         elif (model / name).is_file():
             shutil.copyfile(model / name, folder / name)
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

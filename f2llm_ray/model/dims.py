@@ -19,10 +19,14 @@ def cut_dims(vectors_nd: Vectors, dim: int) -> Vectors:
     """Unit vectors [n, dim] of the first dims of unit vectors, as if the raw ones were cut; zero stays zero."""
     if dim == vectors_nd.shape[1]:
         return vectors_nd
-    cut_nd = vectors_nd[:, :dim]
-    norm_n1 = np.linalg.norm(cut_nd, axis=1, keepdims=True)
-    cut: Vectors = cut_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny)
-    return cut
+    return unit(vectors_nd[:, :dim])
+
+
+def unit(vectors_nd: Vectors) -> Vectors:
+    """The vectors [n, d] scaled to length 1; zero stays zero."""
+    norm_n1 = np.linalg.norm(vectors_nd, axis=1, keepdims=True)
+    scaled: Vectors = vectors_nd / np.maximum(norm_n1, np.finfo(np.float32).tiny)
+    return scaled
 
 
 def dequantize_int8(codes_nd: Quantized, ranges_2d: Vectors) -> Vectors:

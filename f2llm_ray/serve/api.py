@@ -22,6 +22,8 @@ from f2llm_ray.model.dims import EMBEDDING_TYPES, EmbeddingType, Quantized
 from f2llm_ray.serve.settings import LongText, Serving
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+NAME_CHARS = 100
+"""Most characters of a client's word that an error repeats."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 TYPES = {
@@ -91,6 +93,9 @@ Texts = Annotated[str | list[str], WrapValidator(_texts)]
 TextsOrTokens = Annotated[Inputs, WrapValidator(_texts_or_tokens)]
 
 
+EmbeddingTypes = Annotated[list[EmbeddingType], Field(max_length=len(EMBEDDING_TYPES))]
+
+
 class Body(BaseModel):
     """A body of the API; /docs shows the docstrings of its fields."""
 
@@ -136,7 +141,7 @@ class EmbeddingOptions(RequestBody):
     encoding_format: Encoding = "float"
     """"base64" packs each vector's little-endian bytes: float32, int8 or uint8; in `embedding` of /v1/embeddings
     always float32, as OpenAI's clients read it."""
-    embedding_types: Annotated[list[EmbeddingType], Field(max_length=len(EMBEDDING_TYPES))] | None = None
+    embedding_types: EmbeddingTypes | None = None
     """Forms of the vectors, "float" when unset; int8 needs ranges stored with the model (see /info)."""
 
 
@@ -349,8 +354,8 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
         # Not by pydantic, which makes an error for each of them: a body may hold a million.
         unknown = next((name for name in content if name not in kind.model_fields), None)
         if unknown is not None:
-            text = f"{unknown[:100]}: unknown field; allowed: {', '.join(kind.model_fields)}"
-            raise ApiError(400, "invalid_request", text, param=unknown[:100])
+            text = f"{unknown[:NAME_CHARS]}: unknown field; allowed: {', '.join(kind.model_fields)}"
+            raise ApiError(400, "invalid_request", text, param=unknown[:NAME_CHARS])
     try:
         return kind.model_validate(content)
     except ValidationError as error:

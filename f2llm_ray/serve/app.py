@@ -13,7 +13,7 @@ from ray import serve
 from f2llm_ray.serve.api import Info
 from f2llm_ray.serve.replica import Replica
 from f2llm_ray.serve.routes import answers_http
-from f2llm_ray.serve.served_model import Arguments, checked, find_model, options
+from f2llm_ray.serve.served_model import Arguments, ServedModel, checked, find_model, options
 
 
 @answers_http(Info)
@@ -27,5 +27,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises:
         NotServableError: wrong arguments, or no such run or model.
     """
-    served = checked(lambda: find_model(Arguments.model_validate(args)))
+    return application(checked(lambda: find_model(Arguments.model_validate(args))))
+
+
+def application(served: ServedModel) -> serve.Application:
+    """The application of a model that was found."""
     return serve.deployment(ModelServer).options(**options(served.settings)).bind(served)

@@ -151,7 +151,7 @@ class Rank(api.Body):
 
 
 async def _rerank(replica: Embedder, ask: RerankRequest) -> api.Answer:
-    texts = [ask.texts] if isinstance(ask.texts, str) else ask.texts
+    texts, _ = api.split(ask.texts)
     scores_n, found = await _scores(replica, ask.query, texts, ("query", "texts"), ask.truncate)
     ranks = [
         {"index": index, "score": float(scores_n[index])} | ({"text": texts[index]} if ask.return_text else {})
@@ -180,7 +180,7 @@ class Token(api.Body):
 
 
 async def _tokenize(replica: Embedder, ask: TokenizeRequest) -> api.Answer:
-    texts = [ask.inputs] if isinstance(ask.inputs, str) else ask.inputs
+    texts, _ = api.split(ask.inputs)
     limits.check_inputs(texts, replica.settings, "inputs")
     prompt = limits.check_prompt(ask.prompt_name, None, replica.model_info)
     characters = sum(len(prompt) + len(text) for text in texts)
@@ -214,8 +214,7 @@ class CohereEmbedRequest(api.RequestBody):
     model: str
     texts: api.Texts
     input_type: Literal["search_query", "search_document", "classification", "clustering"]
-    embedding_types: Annotated[list[str], Field(max_length=8)] = Field(default_factory=lambda: ["float"])
-    """Of float, int8, binary, ubinary."""
+    embedding_types: api.EmbeddingTypes = Field(default=["float"])
     output_dimension: int | None = None
     truncate: Literal["NONE", "END"] = "END"
 
@@ -231,15 +230,15 @@ class CohereEmbeddings(api.Body):
 
 
 async def _cohere_embed(replica: Embedder, ask: CohereEmbedRequest) -> api.Answer:
-    texts = [ask.texts] if isinstance(ask.texts, str) else ask.texts
+    texts, _ = api.split(ask.texts)
     options = api.EmbedRequest(
         inputs=texts,
         dimensions=ask.output_dimension,
         prompt_name=_prompt(replica, INPUT_TYPES.get(ask.input_type)),
         truncate=ask.truncate == "END",
+        embedding_types=ask.embedding_types,
     )
-    types = limits.check_types(ask.embedding_types, replica.card.embedding_types)
-    found = await replica.embed(options.model_copy(update={"embedding_types": types}), texts, "texts")
+    found = await replica.embed(options, texts, "texts")
     content = {
         "id": str(uuid4()),
         "response_type": "embeddings_by_type",
@@ -271,7 +270,7 @@ class CohereRanks(api.Body):
 
 
 async def _cohere_rerank(replica: Embedder, ask: CohereRerankRequest) -> api.Answer:
-    texts = [ask.documents] if isinstance(ask.documents, str) else ask.documents
+    texts, _ = api.split(ask.documents)
     scores_n, found = await _scores(replica, ask.query, texts, ("query", "documents"), truncate=True)
     results = [
         {"index": index, "relevance_score": float(scores_n[index])}

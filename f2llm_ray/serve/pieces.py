@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from f2llm_ray.data.tokens.store import Tokens, cut
-from f2llm_ray.model.dims import Vectors
+from f2llm_ray.model.dims import Vectors, unit
 from f2llm_ray.serve.settings import LongText
 
 
@@ -38,9 +38,7 @@ class Pieces:
             return vectors_md
         weights_m1 = np.fromiter(map(len, self.tokens), np.float32, len(self.tokens))[:, None]
         starts_n = np.cumsum([0, *self.counts[:-1]])
-        sums_nd = np.add.reduceat(vectors_md * weights_m1, starts_n, axis=0)
-        norms_n1 = np.linalg.norm(sums_nd, axis=1, keepdims=True)
-        mean_nd: Vectors = (sums_nd / np.maximum(norms_n1, np.finfo(np.float32).tiny)).astype(np.float32)
+        mean_nd = unit(np.add.reduceat(vectors_md * weights_m1, starts_n, axis=0))
         several_n1 = np.array(self.counts)[:, None] > 1
         return np.where(several_n1, mean_nd, vectors_md[starts_n])
 

@@ -180,7 +180,7 @@ class Replica:
             if ask.instruction is not None or (prompt and long_text == "chunk"):
                 before = self.engine.tokenize([prompt], max_tokens=most + 1)[0][len(self.prefix) : -1]
                 limits.check_instruction(before, max_tokens=most - len(self.prefix) - 1, long_text=long_text)
-            reach = {"refuse": most + 1, "truncate": most + 1, "chunk": None}[long_text]
+            reach = None if long_text == "chunk" else most + 1
             tokens = self.engine.tokenize(texts, prompt=prompt, max_tokens=reach)
         if long_text == "refuse":
             limits.check_lengths(tokens, max_tokens=most, param=param)

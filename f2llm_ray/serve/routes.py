@@ -152,7 +152,7 @@ async def _body(scope: Scope, receive: Receive, settings: Serving) -> bytes | No
 def _decoded(body: bytes, encoding: str, settings: Serving) -> bytes:
     """The content of a packed body; no more of it is unpacked than may be."""
     if encoding != "gzip":
-        message = f"content-encoding: {encoding[:100]!r} is not taken; send gzip, or the body as it is"
+        message = f"content-encoding: {encoding[: api.NAME_CHARS]!r} is not taken; send gzip, or the body as it is"
         raise api.ApiError(415, "unsupported_encoding", message)
     unpack = zlib.decompressobj(wbits=31)
     try:
