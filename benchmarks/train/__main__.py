@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.train.peers import CLOCKS, Peer, loss_of
 from benchmarks.train.scaling import scaling
-from benchmarks.train.setup import Place, prepare, tokens_of, training_of
+from benchmarks.train.setup import LENGTHS, Place, prepare, tokens_of, training_of
 from benchmarks.train.turns import streamed, turns
 from f2llm_ray.base.session import connect
 from f2llm_ray.engine.encode import encode
@@ -56,8 +56,29 @@ def worker_counts(text: str) -> list[int]:
     return counts
 
 
+def length_window(text: str) -> tuple[int, int]:
+    """The fewest and the most tokens of a text, with a comma between them."""
+    parts = text.split(",")
+    if (
+        len(parts) != 2
+        or not all(part.isdecimal() for part in parts)
+        or not 4 <= int(parts[0]) < int(parts[1]) - 2
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected the fewest tokens, 4 or more, and the most, such as 8,32"
+        )
+    return int(parts[0]), int(parts[1])
+
+
 def beside_peers(
-    rows: int, negatives: int, steps: int, rounds: int, clock: str, backbone: Path | None = None
+    rows: int,
+    negatives: int,
+    steps: int,
+    rounds: int,
+    clock: str,
+    *,
+    backbone: Path | None = None,
+    lengths: tuple[int, int] = LENGTHS,
 ) -> dict[str, Any]:
     """Rates of all kinds, and the ratios of ours to the others'; `loss_gap` with a backbone alone."""
     import ray
@@ -71,7 +92,8 @@ def beside_peers(
     with tempfile.TemporaryDirectory() as folder:
         root = Folder.at(folder)
         # The turns and the run in Ray, with a step each to warm up.
-        text_of = prepare(Path(folder), 2 * rounds * steps + 2, rows, negatives, backbone)
+        batches = 2 * rounds * steps + 2
+        text_of = prepare(Path(folder), batches, rows, negatives, backbone=backbone, lengths=lengths)
         pooling = load_info(Path(folder) / "model").pooling
         place = Place(Path(folder), training.settings, clock, text_of, Path(folder) / "batches", pooling)
         connect()
@@ -123,11 +145,26 @@ def main() -> None:
         type=Path,
         help="a sentence-transformers folder in place of the tiny Qwen3; in-batch loss",
     )
+    parser.add_argument(
+        "--lengths",
+        type=length_window,
+        default=LENGTHS,
+        metavar="8,32",
+        help="tokens of the texts, fewest and most",
+    )
     arguments = parser.parse_args()
     rows, negatives = arguments.rows, 0 if arguments.backbone else arguments.negatives
     steps, rounds = arguments.steps, arguments.rounds
     if arguments.workers is None:
-        result = beside_peers(rows, negatives, steps or 2, rounds or 3, arguments.clock, arguments.backbone)
+        result = beside_peers(
+            rows,
+            negatives,
+            steps or 2,
+            rounds or 3,
+            arguments.clock,
+            backbone=arguments.backbone,
+            lengths=arguments.lengths,
+        )
     else:
         result = scaling(arguments.workers, rows=rows, negatives=negatives, steps=steps or 20, rounds=rounds or 1)
     sys.stdout.write(f"{json.dumps({**result, 'rows': rows, 'negatives': negatives, 'threads': 1})}\n")

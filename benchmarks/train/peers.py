@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from benchmarks.train.setup import Place
+from f2llm_ray.engine.attention import use_varlen
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, matryoshka_dims
 from f2llm_ray.model.families import Pooling, without_dropout
@@ -64,6 +65,7 @@ def bare_step(place: Place) -> Step:
     """Forward and backward of the encoder alone."""
     stage = place.stage
     backbone = load_backbone(place.model).train()
+    use_varlen(backbone)
 
     def step(batch: TrainBatch) -> None:
         backbone.zero_grad()

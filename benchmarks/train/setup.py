@@ -29,7 +29,9 @@ from f2llm_ray.train.training import Training
 
 SHAPE = Shape(hidden=256, layers=4, heads=4, kv_heads=2, head_dim=64, ffn=768, max_positions=512)
 VOCABULARY = 4000
-MEDIAN_TOKENS, SIGMA, SHORTEST, LONGEST = 40, 0.9, 8, 512
+MEDIAN_TOKENS, SIGMA = 40, 0.9
+LENGTHS = (8, 512)
+"""Tokens of the shortest and of the longest text."""
 SHARDS = 4
 STAGE = "bench"
 
@@ -81,11 +83,13 @@ def training_of(rows: int, negatives: int, workers: int = 1, *, smallest_dim: in
     )
 
 
-def texts_of(number: int, generator: np.random.Generator) -> list[str]:
-    """Made-up texts with lognormal lengths, a token or so per word."""
+def texts_of(number: int, generator: np.random.Generator, lengths: tuple[int, int]) -> list[str]:
+    """Made-up texts, a token or so per word; their lengths are lognormal ones, those within these bounds."""
     words = np.array(["".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), 4)) for _ in range(1500)])
-    lengths = np.clip(generator.lognormal(np.log(MEDIAN_TOKENS), SIGMA, number), SHORTEST, LONGEST - 2)
-    return [" ".join(generator.choice(words, int(length))) for length in lengths]
+    shortest, longest = lengths
+    drawn = generator.lognormal(np.log(MEDIAN_TOKENS), SIGMA, 20 * number)
+    words_n = drawn[(drawn >= shortest) & (drawn <= longest - 2)].astype(int)[:number]
+    return [" ".join(generator.choice(words, count)) for count in words_n]
 
 
 def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, held_out: int) -> None:
@@ -120,20 +124,28 @@ def write_prepared(prepared: Folder, tokens: list[np.ndarray], negatives: int, h
         store_files.write_meta(folder, shards=SHARDS, texts=len(keys), tokens=total)
 
 
-def prepare(root: Path, batches: int, rows: int, negatives: int, backbone: Path | None = None) -> dict[bytes, str]:
+def prepare(
+    root: Path,
+    batches: int,
+    rows: int,
+    negatives: int,
+    *,
+    backbone: Path | None = None,
+    lengths: tuple[int, int] = LENGTHS,
+) -> dict[bytes, str]:
     """Writes model and prepared rows for so many batches and one held out; returns the text of each token list.
 
     The model is the tiny Qwen3, or the given backbone with its own tokenizer and pooling.
     """
-    texts = texts_of((batches + 1) * rows * (2 + negatives), np.random.default_rng(0))
+    texts = texts_of((batches + 1) * rows * (2 + negatives), np.random.default_rng(0), lengths)
     tokenizer = train_tokenizer(texts[:2000], VOCABULARY) if backbone is None else open_tokenizer(str(backbone))
     vocabulary = tokenizer.get_vocab_size()
     model = random_backbone(SHAPE, vocabulary, 0) if backbone is None else load_backbone(backbone)
-    tokens = [cut(ids, LONGEST) for ids in store_files.tokenize(tokenizer, texts)]
+    tokens = [cut(ids, lengths[1]) for ids in store_files.tokenize(tokenizer, texts)]
     info = ModelInfo(
         name="bench",
         dims=matryoshka_dims(model.config.hidden_size),
-        max_tokens=LONGEST,
+        max_tokens=lengths[1],
         prompts={"query": ""},
         instructions=False,
         pooling="last" if backbone is None else brought_by(str(backbone)).pooling,

@@ -2,7 +2,8 @@
 
 On CUDA it is torch's variable-length flash attention. Elsewhere neighbours of similar lengths are padded for the
 attention alone, all other layers see real tokens only. Sorted by length, on one CPU thread that takes 1.5 ms for a
-text of 21 tokens in a batch of 32 where padding all layers takes 3.0 (a 4-layer, 256-wide model).
+text of 21 tokens in a batch of 32 where padding all layers takes 3.0 (a 4-layer, 256-wide model). Forward and
+backward over texts of 8 to 32 tokens take 0.83 of the time that they take in padded passes of similar lengths.
 Shapes: n texts, T tokens of all, w texts of a group, t tokens of its longest, h heads, g key-value heads,
 e head dim.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
+
+from f2llm_ray.data.ragged import ranges
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +90,7 @@ def varlen_attention(
     return cast(torch.Tensor, out_The)[None], None
 
 
+@torch.compiler.disable  # its shapes are those of each batch
 def _by_groups(
     q_1hTe: torch.Tensor,
     k_1gTe: torch.Tensor,
@@ -97,13 +101,16 @@ def _by_groups(
     *,
     causal: bool,
 ) -> torch.Tensor:
+    q_The, k_Tge, v_Tge = (x[0].transpose(0, 1) for x in (q_1hTe, k_1gTe, v_1gTe))
     found = []
     for first, last in _groups(starts):
-        lengths = [starts[i + 1] - starts[i] for i in range(first, last)]
+        lengths_w = np.diff(starts[first : last + 1])
+        longest = int(lengths_w[0])
+        # Where the tokens of the group lie when each text is padded on the right to the longest.
+        real = torch.from_numpy(ranges(np.arange(len(lengths_w)) * longest, lengths_w)).to(q_The.device)
         here = slice(starts[first], starts[last])
-        q_whte, k_wgte, v_wgte = (_pad(x_1hTe[0, :, here], lengths) for x_1hTe in (q_1hTe, k_1gTe, v_1gTe))
-        longest = q_whte.shape[2]
-        seen = _seen(lengths, sliding_window, causal=causal, device=q_1hTe.device)
+        q_whte, k_wgte, v_wgte = (_pad(x[here], real, len(lengths_w), longest) for x in (q_The, k_Tge, v_Tge))
+        seen = _seen(lengths_w.tolist(), sliding_window, causal=causal, device=q_The.device)
         out_whte = scaled_dot_product_attention(
             q_whte,
             k_wgte,
@@ -113,10 +120,8 @@ def _by_groups(
             scale=scaling,
             enable_gqa=True,
         )
-        out_wthe = out_whte.transpose(1, 2)
-        uneven = min(lengths) < longest
-        rows = [text[:length] for text, length in zip(out_wthe, lengths, strict=True)] if uneven else [out_wthe]
-        found += [row.reshape(-1, *row.shape[-2:]) for row in rows]
+        out_The = out_whte.transpose(1, 2).flatten(0, 1)
+        found.append(out_The if len(real) == len(out_The) else out_The.index_select(0, real))
     return torch.cat(found)[None]
 
 
@@ -152,9 +157,10 @@ def _groups(starts: Sequence[int]) -> list[tuple[int, int]]:
     return groups
 
 
-def _pad(x_hTe: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """The texts of a group [w, h, t, e], padded on the right."""
-    if min(lengths) == lengths[0]:
-        return x_hTe.unflatten(1, (len(lengths), lengths[0])).transpose(0, 1)
-    texts = x_hTe.transpose(0, 1).split(list(lengths))
-    return pad_sequence(list(texts), batch_first=True).transpose(1, 2)
+def _pad(x_Tge: torch.Tensor, real: torch.Tensor, texts: int, longest: int) -> torch.Tensor:
+    """The texts of a group [w, g, t, e], padded on the right; `real` says where each token goes."""
+    if (
+        len(real) < texts * longest
+    ):  # one copy a group: text by text, the backward pass of training takes 1.3 times as long
+        x_Tge = x_Tge.new_zeros(texts * longest, *x_Tge.shape[1:]).index_copy(0, real, x_Tge)
+    return x_Tge.unflatten(0, (texts, longest)).transpose(1, 2)

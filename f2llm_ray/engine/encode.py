@@ -20,8 +20,8 @@ from f2llm_ray.model.families import Pooling, family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A pass of at least this many tokens is long enough to keep two cores busy; from there on a text much shorter
-# than the longest of the pass starts a new one.
+# A padded pass of at least this many tokens is long enough; from there on a text much shorter than the longest of
+# the pass starts a new one.
 FULL_PASS = 1024
 SHORTEST = 0.8
 
@@ -49,15 +49,15 @@ def plan_passes(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]
 
 
 def plan_packs(lengths: Sequence[int], tokens_per_pass: int) -> list[list[int]]:
-    """Groups texts, in their order, into passes of at most `tokens_per_pass` tokens; a longer text has its own."""
+    """Groups texts, longest first, into passes of at most `tokens_per_pass` tokens; a longer text has its own."""
     passes: list[list[int]] = []
     held = 0
-    for index, length in enumerate(lengths):
-        if not passes or held + length > tokens_per_pass:
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not passes or held + lengths[index] > tokens_per_pass:
             passes.append([])
             held = 0
         passes[-1].append(index)
-        held += length
+        held += lengths[index]
     return passes
 
 
@@ -72,10 +72,11 @@ def encode(
 ) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
-    The backbone is one of Hugging Face's without its language-model head, of a family in `model.families`. On CUDA
-    the texts of a pass lie end to end (`engine/attention.py`). On CPU they are of similar lengths and padded on
-    the right. There a causal model never looks from a real token, so no mask is needed; another one gets a mask
-    where lengths differ. Either way a vector depends on its text alone.
+    The backbone is one of Hugging Face's without its language-model head, of a family in `model.families`. In the
+    engine and in training the texts of a pass lie end to end (`engine/attention.py`). In a model that has kept
+    the stock attention they are of similar lengths and padded on the right. There a causal model never looks from
+    a real token, so no mask is needed; another one gets a mask where lengths differ. Either way a vector depends
+    on its text alone.
     """
     if not tokens:
         return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)

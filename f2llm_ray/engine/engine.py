@@ -40,12 +40,9 @@ class Engine(TextEngine):
 
     def encode(self, tokens: Sequence[Tokens]) -> torch.Tensor:
         """Vectors [n, d] of token lists before normalisation, on the device of the model, in the given order."""
-        # Longest first: texts that share a pass are then of similar lengths.
-        order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-        texts = [tokens[i] for i in order]
-        vectors_nd = encode(self.backbone, texts, pooling=self.info.pooling, tokens_per_pass=self.tokens_per_pass)
-        place = torch.tensor(order, dtype=torch.long, device=vectors_nd.device)
-        return vectors_nd[torch.argsort(place)].float()
+        return encode(
+            self.backbone, tokens, pooling=self.info.pooling, tokens_per_pass=self.tokens_per_pass
+        ).float()
 
     @torch.inference_mode()
     def embed_tokens(self, tokens: Sequence[Tokens], *, dim: int | None = None) -> Vectors:

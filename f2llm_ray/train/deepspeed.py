@@ -6,6 +6,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
+from f2llm_ray.engine.attention import use_varlen
 from f2llm_ray.model.families import family_of
 from f2llm_ray.train.settings import TrainStage
 
@@ -46,6 +47,8 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
     # first run, and a run killed meanwhile leaves a lock for which every later one waits without end.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backbone: Any = module.backbone
+    if not torch.cuda.is_available():
+        use_varlen(backbone)
     if stage.engine.compile:
         for layer in family_of(backbone.config).layers_of(backbone):  # in place: names of weights stay
             layer.compile(dynamic=True)
