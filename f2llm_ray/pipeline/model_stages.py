@@ -16,7 +16,7 @@ from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.data_stages import DataStages
 from f2llm_ray.pipeline.graph import Kind, Model
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
-from f2llm_ray.recipe.recipe import INT8, MERGED, UNTRAINED, Recipe
+from f2llm_ray.recipe.recipe import INT8, KEPT, MERGED, UNTRAINED, Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, digests, model_inputs
 from f2llm_ray.run.root import Run
@@ -341,7 +341,14 @@ class ModelStages:
 
             scored = self.run.folder(importance)
             facts: Facts = work.on_worker(
-                shrink, step, model_name, prepared=prepared, parent=model, scored=scored, out=out
+                shrink,
+                step,
+                model_name,
+                place=recipe.place_of(name),
+                prepared=prepared,
+                parent=model,
+                scored=scored,
+                out=out,
             )
             return facts
 
@@ -350,6 +357,7 @@ class ModelStages:
             job=jobs.PRUNE,
             settings={part: cut[part] for part in PARTS},
             parents={**parents, "importance": importance},
+            implied=name == KEPT,  # the backbone is made by whoever needs it, and so is what is kept of it
             work=self._made(prune),
         )
 
