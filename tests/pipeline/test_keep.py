@@ -67,6 +67,7 @@ def test_keeping_is_pruning_the_untrained_model(root: Path) -> None:
 
 
 def test_keeping_everything_changes_no_bit(root: Path, tmp_path: Path) -> None:
+    assert root.exists(), "Ray runs as long as this fixture does"
     recipe = recipe_of(tmp_path, {"layers": 2, "hidden": 32, "ffn": 64, "kv_heads": 2, "calibration_rows": 30})
     pipeline = Pipeline(recipe, str(tmp_path / "root"))
     pipeline.job("prepare")
