@@ -64,8 +64,8 @@ def shrink(
 ) -> dict[str, Any]:
     """Prunes the parent model to the shape that the settings name, by the scores in the folder `scored`.
 
-    `place` is where the recipe says them; `prepared` has the tokens that the texts use. The stage's folder `out` gets
-    `model/`, and kept.json with the numbers of the parts that stay.
+    `place` is where the recipe says them; `prepared` has the tokens that the texts use. The stage's folder `out`
+    gets `model/`, and kept.json with the numbers of the parts that stay.
 
     Returns:
         Facts for the manifest: the kept layers and tokens.
