@@ -43,7 +43,7 @@ wheel: .venv/bin/python  ## the wheel in dist/, installed alone and tried; with 
 	rm -rf dist build/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m venv build/wheel
-	build/wheel/bin/python -m pip install --quiet dist/*.whl
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	cd build && wheel/bin/f2llm --help > wheel/help.txt
 	cd build && wheel/bin/python -c 'import pathlib, f2llm_ray; \
 		place = pathlib.Path(f2llm_ray.__file__).parent; assert (place / "py.typed").is_file(); \
