@@ -3,7 +3,7 @@ PYTHON ?= python3
 ROOT ?= runs/quickstart
 BIN := .venv/bin
 
-.PHONY: install install-dev quickstart serve submit test lint docs bench clean
+.PHONY: install install-dev quickstart serve submit test test-slow test-lowest lint docs wheel release bench clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
@@ -20,6 +20,16 @@ submit: .venv/.installed  ## a recipe on a running cluster: make submit ADDRESS=
 test: .venv/.installed-dev  ## all tests, without a GPU
 	$(BIN)/python -m pytest
 
+test-slow: .venv/.installed-dev  ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+test-lowest: .venv/bin/python  ## all tests on the lowest versions of what the package depends on, in a venv of its own
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/lowest
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct --editable '.[all]'
+	$(BIN)/uv pip install --quiet --python build/lowest/bin/python --editable '.[all,dev]'
+	build/lowest/bin/python -m pytest
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -28,6 +38,19 @@ lint: .venv/.installed-dev
 
 docs: .venv/.installed-dev  ## the documentation as a site in build/docs
 	$(BIN)/mkdocs build --quiet
+
+wheel: .venv/bin/python  ## the wheel in dist/, installed alone and tried; with TAG=v1.2.3, its version must be 1.2.3
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd build && wheel/bin/f2llm --help > wheel/help.txt
+	cd build && wheel/bin/python -c 'import pathlib, f2llm_ray; \
+		place = pathlib.Path(f2llm_ray.__file__).parent; assert (place / "py.typed").is_file(); \
+		assert "$(TAG)" in ("", "v" + f2llm_ray.__version__), f"the tag $(TAG) is not v{f2llm_ray.__version__}"'
+
+release:  ## the wheel in dist/ as a release on GitHub: make release TAG=v1.2.3
+	gh release create $(TAG) dist/*.whl --verify-tag --title $(TAG) --notes-file CHANGELOG.md
 
 bench: .venv/.installed-bench  ## ours beside its peers; each prints one JSON object as its last line
 	$(BIN)/python -m benchmarks.encode

@@ -25,6 +25,11 @@ def parser() -> argparse.ArgumentParser:
         "--output", metavar="FOLDER", help="where mteb's result files go (default: mteb/ in the root)"
     )
     mteb.add_argument(
+        "--prompts",
+        metavar="TABLE",
+        help="instructions by task of a published model, such as f2llm-v2, as the installed mteb has them",
+    )
+    mteb.add_argument(
         "--workers", type=int, metavar="N", help="actors (default: one per GPU, else one per CPU core)"
     )
     return parser
@@ -43,7 +48,7 @@ def on_mteb(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         say(f"{output}: would run those without a result of {', '.join(task.metadata.name for task in tasks)}")
         return
-    scores = run_mteb(model, tasks, output, workers=arguments.workers)
+    scores = run_mteb(model, tasks, output, workers=arguments.workers, prompts=arguments.prompts)
     say(json.dumps({"results": output, "scores": scores}, indent=2))
 
 

@@ -5,18 +5,20 @@ Shapes: n texts, d dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+import mteb
 import numpy as np
 import yaml
 from huggingface_hub import metadata_load
 from mteb.abstasks.task_metadata import Licenses, TaskMetadata
 from mteb.languages import ISO_TO_LANGUAGE
+from mteb.languages.iso_mappings import _get_iso3_to_default_script as default_scripts
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
-from mteb.types import PromptType
+from mteb.types import OutputDType, PromptType
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.language import UNKNOWN, iso639_3
@@ -39,6 +41,30 @@ BY_TYPE: dict[str, str] = {
     "Clustering": DEFAULT_INSTRUCTION["clustering"],
 }
 """Instructions by mteb's type of task, where the task has none of its own (paper)."""
+
+
+PROMPTS = {"f2llm-v2": "codefuse-ai/F2LLM-v2-0.6B"}
+"""Tables of instructions by task, by the model in mteb's registry that has them."""
+Prompts = Mapping[str, str]
+"""Instructions by mteb's name of a task, or of a type of tasks."""
+
+
+def prompts_of(table: str) -> Prompts:
+    """A table of instructions, from the mteb that is installed.
+
+    Raises:
+        RunError: there is no such table, or this mteb does not have it.
+    """
+    if table not in PROMPTS:
+        raise RunError(f"prompts: found {table!r}, expected one of {sorted(PROMPTS)}")
+    try:
+        found = mteb.get_model_meta(PROMPTS[table]).loader_kwargs["prompts_dict"]
+    except KeyError:
+        raise RunError(
+            f"prompts: the mteb that is installed ({mteb.__version__}) has no instructions of {PROMPTS[table]}; "
+            "update it: pip install -U mteb"
+        ) from None
+    return cast("Prompts", found)
 
 
 def instruction_of(task: TaskMetadata) -> str:
@@ -64,18 +90,19 @@ def model_meta(folder: Path) -> ModelMeta:
     config = place.read_json("config.json")
     card = _front_matter(folder / "README.md")
     said = card.get("language") or []
-    spoken = [iso639_3(language) for language in ([said] if isinstance(said, str) else said)]
+    weights = folder / "model.safetensors"
     return ModelMeta(
         loader=None,
+        loader_kwargs={},
         name=f"f2llm_ray/{info.name}",
         revision=fingerprint(place),
         release_date=None,
-        languages=[language for language in spoken if language in ISO_TO_LANGUAGE and language != UNKNOWN] or None,
+        languages=_languages([said] if isinstance(said, str) else said) or None,
         n_parameters=count_parameters(load_backbone(folder))[0],
         n_embedding_parameters=config["vocab_size"] * config["hidden_size"],
-        memory_usage_mb=None,
+        memory_usage_mb=round(weights.stat().st_size / 2**20, 1) if weights.is_file() else None,
         max_tokens=info.max_tokens,
-        embed_dim=info.dims[-1],
+        embed_dim=list(info.dims),
         license=card["license"] if card.get("license") in get_args(Licenses) else None,
         open_weights=None,
         public_training_code=None,
@@ -85,15 +112,40 @@ def model_meta(folder: Path) -> ModelMeta:
         use_instructions=info.instructions,
         training_datasets=None,
         adapted_from=card.get("base_model"),
+        output_dtypes=[OutputDType.FLOAT32],
     )
 
 
-class MtebEncoder(AbsEncoder):
-    """mteb's encoder over the engine that serves: the same vectors, whatever mteb's batches are."""
+def _languages(codes: Iterable[str]) -> list[str]:
+    """Languages as mteb writes them, such as deu-Latn, with the script that mteb takes for the usual one.
 
-    def __init__(self, folder: Path) -> None:
-        self.engine = Engine(folder)
+    Those that mteb does not know are left out.
+    """
+    scripts = default_scripts()
+    known = (iso639_3(code) for code in codes)
+    found = [code for code in known if code in ISO_TO_LANGUAGE and code != UNKNOWN and code in scripts]
+    return list(dict.fromkeys(f"{code}-{scripts[code]}" for code in found))
+
+
+class MtebEncoder(AbsEncoder):
+    """mteb's encoder over the engine that serves: the same vectors, whatever mteb's batches are.
+
+    Args:
+        folder: the model folder.
+        embed: gives the unit vectors [n, d] of texts; an engine in this process where unset.
+        prompts: instructions by task that go before the task's own; those of the paper's types where unset.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        embed: Callable[[Sequence[str]], Vectors] | None = None,
+        prompts: Prompts | None = None,
+    ) -> None:
+        self.info = load_info(folder)
+        self.embed = Engine(folder).embed if embed is None else embed
         self.mteb_model_meta = model_meta(folder)
+        self.prompts_dict = None if prompts is None else dict(prompts)
 
     def encode(
         self,
@@ -106,12 +158,14 @@ class MtebEncoder(AbsEncoder):
         """Unit vectors [n, d] of the texts of all batches, in their order."""
         texts = [str(text) for batch in inputs for text in batch["text"]]
         if prompt_type is not None and prompt_type.value == "document":
-            texts = as_documents(self.engine, texts)
+            texts = as_documents(self, texts)
+        elif self.prompts_dict is None:
+            texts = as_queries(self, texts, instruction_of(task_metadata))
         else:
-            texts = as_queries(self.engine, texts, instruction_of(task_metadata))
+            texts = as_queries(self, texts, self.get_instruction(task_metadata, prompt_type))
         if not texts:
-            return np.empty((0, self.engine.info.dims[-1]), dtype=np.float32)
-        return self.engine.embed(texts)
+            return np.empty((0, self.info.dims[-1]), dtype=np.float32)
+        return self.embed(texts)
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

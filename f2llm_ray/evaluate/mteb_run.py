@@ -1,25 +1,41 @@
-"""mteb's own tasks on a Ray cluster: an actor per GPU or core, a task at a time, results in mteb's own files.
+"""mteb's own tasks on a Ray cluster: an actor per GPU or core encodes, results are in mteb's own files.
 
 The output folder is a cache of mteb's (`mteb.ResultCache`): `results/<model>/<revision>/<task>.json`. A task whose
 file is there is not run again, so a second run goes on where the first ended.
+
+All actors encode the texts of all tasks, in pieces of `PIECE` texts: the last, largest task has all GPUs, and the
+vectors do not depend on their number. The pieces of a task that is not finished are kept in `vectors/`, so that it
+goes on within it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
 from f2llm_ray.model.checkpoint import load_info
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
+
+PIECE = 1024
+"""Texts that are encoded together; their vectors do not depend on who does it."""
+PROMPTS_FILE, OWN = "prompts.json", "own"
+"""In the output folder: which instructions its results are with."""
 
 
 def find_tasks(benchmarks: Sequence[str], names: Sequence[str], languages: Sequence[str]) -> list[AbsTask]:
@@ -76,21 +92,25 @@ def _cut(task: AbsTask, languages: Sequence[str]) -> bool:
     return True
 
 
-def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None) -> dict[str, float]:
+def run_mteb(
+    model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None, prompts: str | None = None
+) -> dict[str, float]:
     """Runs the tasks that have no result yet.
 
     Args:
         model: a model folder that every node can read.
         tasks: what to run.
         output: folder for the results, one that every node writes to.
-        workers: actors; by default one per GPU, else one per CPU core, at most one per task.
+        workers: actors that encode; by default one per GPU, else one per CPU core.
+        prompts: name of a table of instructions by task (`mteb_model.PROMPTS`); the tasks' own where unset.
 
     Returns:
         mteb's main score of each task, also of those that were there already.
 
     Raises:
-        RunError: the folder is not a model folder, or it or the output is not on a disk; or, after all other tasks
-            are done, the tasks that failed, each with its error.
+        RunError: the folder is not a model folder, or it or the output is not on a disk, or the output has results
+            with other instructions; or, after all other tasks are done, the tasks that failed, each with its
+            error.
     """
     import ray
     from ray.util import ActorPool
@@ -98,12 +118,20 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
     # Workers run in other working directories, and mteb reads and writes files.
     model, output = (_on_disk(place) for place in (model, output))
     load_info(Path(model))
+    if prompts is not None:
+        from f2llm_ray.evaluate.mteb_model import prompts_of
+
+        prompts_of(prompts)
+    _keep_prompts(Path(output), prompts)
     connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    cores = int(ray.cluster_resources()["CPU"])
-    size = max(1, min(workers or gpus or cores, len(tasks)))
-    remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker)
-    pool = ActorPool([remote.remote(model, output) for _ in range(size)])
+    size = max(1, workers or gpus or int(ray.cluster_resources()["CPU"]))
+    encoder = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Encoder)
+    encoders = [encoder.remote(model) for _ in range(size)]
+    # Tasks book no core: nearly all of their time they wait for vectors.
+    remote = ray.remote(num_cpus=0)(_Worker)
+    runners = min(size, len(tasks))
+    pool = ActorPool([remote.remote(model, output, encoders, prompts) for _ in range(runners)])
     progress, scores, failed = Progress("mteb", len(tasks), "tasks"), {}, []
     found = pool.map_unordered(lambda actor, task: actor.run.remote(task), list(tasks))
     for done, (name, score, error) in enumerate(found, start=1):
@@ -125,30 +153,89 @@ def _on_disk(place: str) -> str:
     return str(path)
 
 
-class _Worker:
+def _keep_prompts(output: Path, prompts: str | None) -> None:
+    """Writes which instructions the results of a folder are with.
+
+    Others are refused: a result that is there would be taken for one with those that are asked for now.
+    """
+    file, said = output / PROMPTS_FILE, {"prompts": prompts or OWN}
+    if file.is_file():
+        there = json.loads(file.read_text())
+    else:
+        there = {"prompts": OWN} if (output / "results").is_dir() else said
+    if there != said:
+        raise RunError(
+            f"{output}: its results are with the instructions {there['prompts']!r}, and {said['prompts']!r} are "
+            "asked for; give another --output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(said))
+
+
+class _Encoder:
     """An actor with the model in memory."""
 
-    def __init__(self, model: str, output: str) -> None:
-        import mteb
+    def __init__(self, model: str) -> None:
         import torch
 
-        from f2llm_ray.evaluate.mteb_model import MtebEncoder
+        from f2llm_ray.engine.engine import Engine
 
         torch.set_num_threads(1)
-        self.model = MtebEncoder(Path(model))
+        self.engine = Engine(Path(model))
+
+    def embed(self, texts: list[str], file: Path) -> Vectors:
+        """The vectors of a piece, which are kept in the file."""
+        if file.is_file():
+            return np.load(file, allow_pickle=False)
+        vectors_nd = self.engine.embed(texts)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+            np.save(part, vectors_nd)
+        Path(part.name).replace(file)
+        return vectors_nd
+
+
+class _Worker:
+    """An actor that runs tasks, and asks others for vectors."""
+
+    def __init__(self, model: str, output: str, encoders: Sequence[Any], prompts: str | None) -> None:
+        import mteb
+
+        from f2llm_ray.evaluate.mteb_model import MtebEncoder, prompts_of
+
+        table = None if prompts is None else prompts_of(prompts)
+        self.encoders, self.turn = list(encoders), 0
+        self.model = MtebEncoder(Path(model), self._embed, table)
         self.cache = mteb.ResultCache(Path(output))
+        self.pieces = self.vectors = Path(output) / "vectors" / str(self.model.mteb_model_meta.revision)
+
+    def _embed(self, texts: Sequence[str]) -> Vectors:
+        """The vectors [n, d] of texts, of all encoders in turn."""
+        import ray
+
+        waiting = []
+        for start in range(0, len(texts), PIECE):
+            piece = list(texts[start : start + PIECE])
+            name = hashlib.sha256(json.dumps(piece).encode()).hexdigest()
+            encoder = self.encoders[self.turn % len(self.encoders)]
+            self.turn += 1
+            waiting.append(encoder.embed.remote(piece, self.pieces / f"{name}.npy"))
+        return np.concatenate(ray.get(waiting))
 
     def run(self, task: AbsTask) -> tuple[str, float, str | None]:
         """The task's name, its main score, and what went wrong, in one line."""
         import mteb
 
         name = task.metadata.name
+        self.pieces = self.vectors / name
+        self.pieces.mkdir(parents=True, exist_ok=True)
         try:
             result: Any = mteb.evaluate(
                 self.model, task, cache=self.cache, show_progress_bar=False, co2_tracker=False
             )
             # A file of an earlier run may hold more subsets than are asked for now.
             (found,) = result.task_results
-            return name, float(found.validate_and_filter_scores(task).get_score()), None
+            score = float(found.validate_and_filter_scores(task).get_score())
         except Exception as error:  # noqa: BLE001 -- of any kind: the other tasks go on, and all errors are raised at the end
             return name, 0.0, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        shutil.rmtree(self.pieces)
+        return name, score, None

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 TEXTS_PER_CALL = 8192
 
 
+class Described(Protocol):
+    """What knows how a model is used."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """The facts of its folder."""
+
+
 class Embedder(Protocol):
     """A model that is measured: the engine over one of ours, or one from elsewhere (`engine.other_models`)."""
 
@@ -63,7 +71,7 @@ def evenly_drawn(count: int, most: int) -> Ints:
     return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.int64))
 
 
-def as_queries(encoder: Embedder, texts: Sequence[str], instruction: str) -> list[str]:
+def as_queries(encoder: Described, texts: Sequence[str], instruction: str) -> list[str]:
     """Texts as the query side's input: with the instruction where the model was trained with instructions.
 
     Other models get their own prompt for queries, which most do not have.
@@ -74,7 +82,7 @@ def as_queries(encoder: Embedder, texts: Sequence[str], instruction: str) -> lis
     return [prompt + text for text in texts]
 
 
-def as_documents(encoder: Embedder, texts: Sequence[str]) -> list[str]:
+def as_documents(encoder: Described, texts: Sequence[str]) -> list[str]:
     """Texts as passages: with the model's prompt for documents, which many do not have."""
     prompt = encoder.info.prompts.get("document", "")
     return [prompt + text for text in texts]

@@ -24,8 +24,17 @@ SAFE = (".safetensors", ".json", ".md", ".txt", ".jinja")
 REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
-Upload = Callable[[Path, str], str]
-"""Sends a folder to a repository, and returns its address."""
+
+class Address(NamedTuple):
+    """Where something was sent."""
+
+    url: str
+    revision: str
+    """The commit."""
+
+
+Upload = Callable[[Path, str], Address]
+"""Sends a folder to a repository."""
 
 
 class Published(NamedTuple):
@@ -33,8 +42,8 @@ class Published(NamedTuple):
 
     files: dict[str, int]
     """Bytes by path within the folder."""
-    url: str | None
-    """Its address on the hub; None after a dry run."""
+    address: Address | None
+    """Where it is on the hub; None after a dry run."""
 
 
 def publish(folder: Path, repo: str, licence: str, upload: Upload | None = None) -> Published:
@@ -58,7 +67,7 @@ def publish(folder: Path, repo: str, licence: str, upload: Upload | None = None)
     files = safe_files(folder)
     card = finished_card(folder, repo, licence)
     check_vectors(folder)
-    url = None
+    address = None
     if upload is not None:
         with tempfile.TemporaryDirectory() as place:
             copy = Path(place) / "model"
@@ -66,8 +75,8 @@ def publish(folder: Path, repo: str, licence: str, upload: Upload | None = None)
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, copy / name)
             (copy / CARD).write_text(card, encoding="utf-8")
-            url = upload(copy, repo)
-    return Published(files | {CARD: len(card.encode())}, url)
+            address = upload(copy, repo)
+    return Published(files | {CARD: len(card.encode())}, address)
 
 
 def safe_files(folder: Path) -> dict[str, int]:
@@ -133,13 +142,15 @@ def hub_upload(*, private: bool) -> Upload:
     """
     hub = require("huggingface_hub", extra="datasets")
 
-    def upload(folder: Path, repo: str) -> str:
+    def upload(folder: Path, repo: str) -> Address:
         try:
             hub.create_repo(repo, private=private, exist_ok=True)
-            hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model made with f2llm_ray")
+            commit = hub.upload_folder(
+                repo_id=repo, folder_path=folder, commit_message="Model made with f2llm_ray"
+            )
         except Exception as error:  # noqa: BLE001 - the client raises errors of several libraries
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RunError(f"{repo}: the hub did not take it: {cause}") from None
-        return f"https://huggingface.co/{repo}"
+        return Address(f"https://huggingface.co/{repo}", commit.oid)
 
     return upload

@@ -19,7 +19,7 @@ from f2llm_ray.model.families import Axis, Family, Part, axis_sizes, check_cut, 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from f2llm_ray.model.settings import Prune
+    from f2llm_ray.model.settings import Keep
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ class Kept:
     """Tokens; all when None."""
 
 
-def choose(importance: Importance, wanted: Prune, *, first_layer_stays: bool = False) -> Kept:
+def choose(importance: Importance, wanted: Keep, *, first_layer_stays: bool = False, place: str = "prune") -> Kept:
     """The most important parts, as many of each as wanted; all where it says nothing, and all tokens.
 
     Args:
         importance: the scores of the parent's parts.
         wanted: how many of each stay.
         first_layer_stays: keep the first layer whatever its score (`Family.first_layer_stays`).
+        place: where the recipe says what is wanted, for errors.
 
     Raises:
         RecipeError: more of something is wanted than the parent has.
@@ -69,14 +70,14 @@ def choose(importance: Importance, wanted: Prune, *, first_layer_stays: bool = F
         asked = wanted.count(name)
         count[name] = there if asked is None else asked
         if count[name] > there:
-            raise RecipeError(f"prune.{name}: {count[name]} wanted, but the parent has {there}")
+            raise RecipeError(f"{place}.{name}: {count[name]} wanted, but the parent has {there}")
     layers_l = importance.layers_l.clone()
     if first_layer_stays:
         layers_l[0] = math.inf
     layers = wanted.layers if isinstance(wanted.layers, tuple) else _top(layers_l, count["layers"])
     if layers[-1] >= has["layers"] or (first_layer_stays and layers[0]):
         expected = f"numbers from 0 to {has['layers'] - 1}{', 0 among them' if first_layer_stays else ''}"
-        raise RecipeError(f"prune.layers: found {list(layers)}, expected {expected}")
+        raise RecipeError(f"{place}.layers: found {list(layers)}, expected {expected}")
     return Kept(
         layers=layers,
         hidden=_top(importance.hidden_d, count["hidden"]),

@@ -24,6 +24,49 @@ class Prompts(Section):
     document: Batches[str | None] = None
 
 
+class Keep(Section):
+    """What structured pruning keeps of a model; a part that is not named stays whole."""
+
+    layers: Output[Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None] = None
+    """So many of the most important ones, or those of these numbers, from 0. Where a distillation follows, evenly
+    spread ones may recover better than the most important (docs/results.md)."""
+    hidden: Output[int | None] = Field(default=None, ge=8)
+    """Channels of the residual stream, which is the size of the vectors."""
+    ffn: Output[int | None] = Field(default=None, ge=8)
+    """Channels of each layer's FFN."""
+    kv_heads: Output[int | None] = Field(default=None, ge=1)
+    """Key-value heads of each layer; the query heads that share one go with it. Neither these nor `hidden` can be
+    cut in BERT, XLM-RoBERTa and ModernBERT (`model/families.py` says why)."""
+    vocabulary: Output[Literal["used"] | Annotated[int, Field(ge=1)] | None] = None
+    """Tokens: those that the training texts use, or so many of the most used; bytes or characters and special
+    tokens stay."""
+    importance: Output[Literal["activation", "magnitude", "random"]] = "activation"
+    """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
+    calibration_rows: Output[int] = Field(default=512, ge=1)
+    """Training rows whose texts the scores are measured on, drawn over all sources and languages."""
+
+    def count(self, part: Part) -> int | None:
+        """How many of a part stay; None where all do, or the texts decide."""
+        wanted = getattr(self, part)
+        if isinstance(wanted, tuple):
+            return len(wanted)
+        return wanted if isinstance(wanted, int) else None
+
+    @model_validator(mode="after")
+    def _layers_rise(self) -> Keep:
+        if isinstance(self.layers, tuple) and (not self.layers or list(self.layers) != sorted(set(self.layers))):
+            raise ValueError(
+                f"layers: found {list(self.layers)}, expected a count, or different numbers that rise"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _some(self) -> Keep:
+        if all(getattr(self, part) is None for part in PARTS):
+            raise ValueError(f"set at least one of {', '.join(PARTS)}")
+        return self
+
+
 class Backbone(Section):
     """The model that training starts from: a checkpoint, or a random one of a given shape."""
 
@@ -37,6 +80,9 @@ class Backbone(Section):
     max_tokens: Output[int | None] = Field(default=None, ge=8)
     """Tokens of the longest text that the run's models take, those of `data.max_tokens` when unset: a backbone
     still reads longer texts than it is trained on here."""
+    keep: Neutral[Keep | None] = None
+    """Prune it before any training, in the words of the section `prune`: the whole backbone is the model
+    "untrained", what is kept of it the model "kept", from which the first step goes on; both are evaluated."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Backbone:
@@ -81,48 +127,10 @@ class Soup(Section):
         return tuple(weight / sum(weights) for weight in weights)
 
 
-class Prune(Section):
+class Prune(Keep):
     """Structured pruning of a model into a smaller stock one; a part that is not named stays whole."""
 
     kind: Neutral[Literal["prune"]] = "prune"
     model: Neutral[str | None] = None
     """The model to prune, such as a contrastive stage, or "untrained" for the backbone itself; the one before it
     when unset."""
-    layers: Output[Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=0)], ...] | None] = None
-    """So many of the most important ones, or those of these numbers, from 0. Where a distillation follows, evenly
-    spread ones may recover better than the most important (docs/results.md)."""
-    hidden: Output[int | None] = Field(default=None, ge=8)
-    """Channels of the residual stream, which is the size of the vectors."""
-    ffn: Output[int | None] = Field(default=None, ge=8)
-    """Channels of each layer's FFN."""
-    kv_heads: Output[int | None] = Field(default=None, ge=1)
-    """Key-value heads of each layer; the query heads that share one go with it. Neither these nor `hidden` can be
-    cut in BERT, XLM-RoBERTa and ModernBERT (`model/families.py` says why)."""
-    vocabulary: Output[Literal["used"] | Annotated[int, Field(ge=1)] | None] = None
-    """Tokens: those that the training texts use, or so many of the most used; bytes or characters and special
-    tokens stay."""
-    importance: Output[Literal["activation", "magnitude", "random"]] = "activation"
-    """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
-    calibration_rows: Output[int] = Field(default=512, ge=1)
-    """Training rows whose texts the scores are measured on, drawn over all sources and languages."""
-
-    def count(self, part: Part) -> int | None:
-        """How many of a part stay; None where all do, or the texts decide."""
-        wanted = getattr(self, part)
-        if isinstance(wanted, tuple):
-            return len(wanted)
-        return wanted if isinstance(wanted, int) else None
-
-    @model_validator(mode="after")
-    def _layers_rise(self) -> Prune:
-        if isinstance(self.layers, tuple) and (not self.layers or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(
-                f"layers: found {list(self.layers)}, expected a count, or different numbers that rise"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _some(self) -> Prune:
-        if all(getattr(self, part) is None for part in PARTS):
-            raise ValueError(f"set at least one of {', '.join(PARTS)}")
-        return self

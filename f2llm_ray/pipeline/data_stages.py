@@ -124,7 +124,7 @@ class DataStages:
         from f2llm_ray.report.data_card import write_card
 
         recipe = self.recipe
-        prunes = {name: step for name, step in recipe.steps().items() if isinstance(step, Prune)}
+        prunes = {recipe.place_of(name): step for name, step in recipe.steps().items() if isinstance(step, Prune)}
         brought = work.check_backbone(recipe.backbone, recipe.model_tokens, prunes)
         task = Preparation(
             sources=recipe.sources,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,9 @@ from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.data_stages import DataStages
 from f2llm_ray.pipeline.graph import Kind, Model
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
-from f2llm_ray.recipe.recipe import INT8, MERGED, UNTRAINED, Recipe
+from f2llm_ray.recipe.recipe import INT8, KEPT, MERGED, UNTRAINED, Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.inputs import InputFile, digests, model_inputs
+from f2llm_ray.run.inputs import InputFile, Inputs, digests, model_inputs
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Facts, Stage
 from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
@@ -176,12 +177,17 @@ class ModelStages:
             parents["mined"] = self.mined
         sought: dict[str, Sought] = {}
         teacher: Folder | None = None
-        if isinstance(step, Distill) and step.uses_teacher:
-            if step.teacher_vectors == "cached":
-                parents["taught"] = self._taught(name, parent, step)
-            else:
-                teacher = self._folder_of(step.teacher)
-                sought = self._teacher(step, parents)
+        if isinstance(step, Distill) and step.uses_teacher and step.teacher_vectors == "online":
+            teacher = self._folder_of(step.teacher)
+            sought = self._teacher(step, parents)
+        inputs = self.inputs.find(name, sought)
+        paced = (
+            None if step.max_minutes is None else self._paced(name, step, teacher, parents, inputs, places(sought))
+        )
+        if paced is not None:
+            parents["pace"] = paced
+        if isinstance(step, Distill) and step.uses_teacher and step.teacher_vectors == "cached":
+            parents["taught"] = self._taught(name, parent, step, paced)
         training = self._training(name, step)
         measured = tuple(self.sets.values()) if training.sets else ()
 
@@ -189,8 +195,8 @@ class ModelStages:
             from f2llm_ray.train.trainer import train
 
             folders = {role: self.run.folder(stage) for role, stage in parents.items()}
-            return train(
-                training,
+            facts = train(
+                self._of_length(training, paced),
                 prepared=folders["prepared"],
                 mined=folders.get("mined"),
                 student=folders["student"] / "model",
@@ -198,17 +204,64 @@ class ModelStages:
                 taught=folders.get("taught"),
                 out=out,
             )
+            return facts if paced is None else {**facts, "pace": self._pace_of(paced)}
 
         return Stage(
             name=name,
             job=jobs.DISTILL if isinstance(step, Distill) else jobs.TRAIN,
             settings=self._training_settings(step),
-            inputs=self.inputs.find(name, sought),
+            inputs=inputs,
             places=places(sought),
             parents=parents,
             needs=measured,
             work=self._made(train),
         )
+
+    def _paced(
+        self,
+        name: str,
+        step: TrainStage,
+        teacher: Folder | None,
+        parents: dict[str, Stage],
+        inputs: Inputs,
+        places: Mapping[str, Any],
+    ) -> Stage:
+        """The stage that finds how many steps fit into the training's minutes; its manifest fixes them."""
+        training, parents = self._training(name, step), dict(parents)
+
+        def time(out: Folder) -> Facts:
+            from f2llm_ray.train.trainer import time_steps
+
+            mined = parents.get("mined")
+            return time_steps(
+                training,
+                prepared=self.run.folder(self.prepare),
+                mined=None if mined is None else self.run.folder(mined),
+                student=self.run.folder(parents["student"]) / "model",
+                teacher=teacher,
+                out=out,
+            )
+
+        return Stage(
+            name=f"pace-{name}",
+            job=jobs.DISTILL if isinstance(step, Distill) else jobs.TRAIN,
+            settings={**self._training_settings(step), "max_minutes": step.max_minutes},
+            inputs=inputs,
+            places=places,
+            parents=parents,
+            implied=True,
+            work=time,
+        )
+
+    def _pace_of(self, paced: Stage) -> Any:
+        return (self.run.manifest(paced) or {})["pace"]
+
+    def _of_length(self, training: Training, paced: Stage | None) -> Training:
+        """A training with the number of steps that its pace fixed, where it has one; for when that is made."""
+        if paced is None:
+            return training
+        length = {"max_steps": self._pace_of(paced)["steps"], "max_minutes": None}
+        return replace(training, settings=training.settings.model_copy(update=length))
 
     def _teacher(self, step: Distill, parents: dict[str, Stage]) -> dict[str, Sought]:
         """Adds the teacher to the parents where it is a model of the run; else its files are inputs."""
@@ -217,8 +270,10 @@ class ModelStages:
             return {}
         return {"teacher": Sought(step.teacher, partial(_teacher_files, step))}
 
-    def _taught(self, name: str, parent: Model, step: Distill) -> Stage:
+    def _taught(self, name: str, parent: Model, step: Distill, paced: Stage | None) -> Stage:
         parents = {"prepared": self.prepare}
+        if paced is not None:
+            parents["pace"] = paced
         sought = self._teacher(step, parents)
         if self.mined is not None:
             parents["mined"] = self.mined
@@ -233,7 +288,7 @@ class ModelStages:
 
             return {
                 "teaching": teach(
-                    training,
+                    self._of_length(training, paced),
                     prepared=self.run.folder(self.prepare),
                     mined=None if "mined" not in parents else self.run.folder(parents["mined"]),
                     teacher=teacher,
@@ -341,7 +396,14 @@ class ModelStages:
 
             scored = self.run.folder(importance)
             facts: Facts = work.on_worker(
-                shrink, step, model_name, prepared=prepared, parent=model, scored=scored, out=out
+                shrink,
+                step,
+                model_name,
+                place=recipe.place_of(name),
+                prepared=prepared,
+                parent=model,
+                scored=scored,
+                out=out,
             )
             return facts
 
@@ -350,6 +412,7 @@ class ModelStages:
             job=jobs.PRUNE,
             settings={part: cut[part] for part in PARTS},
             parents={**parents, "importance": importance},
+            implied=name == KEPT,  # the backbone is made by whoever needs it, and so is what is kept of it
             work=self._made(prune),
         )
 

@@ -22,7 +22,7 @@ class Cost:
     flops_per_token: float
     hours_per_epoch: float | None
     hours: float | None
-    """Hours of training: of all epochs, or of `max_steps`."""
+    """Hours of training: of all epochs, of `max_steps`, or of the steps that fit into `max_minutes`."""
     teacher_hours: float | None
     """Hours before it, for the vectors of a cached teacher: at most one for each text that is drawn."""
     price: float | None
@@ -35,10 +35,10 @@ def cost(work: StageWork, texts: CorpusSize, cluster: Cluster) -> Cost:
     tokens_per_step = work.accumulate * work.rows_per_batch * texts.tokens_per_row
     per_token = flops_per_token(work, text_tokens, tokens_per_step / work.accumulate / work.world)
     rate = cluster.world * cluster.gpu_flops_per_second * cluster.mfu * 3600
-    steps = optimizer_steps(work, texts)
+    steps = optimizer_steps(work, texts, tokens_per_step * per_token / rate)
     hours = None if steps is None else steps * tokens_per_step * per_token / rate
     rows = texts.rows_per_epoch
-    vectors = _teacher_tokens(work, texts)
+    vectors = _teacher_tokens(work, texts, steps)
     teacher = None
     if work.teacher is not None and vectors is not None:
         teacher = vectors * forward_flops_per_token(work.teacher.shape, text_tokens) / rate
@@ -54,11 +54,13 @@ def cost(work: StageWork, texts: CorpusSize, cluster: Cluster) -> Cost:
     )
 
 
-def optimizer_steps(work: StageWork, texts: CorpusSize) -> int | None:
-    """Optimizer steps of the stage; None where neither its rows nor `max_steps` are known.
+def optimizer_steps(work: StageWork, texts: CorpusSize, hours_per_step: float) -> int | None:
+    """Optimizer steps of the stage; None where neither its rows, nor `max_steps`, nor `max_minutes` are known.
 
     Each source ends an epoch with a batch that is filled up with further rows; this counts one for all sources.
     """
+    if work.max_minutes is not None:
+        return max(int(work.max_minutes / 60 / hours_per_step), 1)
     if work.max_steps is not None or texts.rows_per_epoch is None:
         return work.max_steps
     return ceil(work.epochs * ceil(texts.rows_per_epoch / work.rows_per_batch) / work.accumulate)
@@ -102,9 +104,8 @@ def extra_forwards(work: StageWork, text_tokens: float, worker_tokens: float) ->
     return again + 1 - last_products / forward_flops_per_token(shape, text_tokens)
 
 
-def _teacher_tokens(work: StageWork, texts: CorpusSize) -> float | None:
+def _teacher_tokens(work: StageWork, texts: CorpusSize, steps: int | None) -> float | None:
     """Tokens that a cached teacher encodes, at most: queries and passages once, negatives as often as drawn."""
-    steps = optimizer_steps(work, texts)
     if work.teacher is None or not work.teacher.cached or steps is None:
         return None
     drawn = steps * work.accumulate * work.rows_per_batch

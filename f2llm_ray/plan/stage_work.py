@@ -40,6 +40,8 @@ class StageWork:
     world: int
     epochs: int
     max_steps: int | None
+    max_minutes: float | None = None
+    """How long the stage may take, in place of both."""
     rows_per_batch: int
     """Rows of a global batch, over all workers."""
     accumulate: int
@@ -151,6 +153,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
         world=world,
         epochs=stage.epochs,
         max_steps=stage.max_steps,
+        max_minutes=stage.max_minutes,
         rows_per_batch=stage.global_batch,
         accumulate=stage.accumulate,
         texts_per_row=2 + max(stage.negatives.get(task, 0) for task in tasks),

@@ -16,12 +16,14 @@ from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize, 
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
-UNTRAINED, PRUNED, DISTILLED = "untrained", "pruned", "distilled"
-"""What the backbone, and the models of the sections `prune` and `distill`, are called."""
+UNTRAINED, KEPT, PRUNED, DISTILLED = "untrained", "kept", "pruned", "distilled"
+"""What the backbone, what `backbone.keep` keeps of it, and the models of `prune` and `distill` are called."""
+PLACES = {KEPT: "backbone.keep", PRUNED: "prune", DISTILLED: "distill"}
+"""Where the recipe says the steps that stand outside `stages`."""
 MERGED, INT8 = "-merged", "-int8"
 """What the names of merged and quantized models end in, after that of the model they are made from."""
-TAKEN = {UNTRAINED, PRUNED, DISTILLED, BM25, "prepare", "mined"}
-TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-")
+TAKEN = {UNTRAINED, KEPT, PRUNED, DISTILLED, BM25, "prepare", "mined"}
+TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-", "pace-")
 """Names of stages that make no model."""
 
 
@@ -69,8 +71,14 @@ class Recipe(Section):
 
     def steps(self) -> dict[str, TrainStage | Prune | Soup]:
         """All steps in their order, by the name of the model that each makes."""
+        keep = self.backbone.keep
+        kept = {} if keep is None else {KEPT: Prune(model=UNTRAINED, **keep.model_dump())}
         ends = {PRUNED: self.prune, DISTILLED: self.distill}
-        return {**self.stages, **{name: step for name, step in ends.items() if step is not None}}
+        return {**kept, **self.stages, **{name: step for name, step in ends.items() if step is not None}}
+
+    def place_of(self, step: str) -> str:
+        """Where the recipe says a step, such as "stages.stage1" or "backbone.keep"."""
+        return f"stages.{step}" if step in self.stages else PLACES[step]
 
     def made_from(self) -> dict[str, str | None]:
         """Every model with float weights in the order they are made, and the one that each is made from."""
@@ -106,10 +114,14 @@ class Recipe(Section):
         return found[::-1]
 
     def reference(self) -> str | None:
-        """What smaller models are compared with: the first teacher of the run, else the first model pruned."""
+        """What smaller models are compared with: the first teacher of the run, else the first model pruned.
+
+        The backbone that `keep` prunes is that only where no model is pruned later.
+        """
         parents = self.made_from()
         teachers = [step.teacher for step in self.steps().values() if isinstance(step, Distill)]
-        pruned = [parents[name] for name, step in self.steps().items() if isinstance(step, Prune)]
+        cuts = [name for name, step in self.steps().items() if isinstance(step, Prune)]
+        pruned = [parents[name] for name in sorted(cuts, key=KEPT.__eq__)]
         return next((name for name in [*teachers, *pruned] if name in parents), None)
 
     def stage_sources(self, stage: TrainStage) -> list[str]:
@@ -156,7 +168,7 @@ class Recipe(Section):
             yield "stages: at least one is needed, or prune or distill"
         made, parents = [UNTRAINED], self.made_from()
         for name, step in self.steps().items():
-            place = f"stages.{name}" if name in self.stages else {PRUNED: "prune", DISTILLED: "distill"}[name]
+            place = self.place_of(name)
             if isinstance(step, Soup):
                 for model in step.models:
                     yield from _unknown_model(f"{place}.models", model, made)

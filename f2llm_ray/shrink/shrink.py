@@ -60,12 +60,12 @@ def score_parts(
 
 
 def shrink(
-    settings: Prune, model_name: str, *, prepared: Folder, parent: Folder, scored: Folder, out: Folder
+    settings: Prune, model_name: str, *, place: str, prepared: Folder, parent: Folder, scored: Folder, out: Folder
 ) -> dict[str, Any]:
     """Prunes the parent model to the shape that the settings name, by the scores in the folder `scored`.
 
-    `prepared` has the tokens that the texts use. The stage's folder `out` gets `model/`, and kept.json with the
-    numbers of the parts that stay.
+    `place` is where the recipe says them; `prepared` has the tokens that the texts use. The stage's folder `out`
+    gets `model/`, and kept.json with the numbers of the parts that stay.
 
     Returns:
         Facts for the manifest: the kept layers and tokens.
@@ -74,7 +74,7 @@ def shrink(
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
     with scored.as_local() as folder:
         stays = family_of(backbone.config).first_layer_stays
-        kept = choose(part_scores.load(folder), settings, first_layer_stays=stays)
+        kept = choose(part_scores.load(folder), settings, first_layer_stays=stays, place=place)
     table: TokenMap | None = None
     if settings.vocabulary is not None:
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from f2llm_ray.train import checkpoints
 from f2llm_ray.train.deepspeed import learning_rate, set_learning_rate, start_engine
 from f2llm_ray.train.loader import read, stream
 from f2llm_ray.train.meters import HELD_OUT, TrainingMeters
+from f2llm_ray.train.pace import PACE_FILE, WARM, Pace
 from f2llm_ray.train.trackers import SOURCE_LOSS, Tracker, open_trackers
 from f2llm_ray.train.training import TrainJob
 from f2llm_ray.train.watch import report
@@ -54,7 +56,13 @@ def work(config: dict[str, Any]) -> None:
             budget = training.settings.engine.tokens_per_pass
             teacher = teacher_of(model=job.teacher, vectors=taught, tokens_per_pass=budget)
             loss = StageLoss(training.settings, training.sources, load_info(student).dims[-1], teacher)
-            Worker(job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss).run()
+            worker = Worker(
+                job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss
+            )
+            if job.timed_seconds is None:
+                worker.run()
+            else:
+                worker.time(job.timed_seconds)
     except F2LLMError:
         raise  # the trainer stops, and the driver shows it
     except Exception as error:
@@ -126,7 +134,7 @@ class Worker:
                 checkpoints.restore(self.engine, opened, rank=rank, world=world)
                 self.meters.load(opened.history["meters"])
         self.trackers = list[Tracker]()
-        if rank == 0:
+        if rank == 0 and job.timed_seconds is None:
             self.trackers = open_trackers(job.training, job.out, first=self.first, say=self._say)
 
     def run(self) -> None:
@@ -139,7 +147,34 @@ class Worker:
         exported = self._back_to_best() if self.settings.keep_best else self.steps
         self._export(exported)
 
-    def _step(self, step: int) -> None:
+    def time(self, seconds: float) -> None:
+        """Times steps and a validation and writes `PACE_FILE`; after so many seconds, no further step."""
+        import torch
+
+        from f2llm_ray.train.objective import mean_over_ranks
+
+        def all_ranks(own: float) -> float:
+            # Every rank must go on or stop with the others, and their clocks differ.
+            return mean_over_ranks(
+                torch.tensor([own], dtype=torch.float64, device=self.engine.device), self.world
+            )[0]
+
+        spent, timed = 0.0, list[float]()
+        for step in range(self.steps):
+            took = all_ranks(self._step(step))
+            spent += took
+            timed += [took] if step >= WARM else []
+            if timed and spent > seconds:
+                break
+        if not timed:  # fewer steps than are warmed up with
+            timed = [took]
+        self._validate(step + 1)
+        pace = Pace(sum(timed) / len(timed), all_ranks(self.meters.validated))
+        if self.rank == 0:
+            self.job.out.write_json(PACE_FILE, {**asdict(pace), "timed_steps": len(timed), "workers": self.world})
+
+    def _step(self, step: int) -> float:
+        """One step; returns its seconds."""
         from f2llm_ray.train.step import train_step
 
         started = time.monotonic()
@@ -151,13 +186,15 @@ class Worker:
         norm = done.values["gradient_norm"]
         if not (math.isfinite(done.values["loss"]) and math.isfinite(norm)):
             self._stop(step, done.batches, gradient_norm=norm, rate=rate)
-        self.meters.record(step + 1, done, rate=rate, seconds=time.monotonic() - started)
-        if self.rank == 0:
+        seconds = time.monotonic() - started
+        self.meters.record(step + 1, done, rate=rate, seconds=seconds)
+        if self.rank == 0 and self.job.timed_seconds is None:
             losses = self.meters.running["source_loss"]
             of_sources = {f"{SOURCE_LOSS}{batch.source}": losses[batch.source] for batch in done.batches}
             self._log(step + 1, {**self.meters.last, **of_sources, **self.meters.rates()})
             now = {"first": self.first, "step": step + 1, "steps": self.steps, "line": self.meters.line()}
             report(self.job, now)
+        return seconds
 
     def _stop(self, step: int, batches: list[Seen], *, gradient_norm: float, rate: float) -> None:
         """Writes the step's values to `FAILURE` and ends the stage; all ranks have the same ones and call it."""

@@ -61,6 +61,12 @@ class TrainStage(Section):
     max_steps: Batches[int | None] = Field(default=None, ge=1)
     """Optimizer steps of the stage, in place of `epochs`: rows come again as often as that takes, and the schedule
     is stretched over these steps."""
+    max_minutes: Neutral[float | None] = Field(default=None, gt=0)
+    """Minutes that the stage's steps and validations take, in place of `epochs` and `max_steps`. Some steps are
+    timed before, on the same machines; that fixes the number of steps, and with it the schedule. The number stands
+    in the manifest, and a run that goes on keeps it. Two runs may come to different numbers, and so to different
+    models; the same number as `max_steps` makes the same model. Starting up, timing, mining, a cached teacher's
+    vectors and writing the model come on top."""
     global_batch: Batches[int] = Field(default=512, ge=2)
     """Rows whose passages are each other's negatives, over all workers."""
     accumulate: Batches[int] = Field(default=1, ge=1)
@@ -131,6 +137,9 @@ class TrainStage(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainStage:
+        other = "max_steps" if self.max_steps is not None else "epochs"
+        if self.max_minutes is not None and (self.max_steps is not None or "epochs" in self.model_fields_set):
+            raise ValueError(f"max_minutes: says how long the stage is, and so does {other}; leave one out")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
         if self.merge is not None and self.keep_best:

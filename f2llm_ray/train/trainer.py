@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import F2LLMError, plain_error
+from f2llm_ray.base.progress import say
 from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.loop import BEST, FAILURE, work
+from f2llm_ray.train.pace import PACE_FILE, SHARE, Pace, steps_in, timed_settings
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
 from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
@@ -45,18 +48,75 @@ def train(
         F2LLMError: an error that another try would meet again, such as a loss of NaN.
         ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
-    import ray.train
-    import ray.train.torch
+    job = _job(training, prepared, mined, student, teacher, taught, out)
+    check_held_out(training, job.batches)
+    _fit(job)
+    facts: dict[str, Any] = out.read_json("training.json")
+    if training.sets:
+        facts["checkpoint_scores"] = out.read_json(SCORES_FILE) if out.exists(SCORES_FILE) else {}
+    return {"training": facts}
 
+
+def time_steps(
+    training: Training,
+    *,
+    prepared: Folder,
+    mined: Folder | None,
+    student: Folder,
+    teacher: Folder | None,
+    out: Folder,
+) -> dict[str, Any]:
+    """Times some steps of a training and finds how many fit into its `max_minutes`.
+
+    Args:
+        training: the training, with `max_minutes`.
+        prepared: folder of the prepare stage.
+        mined: folder of the mining stage, where there is one before it.
+        student: model folder that it starts from.
+        teacher: model folder of a teacher that runs beside the student.
+        out: the folder of this stage.
+
+    Returns:
+        Facts for the manifest: "pace", with the number of "steps" and what was timed.
+
+    Raises:
+        RunError: not one step fits.
+        F2LLMError: an error that the training would meet, too.
+    """
+    settings = training.settings
+    minutes = settings.max_minutes
+    assert minutes is not None  # noqa: S101 - called because the stage has it
+    trial = replace(training, settings=timed_settings(settings), sets={})
+    _fit(_job(trial, prepared, mined, student, teacher, None, out, timed_seconds=60 * minutes * SHARE))
+    facts: dict[str, Any] = out.read_json(PACE_FILE)
+    pace = Pace(facts["step_seconds"], facts["validation_seconds"])
+    steps = steps_in(minutes, pace, settings.checkpoint_every, stage=training.stage)
+    say(
+        f"{training.stage}: {formatting.plural(steps, 'step')} in {minutes:g} minutes, at "
+        f"{pace.step_seconds:.3g} s a step and {pace.validation_seconds:.3g} s a validation; max_steps: {steps} "
+        "makes the same model"
+    )
+    return {"pace": {"max_minutes": minutes, "steps": steps, **facts}}
+
+
+def _job(
+    training: Training,
+    prepared: Folder,
+    mined: Folder | None,
+    student: Folder,
+    teacher: Folder | None,
+    taught: Folder | None,
+    out: Folder,
+    *,
+    timed_seconds: float | None = None,
+) -> TrainJob:
+    """What the workers are given; the batches are written where they are not there."""
     if teacher is not None:
         check_online(prepared, teacher)
     training = replace(training, prompts=read_prompts(prepared))
     if taught is None:
         write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
-    check_held_out(training, (taught or out) / BATCHES)
-    settings, compute = training.settings, training.compute
-    workers, gpus = compute.workers, compute.gpus_per_worker
-    job = TrainJob(
+    return TrainJob(
         training=training,
         student=student,
         teacher=teacher,
@@ -64,7 +124,17 @@ def train(
         tokens=prepared / "tokens",
         batches=(taught or out) / BATCHES,
         out=out,
+        timed_seconds=timed_seconds,
     )
+
+
+def _fit(job: TrainJob) -> None:
+    """Runs the workers to their end."""
+    import ray.train
+    import ray.train.torch
+
+    settings, compute, out = job.training.settings, job.training.compute, job.out
+    workers, gpus = compute.workers, compute.gpus_per_worker
     if out.exists(FAILURE):  # of an earlier try
         out.filesystem.delete_file(f"{out.path}/{FAILURE}")
     out.write_json("deepspeed.json", deepspeed_config(settings, workers))
@@ -98,10 +168,6 @@ def train(
         except ray.train.TrainingFailedError as error:
             found = plain_error(getattr(error, "controller_failure", error))
             raise (found or error) from None
-    facts: dict[str, Any] = out.read_json("training.json")
-    if training.sets:
-        facts["checkpoint_scores"] = out.read_json(SCORES_FILE) if out.exists(SCORES_FILE) else {}
-    return {"training": facts}
 
 
 def _stopper() -> Any:

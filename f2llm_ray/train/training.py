@@ -65,6 +65,8 @@ class TrainJob:
     """The stage's batch tables."""
     out: Folder
     """The stage's folder."""
+    timed_seconds: float | None = None
+    """Set where steps are only timed (`train/pace.py`): after so many seconds no further one is."""
 
     @property
     def checkpoints(self) -> Folder:

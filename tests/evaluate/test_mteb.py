@@ -23,8 +23,8 @@ from ray import cloudpickle
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta
-from f2llm_ray.evaluate.mteb_run import find_tasks, run_mteb
+from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta, prompts_of
+from f2llm_ray.evaluate.mteb_run import _Encoder, find_tasks, run_mteb
 from f2llm_ray.model.checkpoint import fingerprint
 from f2llm_ray.run.folder import Folder
 from tests.tiny import LINES, tiny_model
@@ -39,6 +39,19 @@ class Broken(MockSTSTask):
 
     def load_data(self, *_: Any, **__: Any) -> None:
         raise OSError("no such data set")
+
+
+class Late(MockSTSTask):
+    """A task that fails after its texts were encoded."""
+
+    metadata = MockSTSTask().metadata.model_copy(update={"name": "Late"})
+
+    def load_data(self, *_: Any, **__: Any) -> None:
+        super().load_data()
+
+    def _evaluate_subset(self, model: Any, *_: Any, **__: Any) -> Any:
+        model.encode([{"text": LINES}], task_metadata=self.metadata, prompt_type=None)
+        raise ValueError("after all vectors")
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +123,58 @@ def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path,
         assert loaded.get_score() == pytest.approx(score)
 
 
+def test_two_workers_score_as_one_and_go_on_within_a_task(folder: Path, tmp_path: Path) -> None:
+    """A large task is shared: its pieces go to all workers, and those that are there are not encoded again."""
+    import ray
+
+    connect()
+    try:
+        found = {
+            workers: run_mteb(
+                str(folder),
+                [MockBitextMiningTask(), MockRetrievalTask()],
+                str(tmp_path / str(workers)),
+                workers=workers,
+            )
+            for workers in (1, 2)
+        }
+        with pytest.raises(RunError, match="Late: ValueError: after all vectors"):
+            run_mteb(str(folder), [Late()], str(tmp_path / "1"), workers=2)
+        with pytest.raises(
+            RunError, match=r"its results are with the instructions 'own', and 'f2llm-v2' are asked"
+        ):
+            run_mteb(str(folder), [Late()], str(tmp_path / "1"), prompts="f2llm-v2")
+    finally:
+        ray.shutdown()
+    assert found[1] == found[2]
+    for task in (MockBitextMiningTask(), MockRetrievalTask()):
+        (alone,) = mteb.evaluate(MtebEncoder(folder), task, cache=None, co2_tracker=False).task_results
+        assert found[2][task.metadata.name] == pytest.approx(alone.get_score(), abs=1e-6)
+    assert not list((tmp_path / "2").glob("vectors/*/*")), "what is finished needs no vectors"
+    (piece,) = (tmp_path / "1").glob("vectors/*/Late/*.npy")
+    vectors_nd = np.zeros_like(np.load(piece))
+    np.save(piece, vectors_nd)
+    texts = ["not what these vectors are of"] * len(vectors_nd)
+    np.testing.assert_array_equal(_Encoder(str(folder)).embed(texts, piece), vectors_nd)
+
+
+def test_a_published_table_of_instructions_is_mtebs_own(folder: Path) -> None:
+    table = prompts_of("f2llm-v2")
+    name = next(iter(table))
+    model, engine = MtebEncoder(folder, prompts=table), Engine(folder)
+    known = mteb.get_task(name).metadata
+    vectors = model.encode([{"text": LINES}], task_metadata=known, prompt_type=None)
+    np.testing.assert_allclose(vectors, engine.embed(LINES, prompt=f"Instruct: {table[name]}\nQuery: "), atol=1e-6)
+    documents = model.encode([{"text": LINES}], task_metadata=known, prompt_type=PromptType.document)
+    np.testing.assert_allclose(documents, engine.embed(LINES), atol=1e-6)
+
+
 def test_meta_counts_parameters(folder: Path) -> None:
     from f2llm_ray.model.checkpoint import load_backbone
 
     meta = model_meta(folder)
     assert meta.n_parameters == sum(weight.numel() for weight in load_backbone(folder).parameters())
-    assert meta.embed_dim == 32
+    assert meta.embed_dim == [8, 16, 32]
 
 
 def test_meta_has_what_the_card_says(folder: Path, tmp_path: Path) -> None:
@@ -124,7 +183,7 @@ def test_meta_has_what_the_card_says(folder: Path, tmp_path: Path) -> None:
     facts = {"language": ["de", "xx-no-such", "sco"], "license": "other", "base_model": "Qwen/Qwen3-0.6B"}
     (copy / "README.md").write_text(f"---\n{yaml.safe_dump(facts)}---\n# tiny\n")
     meta = model_meta(copy)
-    assert (meta.languages, meta.license, meta.adapted_from) == (["deu", "sco"], None, "Qwen/Qwen3-0.6B")
+    assert (meta.languages, meta.license, meta.adapted_from) == (["deu-Latn", "sco-Latn"], None, "Qwen/Qwen3-0.6B")
     (copy / "README.md").write_text(f"---\n{yaml.safe_dump(facts | {'license': 'apache-2.0'})}---\n# tiny\n")
     assert model_meta(copy).license == "apache-2.0"
     (copy / "README.md").write_text("---\n: [\n---\n")

@@ -15,7 +15,7 @@ from f2llm_ray.commands.command_line import main
 from f2llm_ray.commands.publish import parser, run
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import calibrate, save_calibration
-from f2llm_ray.export.publish import hub_upload, publish
+from f2llm_ray.export.publish import Address, hub_upload, publish
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.report.model_card import model_card
 from f2llm_ray.run.folder import Folder
@@ -45,9 +45,9 @@ class Sent:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
 
-    def __call__(self, folder: Path, repo: str) -> str:
+    def __call__(self, folder: Path, repo: str) -> Address:
         self.files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
-        return f"sent to {repo}"
+        return Address(f"sent to {repo}", "c0ffee")
 
 
 def test_the_copy_has_name_and_licence_and_the_folder_stays(folder: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_copy_has_name_and_licence_and_the_folder_stays(folder: Path) -> Non
     sent = Sent()
     done = publish(folder, REPO, "apache-2.0", sent)
 
-    assert done.url == f"sent to {REPO}"
+    assert done.address == (f"sent to {REPO}", "c0ffee")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert {name: len(content) for name, content in sent.files.items()} == done.files
     assert sent.files["model.safetensors"] == before[folder / "model.safetensors"]

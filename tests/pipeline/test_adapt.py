@@ -153,7 +153,7 @@ def test_bulk_embedding_takes_texts_for_passages(finished: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prune": {"model": "tuned", "hidden": 16}}, r"pruned\.hidden: .* cannot lose any: its LayerNorms"),
+        ({"prune": {"model": "tuned", "hidden": 16}}, r"prune\.hidden: .* cannot lose any: its LayerNorms"),
         ({"longest": 79}, r"backbone\.max_tokens: 79, but .* has positions for 78 tokens"),
     ],
 )
