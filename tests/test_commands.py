@@ -168,7 +168,9 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     """A table in the format that the name says."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     delimiter = "\t" if ".tsv" in path.name else ";"
-    if ".jsonl" not in path.name:
+    if path.suffix == ".json":
+        lines = [json.dumps(rows)]
+    elif ".jsonl" not in path.name:
         lines = [delimiter.join(map(str, cells)) for cells in (rows[0].keys(), *(row.values() for row in rows))]
     data = ("\n".join(lines) + "\n").encode()
     if path.suffix == ".parquet":
@@ -244,7 +246,7 @@ def test_columns_are_guessed(
         (renamed(a="question", b="answer", c="answer"), [], "3 columns of text that may be query or passage"),
         (renamed(question="question", b="answer", c="answer"), [], "2 columns of text that may be passage"),
         (renamed(id="id"), [], "no column of text for query and passage"),
-        (ROWS, ["--query", "q"], "--query q: no such column"),
+        (ROWS, ["--query", "q"], "--query: no column 'q'"),
     ],
 )
 def test_what_is_unclear_is_refused_with_the_columns_and_the_flag(
@@ -288,6 +290,73 @@ def test_a_file_without_names_is_read_by_numbers(tmp_path: Path, capsys: pytest.
     assert "--query 0 --passage 1" in capsys.readouterr().err
     assert f2llm("recipe", "new", table, "--output", tmp_path / "r.yaml", "--query", 0, "--passage", 1) == 0
     assert f2llm("run", "--recipe", tmp_path / "r.yaml", "--root", tmp_path / "root", "--dry-run") == 0
+
+
+def refused_dry_run(folder: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The error of a dry run of the starter with these settings over it."""
+    recipe = folder / "changed.yaml"
+    recipe.write_text(json.dumps({"extends": "starter", "name": "mine", **settings}))
+    assert f2llm("run", "--recipe", recipe, "--root", folder / "root", "--dry-run") == 1
+    told = capsys.readouterr()
+    assert "would run" not in told.out
+    assert len(told.err.splitlines()) == 1
+    return told.err
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json", "t.parquet", "t.csv.gz"])
+def test_a_dry_run_refuses_columns_that_are_not_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"query": "question", "passage": "answer"}
+    write(tmp_path / name, ROWS)
+    form = name.removesuffix(".gz").rpartition(".")[2]
+    source = {"format": form, "paths": [str(tmp_path / name)], "columns": {**good, "query": "questoin"}}
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": source}}, capsys)
+    assert f"{tmp_path / name}: no column 'questoin'; the columns are ['id', 'question', 'answer']" in error
+    assert "did you mean 'question'?" in error
+    held = {"evaluation": {"sets": {"held": {"source": {**source, "columns": {**good, "language": "lang"}}}}}}
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": {**source, "columns": good}}, **held}, capsys)
+    assert f"source 'held': {tmp_path / name}: no column 'lang'" in error
+    labelled = {"evaluation": {"sets": {"topics": {"kind": "clustering", "test": str(tmp_path / name)}}}}
+    if form != "json":
+        error = refused_dry_run(tmp_path, {"sources": {"pairs": {**source, "columns": good}}, **labelled}, capsys)
+        assert f"{tmp_path / name}: no column 'text'" in error
+
+
+def test_a_dry_run_refuses_columns_of_a_saved_data_set_and_says_what_it_cannot_look_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    source = {
+        "format": "datasets",
+        "path": str(tmp_path / "saved"),
+        "columns": {"query": "q", "passage": "answer"},
+    }
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": None, "saved": source}}, capsys)
+    assert "no column 'q'" in error
+    hub = {"format": "datasets", "path": "nobody-here/nothing", "columns": {"query": "q"}}
+    recipe = tmp_path / "changed.yaml"
+    recipe.write_text(json.dumps({"extends": "starter", "name": "m", "sources": {"pairs": None, "hub": hub}}))
+    assert f2llm("run", "--recipe", recipe, "--root", tmp_path / "root", "--dry-run") == 0
+    assert "a dataset on the hub; its columns are checked when it is read" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_is_read_how_long_it_trains_and_where_it_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, output, root = write(tmp_path / "faq.csv", ROWS), tmp_path / "r.yaml", tmp_path / "root"
+    assert f2llm("recipe", "new", table, "--output", output) == 0
+    assert (
+        f2llm("run", "--recipe", output, "--root", root, "--set", "stages.trained.max_steps=7", "--dry-run") == 0
+    )
+    told = capsys.readouterr().out
+    assert "reads faq: csv, 1 file, " in told
+    assert "query from 'question', passage from 'answer'" in told
+    assert "trains trained: 7 steps of 16 rows" in told
+    assert f"writes {root}/report.html, and the model to serve to {root}/trained-" in told
+    assert "measures on nothing" in told
 
 
 # A server.

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.language import normal
-from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile
+from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile, no_column
 
 QUERIES = (
     "query", "queries", "question", "anchor", "search_query", "prompt", "input", "sentence1", "sentence_1",
@@ -85,7 +85,7 @@ def guess_columns(file: TableFile, given: Mapping[str, str | None]) -> Guess:
             continue
         number = column.isdecimal() and int(column) < len(names)
         if column not in names and not number and not set("*{") & set(column):
-            raise DataError(f"{file.place}: --{role} {column}: no such column; the columns are {names}")
+            raise no_column(f"{file.place}: --{role}", column, names)
         guess.take(role, column, "given")
     plain = {name: _plain(name) for name in names}
     _negatives(guess, names, plain, values)
