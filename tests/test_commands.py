@@ -23,6 +23,7 @@ import pytest
 from f2llm_ray.commands.main import COMMANDS, main
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import Calibration, calibrate, save_calibration
+from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.files import builtin_recipes, load_recipe
 from f2llm_ray.recipe.reference import explain, places
 from f2llm_ray.run.folder import Folder
@@ -130,6 +131,16 @@ def test_built_in_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str
         ("sources.x.weight", ["How often a row is seen", "≤ 100"]),
         ("evaluation.sets.mine", ["kind: sts", "A retrieval set on disk"]),
         ("", ["A recipe", "sources", "must be set"]),
+        ("learning_rate", ["is called stages.NAME.lr here", "default: 8.0e-06"]),
+        ("stages.trained.warmup_ratio", ["stages.NAME.warmup_steps", "not as a share"]),
+        (
+            "evaluation.sets",
+            ["evaluation.sets.NAME (kind: sts)", "folder*", "source*, max_queries", "must be set"],
+        ),
+        (
+            "evaluation.sets.held.source.columns.query",
+            ["evaluation.sets.NAME.source.columns.query", "default: query"],
+        ),
     ],
 )
 def test_keys_are_explained(key: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +160,13 @@ def test_the_closest_keys_to_an_unknown_one_are_named(
     told = capsys.readouterr().err
     assert told.startswith(f"error: {key}: no such key of a recipe; closest: ")
     assert closest in told
+
+
+def test_every_name_of_another_library_leads_to_a_key_of_ours() -> None:
+    for name, alias in ALIASES.items():
+        told = "\n".join(explain(name))
+        assert f"is called {alias.key} here" in " ".join(told.split())
+        assert alias.key in told.partition("\n\n")[2]
 
 
 def test_every_key_can_be_explained() -> None:
