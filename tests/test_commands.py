@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -377,6 +378,44 @@ def test_a_dry_run_says_what_is_read_how_long_it_trains_and_where_it_goes(
     assert "measures on nothing" in told
 
 
+def test_held_out_pairs_become_a_set_and_what_was_guessed_stands_in_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, held = (
+        write(tmp_path / "faq.csv", ROWS),
+        write(tmp_path / "held.jsonl", renamed(title="question", body="answer")),
+    )
+    output = tmp_path / "r.yaml"
+    assert f2llm("recipe", "new", table, "--heldout", held, "--output", output) == 0
+    assert "held out, and never trained on:" in capsys.readouterr().out
+    recipe = load_recipe(str(output))
+    (found,) = recipe.evaluation.sets.values()
+    assert found.source.format == "jsonl"
+    assert (found.source.columns.query, found.source.columns.passage) == ("title", "body")
+    text = output.read_text()
+    assert all(f"# {guess} (its name)\n" in text for guess in ("query: 'question'", "passage: 'body'"))
+    assert "trains a small model from scratch" in text
+    assert "--backbone" in text
+    assert "adapt-e5-small" in text
+    assert f2llm("recipe", "new", table, "--heldout", table, "--output", tmp_path / "o.yaml") == 1
+    assert f"--heldout {table}: {table} is trained on too" in capsys.readouterr().err
+
+
+def test_texts_that_will_be_cut_are_told_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = [{**row, "answer": f"{row['answer']} " * (20 if n % 4 == 0 else 1)} for n, row in enumerate(ROWS)]
+    assert f2llm("recipe", "new", write(tmp_path / "a.csv", long), "--output", tmp_path / "a.yaml") == 0
+    told = capsys.readouterr().out  # a quarter of the answers, which are half of the texts
+    assert (
+        "an estimate, if a token is 3.5 bytes of text: 12.5 % of the texts are longer than data.max_tokens (128)"
+        in told
+    )
+    assert f2llm("recipe", "new", write(tmp_path / "b.csv", ROWS), "--output", tmp_path / "b.yaml") == 0
+    assert "an estimate" not in capsys.readouterr().out
+    model = tiny_model(tmp_path / "model")
+    assert f2llm("recipe", "new", tmp_path / "a.csv", "--output", tmp_path / "c.yaml", "--backbone", model) == 0
+    assert f"an estimate, by the tokenizer of {model}: " in capsys.readouterr().out
+
+
 # A server.
 
 
@@ -433,8 +472,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_wheel_is_enough(tmp_path: Path) -> None:
-    """Built, installed beside the other packages, and used from an empty folder."""
+    """Built, installed beside the other packages, and taken through docs/first-hour.md in an empty folder."""
     pip = [sys.executable, "-m", "pip", "-q"]
     source = tmp_path / "source"
     shutil.copytree(ROOT / "f2llm_ray", source / "f2llm_ray", ignore=shutil.ignore_patterns("__pycache__"))
@@ -447,7 +487,9 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     site, work = tmp_path / "site", tmp_path / "work"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
     work.mkdir()
-    write(work / "faq.csv", ROWS)
+    articles = renamed(title="question", body="answer")
+    write(work / "articles.csv", articles[:-8])
+    write(work / "heldout.csv", articles[-8:])
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
     def run(*arguments: str) -> str:
@@ -464,5 +506,34 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
 
     where = [sys.executable, "-c", "import f2llm_ray; print(f2llm_ray.__file__)"]
     assert str(site) in subprocess.run(where, cwd=work, env=environment, capture_output=True, text=True).stdout  # noqa: PLW1510
-    run("recipe", "new", "faq.csv")
-    assert "trained: would run" in run("run", "--recipe", "recipe.yaml", "--root", "runs/mine", "--dry-run")
+    page = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    lines = [
+        line
+        for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    *commands, serve = [shlex.split(line)[1:] for line in lines]
+    assert [words[0] for words in (*commands, serve)] == ["recipe", "run", "run", "serve"]
+    short = ["stages.trained.max_steps=4", "tokenizer.train_vocab=400", "compute.workers=1"]
+    said = [
+        run(*words, *(flag for setting in short for flag in ("--set", setting) if words[0] == "run"))
+        for words in commands
+    ]
+    assert "trained: would run" in said[1]
+    assert "On heldout the served model trained has ndcg@10" in said[2]
+    (client,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    port = str(free_port())
+    server = [site / "bin" / "f2llm", *(port if word == "8000" else word for word in serve)]
+    with subprocess.Popen(server, cwd=work, env=environment, stdout=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        try:
+            assert any(line.startswith("curl ") for line in served.stdout)
+            code = client.replace("8000", port)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=work
+            )
+            assert done.stdout.split()[1] == "128"
+            served.send_signal(signal.SIGINT)
+            assert served.wait(60) == 0
+        finally:
+            served.kill()
