@@ -75,6 +75,8 @@ def overview(graph: Graph, run: Run) -> list[str]:
         if isinstance(step, TrainStage):
             lines.append(f"trains {name}: {_length(step)} of {step.global_batch * step.accumulate:,} rows")
     served = graph.served()
+    if all(run.manifest(stage) is not None for stage in graph.stages()):
+        lines = ["all stages are there: a run would only write the report again"]
     return [
         *lines,
         f"writes {run.root.uri}/report.html, and the model to serve to {run.folder(served.stage).uri}/model",

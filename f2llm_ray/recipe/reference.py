@@ -180,8 +180,8 @@ def explain(key: str) -> list[str]:
     found = [place for place in above if parts[-1] in place.kind.model_fields]
     alias = ALIASES.get(parts[-1])
     if not found and alias is not None:
-        said = f"{parts[-1]} is called {alias.key} here" + (f": {alias.note}" if alias.note else "")
-        return [*_wrapped(said), "", *explain(alias.key)]
+        known = f"{parts[-1]} is called {alias.key} here" + (f": {alias.note}" if alias.note else "")
+        return [*_wrapped(known), "", *explain(alias.key)]
     if not found:
         raise RecipeError(
             f"{key}: no such key of a recipe; closest: {', '.join(_closest(key))}; `f2llm recipe explain` "

@@ -10,7 +10,7 @@ import pytest
 
 from f2llm_ray.base.errors import DataError, RecipeError
 from f2llm_ray.pipeline.declare import declare
-from f2llm_ray.pipeline.dry_run import dry_run
+from f2llm_ray.pipeline.dry_run import dry_run, overview
 from f2llm_ray.pipeline.graph import Graph
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
@@ -360,6 +360,7 @@ def test_a_dry_run_says_why(tmp_path: Path, run: Run) -> None:
     assert dry_run(graph, run, graph.stages())[0] == "prepare: would run, not made yet"
     finish(run, graph)
     assert all(": there (" in line for line in dry_run(graph, run, graph.stages()))
+    assert overview(graph, run)[0] == "all stages are there: a run would only write the report again"
     (tmp_path / "a.jsonl").write_text(json.dumps({"query": "new", "passage": "row"}) + "\n")
     (tmp_path / "more.jsonl").write_text(json.dumps({"query": "more", "passage": "rows"}) + "\n")
     both = declare(small_again(recipe, paths=(str(tmp_path / "a.jsonl"), str(tmp_path / "more.jsonl"))), run)
