@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -23,6 +24,7 @@ import pytest
 from f2llm_ray.commands.main import COMMANDS, main
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import Calibration, calibrate, save_calibration
+from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.files import builtin_recipes, load_recipe
 from f2llm_ray.recipe.reference import explain, places
 from f2llm_ray.run.folder import Folder
@@ -130,6 +132,16 @@ def test_built_in_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str
         ("sources.x.weight", ["How often a row is seen", "≤ 100"]),
         ("evaluation.sets.mine", ["kind: sts", "A retrieval set on disk"]),
         ("", ["A recipe", "sources", "must be set"]),
+        ("learning_rate", ["is called stages.NAME.lr here", "default: 8.0e-06"]),
+        ("stages.trained.warmup_ratio", ["stages.NAME.warmup_steps", "not as a share"]),
+        (
+            "evaluation.sets",
+            ["evaluation.sets.NAME (kind: sts)", "folder*", "source*, max_queries", "must be set"],
+        ),
+        (
+            "evaluation.sets.held.source.columns.query",
+            ["evaluation.sets.NAME.source.columns.query", "default: query"],
+        ),
     ],
 )
 def test_keys_are_explained(key: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,6 +163,13 @@ def test_the_closest_keys_to_an_unknown_one_are_named(
     assert closest in told
 
 
+def test_every_name_of_another_library_leads_to_a_key_of_ours() -> None:
+    for name, alias in ALIASES.items():
+        told = "\n".join(explain(name))
+        assert f"is called {alias.key} here" in " ".join(told.split())
+        assert alias.key in told.partition("\n\n")[2]
+
+
 def test_every_key_can_be_explained() -> None:
     for place in places():
         assert explain(place.path)
@@ -168,7 +187,9 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     """A table in the format that the name says."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     delimiter = "\t" if ".tsv" in path.name else ";"
-    if ".jsonl" not in path.name:
+    if path.suffix == ".json":
+        lines = [json.dumps(rows)]
+    elif ".jsonl" not in path.name:
         lines = [delimiter.join(map(str, cells)) for cells in (rows[0].keys(), *(row.values() for row in rows))]
     data = ("\n".join(lines) + "\n").encode()
     if path.suffix == ".parquet":
@@ -244,7 +265,7 @@ def test_columns_are_guessed(
         (renamed(a="question", b="answer", c="answer"), [], "3 columns of text that may be query or passage"),
         (renamed(question="question", b="answer", c="answer"), [], "2 columns of text that may be passage"),
         (renamed(id="id"), [], "no column of text for query and passage"),
-        (ROWS, ["--query", "q"], "--query q: no such column"),
+        (ROWS, ["--query", "q"], "--query: no column 'q'"),
     ],
 )
 def test_what_is_unclear_is_refused_with_the_columns_and_the_flag(
@@ -288,6 +309,111 @@ def test_a_file_without_names_is_read_by_numbers(tmp_path: Path, capsys: pytest.
     assert "--query 0 --passage 1" in capsys.readouterr().err
     assert f2llm("recipe", "new", table, "--output", tmp_path / "r.yaml", "--query", 0, "--passage", 1) == 0
     assert f2llm("run", "--recipe", tmp_path / "r.yaml", "--root", tmp_path / "root", "--dry-run") == 0
+
+
+def refused_dry_run(folder: Path, settings: dict[str, object], capsys: pytest.CaptureFixture[str]) -> str:
+    """The error of a dry run of the starter with these settings over it."""
+    recipe = folder / "changed.yaml"
+    recipe.write_text(json.dumps({"extends": "starter", "name": "mine", **settings}))
+    assert f2llm("run", "--recipe", recipe, "--root", folder / "root", "--dry-run") == 1
+    told = capsys.readouterr()
+    assert "would run" not in told.out
+    assert len(told.err.splitlines()) == 1
+    return told.err
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.json", "t.parquet", "t.csv.gz"])
+def test_a_dry_run_refuses_columns_that_are_not_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"query": "question", "passage": "answer"}
+    write(tmp_path / name, ROWS)
+    form = name.removesuffix(".gz").rpartition(".")[2]
+    source = {"format": form, "paths": [str(tmp_path / name)], "columns": {**good, "query": "questoin"}}
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": source}}, capsys)
+    assert f"{tmp_path / name}: no column 'questoin'; the columns are ['id', 'question', 'answer']" in error
+    assert "did you mean 'question'?" in error
+    held = {"evaluation": {"sets": {"held": {"source": {**source, "columns": {**good, "language": "lang"}}}}}}
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": {**source, "columns": good}}, **held}, capsys)
+    assert f"source 'held': {tmp_path / name}: no column 'lang'" in error
+    labelled = {"evaluation": {"sets": {"topics": {"kind": "clustering", "test": str(tmp_path / name)}}}}
+    if form != "json":
+        error = refused_dry_run(tmp_path, {"sources": {"pairs": {**source, "columns": good}}, **labelled}, capsys)
+        assert f"{tmp_path / name}: no column 'text'" in error
+
+
+def test_a_dry_run_refuses_columns_of_a_saved_data_set_and_says_what_it_cannot_look_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    capsys.readouterr()
+    source = {
+        "format": "datasets",
+        "path": str(tmp_path / "saved"),
+        "columns": {"query": "q", "passage": "answer"},
+    }
+    error = refused_dry_run(tmp_path, {"sources": {"pairs": None, "saved": source}}, capsys)
+    assert "no column 'q'" in error
+    hub = {"format": "datasets", "path": "nobody-here/nothing", "columns": {"query": "q"}}
+    recipe = tmp_path / "changed.yaml"
+    recipe.write_text(json.dumps({"extends": "starter", "name": "m", "sources": {"pairs": None, "hub": hub}}))
+    assert f2llm("run", "--recipe", recipe, "--root", tmp_path / "root", "--dry-run") == 0
+    assert "a dataset on the hub; its columns are checked when it is read" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_is_read_how_long_it_trains_and_where_it_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, output, root = write(tmp_path / "faq.csv", ROWS), tmp_path / "r.yaml", tmp_path / "root"
+    assert f2llm("recipe", "new", table, "--output", output) == 0
+    assert (
+        f2llm("run", "--recipe", output, "--root", root, "--set", "stages.trained.max_steps=7", "--dry-run") == 0
+    )
+    told = capsys.readouterr().out
+    assert "reads faq: csv, 1 file, " in told
+    assert "query from 'question', passage from 'answer'" in told
+    assert "trains trained: 7 steps of 16 rows" in told
+    assert f"writes {root}/report.html, and the model to serve to {root}/trained-" in told
+    assert "measures on nothing" in told
+
+
+def test_held_out_pairs_become_a_set_and_what_was_guessed_stands_in_the_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, held = (
+        write(tmp_path / "faq.csv", ROWS),
+        write(tmp_path / "held.jsonl", renamed(title="question", body="answer")),
+    )
+    output = tmp_path / "r.yaml"
+    assert f2llm("recipe", "new", table, "--heldout", held, "--output", output) == 0
+    assert "held out, and never trained on:" in capsys.readouterr().out
+    recipe = load_recipe(str(output))
+    (found,) = recipe.evaluation.sets.values()
+    assert found.source.format == "jsonl"
+    assert (found.source.columns.query, found.source.columns.passage) == ("title", "body")
+    text = output.read_text()
+    assert all(f"# {guess} (its name)\n" in text for guess in ("query: 'question'", "passage: 'body'"))
+    assert "trains a small model from scratch" in text
+    assert "--backbone" in text
+    assert "adapt-e5-small" in text
+    assert f2llm("recipe", "new", table, "--heldout", table, "--output", tmp_path / "o.yaml") == 1
+    assert f"--heldout {table}: {table} is trained on too" in capsys.readouterr().err
+
+
+def test_texts_that_will_be_cut_are_told_beforehand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = [{**row, "answer": f"{row['answer']} " * (20 if n % 4 == 0 else 1)} for n, row in enumerate(ROWS)]
+    assert f2llm("recipe", "new", write(tmp_path / "a.csv", long), "--output", tmp_path / "a.yaml") == 0
+    told = capsys.readouterr().out  # a quarter of the answers, which are half of the texts
+    assert (
+        "an estimate, if a token is 3.5 bytes of text: 12.5 % of the texts are longer than data.max_tokens (128)"
+        in told
+    )
+    assert f2llm("recipe", "new", write(tmp_path / "b.csv", ROWS), "--output", tmp_path / "b.yaml") == 0
+    assert "an estimate" not in capsys.readouterr().out
+    model = tiny_model(tmp_path / "model")
+    assert f2llm("recipe", "new", tmp_path / "a.csv", "--output", tmp_path / "c.yaml", "--backbone", model) == 0
+    assert f"an estimate, by the tokenizer of {model}: " in capsys.readouterr().out
 
 
 # A server.
@@ -346,8 +472,9 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_wheel_is_enough(tmp_path: Path) -> None:
-    """Built, installed beside the other packages, and used from an empty folder."""
+    """Built, installed beside the other packages, and taken through docs/first-hour.md in an empty folder."""
     pip = [sys.executable, "-m", "pip", "-q"]
     source = tmp_path / "source"
     shutil.copytree(ROOT / "f2llm_ray", source / "f2llm_ray", ignore=shutil.ignore_patterns("__pycache__"))
@@ -360,7 +487,9 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     site, work = tmp_path / "site", tmp_path / "work"
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
     work.mkdir()
-    write(work / "faq.csv", ROWS)
+    articles = renamed(title="question", body="answer")
+    write(work / "articles.csv", articles[:-8])
+    write(work / "heldout.csv", articles[-8:])
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
     def run(*arguments: str) -> str:
@@ -377,5 +506,34 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
 
     where = [sys.executable, "-c", "import f2llm_ray; print(f2llm_ray.__file__)"]
     assert str(site) in subprocess.run(where, cwd=work, env=environment, capture_output=True, text=True).stdout  # noqa: PLW1510
-    run("recipe", "new", "faq.csv")
-    assert "trained: would run" in run("run", "--recipe", "recipe.yaml", "--root", "runs/mine", "--dry-run")
+    page = (ROOT / "docs" / "first-hour.md").read_text(encoding="utf-8")
+    lines = [
+        line
+        for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        for line in block.splitlines()
+    ]
+    *commands, serve = [shlex.split(line)[1:] for line in lines]
+    assert [words[0] for words in (*commands, serve)] == ["recipe", "run", "run", "serve"]
+    short = ["stages.trained.max_steps=4", "tokenizer.train_vocab=400", "compute.workers=1"]
+    said = [
+        run(*words, *(flag for setting in short for flag in ("--set", setting) if words[0] == "run"))
+        for words in commands
+    ]
+    assert "trained: would run" in said[1]
+    assert "On heldout the served model trained has ndcg@10" in said[2]
+    (client,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    port = str(free_port())
+    server = [site / "bin" / "f2llm", *(port if word == "8000" else word for word in serve)]
+    with subprocess.Popen(server, cwd=work, env=environment, stdout=subprocess.PIPE, text=True) as served:
+        assert served.stdout is not None
+        try:
+            assert any(line.startswith("curl ") for line in served.stdout)
+            code = client.replace("8000", port)
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=work
+            )
+            assert done.stdout.split()[1] == "128"
+            served.send_signal(signal.SIGINT)
+            assert served.wait(60) == 0
+        finally:
+            served.kill()

@@ -11,9 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from f2llm_ray.commands.main import ALIASES, COMMANDS
-from f2llm_ray.recipe.files import builtin_recipes
+from f2llm_ray.pipeline.declare import declare
+from f2llm_ray.pipeline.dry_run import check_columns
+from f2llm_ray.recipe.files import builtin_recipes, load_recipe
+from f2llm_ray.run.root import Run
 from f2llm_ray.serve import routes
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +119,26 @@ def test_links_and_files_named_exist(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
     for path in re.findall(r"`((?:f2llm_ray|jobs|serve_configs|cluster|benchmarks|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+@pytest.mark.parametrize("page", ["own-data.md", "evaluation.md"])
+def test_the_csv_example_of_a_set_is_one(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"^```yaml\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    (found,) = [yaml.safe_load(block) for block in blocks if "paths: [heldout.csv]" in block]
+    Path("pairs.jsonl").write_text('{"query": "a", "passage": "b"}\n', encoding="utf-8")
+    Path("heldout.csv").write_text('title,body,lang\nWhat is it?,"It is this, or that.",en\n', encoding="utf-8")
+    recipe = load_recipe({"extends": "starter", "name": "mine", **found})
+    graph = declare(recipe, Run("root"))
+    assert check_columns(graph, Run("root"), graph.stages()) == []
+    (source,) = (entry.source for entry in recipe.evaluation.sets.values())
+    (piece,) = source.pieces("heldout")
+    (table,) = source.read("heldout", piece, "error")
+    assert table.select(["query", "passage", "language"]).to_pylist() == [
+        {"query": "What is it?", "passage": "It is this, or that.", "language": "eng"}
+    ]
 
 
 def test_every_name_of_the_reference_is_there() -> None:

@@ -92,11 +92,15 @@ def dry_run(arguments: argparse.Namespace, pipeline: Pipeline, job: str | None =
     """Says which stages of a job, or of all, would run where the flags ask for that; returns whether they do."""
     if not arguments.dry_run:
         return False
-    from f2llm_ray.pipeline.dry_run import dry_run as lines_of
+    from f2llm_ray.pipeline import dry_run as told
 
     graph = pipeline.graph
     stages = graph.stages() if job is None else graph.of_job(job)
-    say("\n".join(lines_of(graph, pipeline.run, stages)))
+    notes = told.check_columns(graph, pipeline.run, stages)
+    lines = [*told.dry_run(graph, pipeline.run, stages), *notes]
+    if job is None:
+        lines += ["", *told.overview(graph, pipeline.run), "a dry run: nothing was started"]
+    say("\n".join(lines))
     return True
 
 

@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FOLDER_OR_HUB_NAME",
         help="a checkpoint to start from (default: a small random model that trains in minutes)",
     )
+    new.add_argument(
+        "--heldout", metavar="FILE", help="pairs that are never trained on, and that models are measured on"
+    )
     return parser
 
 
@@ -87,7 +90,9 @@ def _new(arguments: argparse.Namespace) -> None:
     if output.exists():
         raise RecipeError(f"{output}: is there already; remove it, or give another --output")
     given = {name: getattr(arguments, name) for name in ("query", "passage", "negatives", "language")}
-    made = new_recipe(arguments.files, given, name=arguments.name, backbone=arguments.backbone)
+    made = new_recipe(
+        arguments.files, given, name=arguments.name, backbone=arguments.backbone, heldout=arguments.heldout
+    )
     output.write_text(made.text, encoding="utf-8")
     say("\n".join(made.told))
     say(f"wrote {output}; next: f2llm run --recipe {output} --root runs/{made.name} --dry-run")

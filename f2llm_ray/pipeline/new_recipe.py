@@ -10,20 +10,33 @@ from pathlib import Path
 
 import yaml
 
+from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.formatting import share
 from f2llm_ray.data.reading.guess import SAMPLE_ROWS, Guess, guess_columns
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import SUFFIXES, TableFile
+from f2llm_ray.data.tokens.tokenizer import open_tokenizer
 from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.report.advice import MANY_CUT
 from f2llm_ray.run.folder import Folder
 
 ROLES = ("query", "passage", "negatives", "language", "passage_language")
 BASE, BASE_SOURCE, BASE_BATCH = "starter", "pairs", 128
+HELD_OUT = "heldout"
+"""The evaluation set of held-out files."""
+BYTES_PER_TOKEN = 3.5
+"""UTF-8 bytes of a text for each token, as a trained tokenizer of 8,000 entries had them: 3.5 of help articles in
+several languages."""
 BACKBONE = """\
 backbone: {{path: {path}, shape: null}}
 tokenizer: {{train_vocab: null}} # the backbone's own
 stages:
   trained: # a checkpoint wants small steps, and each row once
     {{max_steps: null, epochs: 1, global_batch: {batch}, lr: 5.0e-5, min_lr: 1.0e-6}}
+"""
+FROM_SCRATCH = """\
+# The base, `starter`, trains a small model from scratch: it shows that the data train, and is no strong model.
+# For one, start from a checkpoint: `f2llm recipe new FILE --backbone FOLDER_OR_HUB_NAME`, or `adapt-e5-small`.
 """
 SMALL = """\
 stages:
@@ -39,6 +52,8 @@ class NewSource:
     guess: Guess
     files: list[str] = field(default_factory=list)
     """As the recipe names them."""
+    uris: list[str] = field(default_factory=list)
+    """The same, each file by itself."""
     rows: int = 0
     """Rows that were looked at."""
 
@@ -58,6 +73,7 @@ def new_recipe(
     *,
     name: str | None = None,
     backbone: str | None = None,
+    heldout: str | None = None,
 ) -> NewRecipe:
     """Looks at files and writes a recipe that trains on their pairs.
 
@@ -66,20 +82,46 @@ def new_recipe(
         given: columns that are known, by what they are (`guess_columns`).
         name: of the recipe; the first file's when unset.
         backbone: a model folder or a name on the hub to start from; a small random model when unset.
+        heldout: a file, folder or glob of pairs that become evaluation sets, one for each layout.
 
     Raises:
         DataError: no such file, no table, or unclear which column is which.
-        RecipeError: the recipe would not be one.
+        RecipeError: the recipe would not be one, or a held-out file is among those to train on.
     """
     sources = _sources(paths, given)
     named: dict[str, NewSource] = {}
     for source in sources:
         named[_free(_name(source.files[0]), named)] = source
-    told = [line for source in sources for line in _told(source)]
+    sets: dict[str, NewSource] = {}
+    for found in [] if heldout is None else _sources([heldout], given):
+        both = sorted({*found.uris} & {uri for source in sources for uri in source.uris})
+        if both:
+            raise RecipeError(f"--heldout {heldout}: {both[0]} is trained on too; name a file of further pairs")
+        sets[_free(HELD_OUT, sets)] = found
     name = name or next(iter(named))
-    text = "".join(_lines(name, named, paths, backbone))
-    load_recipe(yaml.safe_load(text))
+    text = "".join(_lines(name, named, sets, paths, backbone))
+    recipe = load_recipe(yaml.safe_load(text))
+    told = [line for source in sources for line in _told(source)]
+    told += [line for found in sets.values() for line in ("held out, and never trained on:", *_told(found))]
+    told += _cut([text for source in sources for text in source.guess.texts], recipe.data.max_tokens, backbone)
     return NewRecipe(name, text, told)
+
+
+def _cut(texts: Sequence[str], max_tokens: int, backbone: str | None) -> list[str]:
+    """A warning where much of the texts will be cut: counted by a backbone that is here, else estimated."""
+    if not texts:
+        return []
+    if backbone is not None and Path(backbone).is_dir():
+        lengths = [float(len(found.ids)) for found in open_tokenizer(backbone).encode_batch(list(texts))]
+        how = f"by the tokenizer of {backbone}"
+    else:
+        lengths = [len(text.encode()) / BYTES_PER_TOKEN for text in texts]
+        how = f"if a token is {BYTES_PER_TOKEN:g} bytes of text"
+    cut = sum(length > max_tokens for length in lengths)
+    if cut < MANY_CUT * len(texts):
+        return []
+    told = f"{share(cut, len(texts))} of the texts are longer than data.max_tokens ({max_tokens}) and will be cut"
+    return [f"an estimate, {how}: {told}; a larger one in the recipe reads more of them, and takes longer"]
 
 
 def _sources(paths: Sequence[str], given: Mapping[str, str | None]) -> list[NewSource]:
@@ -93,6 +135,7 @@ def _sources(paths: Sequence[str], given: Mapping[str, str | None]) -> list[NewS
             layout = (table.format, str(sorted(guess.columns.items())))
             source = found.setdefault(layout, NewSource(table.format, guess))
             source.files.append(path if len(files) == 1 else file.uri)
+            source.uris.append(file.uri)
             source.rows += guess.rows
     return list(found.values())
 
@@ -120,23 +163,20 @@ def _told(source: NewSource) -> list[str]:
 def _lines(
     name: str,
     sources: Mapping[str, NewSource],
+    sets: Mapping[str, NewSource],
     paths: Sequence[str],
     backbone: str | None,
 ) -> Iterable[str]:
     yield f"# Written by `f2llm recipe new` for {' '.join(' '.join(paths).split())}; docs/own-data.md has more.\n"
     yield "# What a key means: `f2llm recipe explain KEY`. All settings: `f2llm recipe show FILE`.\n"
+    if backbone is None:
+        yield FROM_SCRATCH
     yield f"extends: {BASE}\nname: {_quoted(name)}\n\nsources:\n"
     if BASE_SOURCE not in sources:
         yield f"  {BASE_SOURCE}: null # the base's example\n"
     for source_name, source in sources.items():
-        yield f"  {source_name}:\n    format: {source.format}\n"
-        note = " # relative to where the command is run" if any(map(_is_relative, source.files)) else ""
-        yield f"    paths: [{', '.join(map(_quoted, source.files))}]{note}\n"
-        found = sorted(source.guess.columns.items(), key=lambda item: ROLES.index(item[0]))
-        columns = ", ".join(f"{role}: {_quoted(column)}" for role, column in found)
-        yield f"    columns: {{{columns}}}\n"
-        if source.guess.language is not None:
-            yield f"    language: {_quoted(source.guess.language)}\n"
+        yield f"  {source_name}:\n"
+        yield from _source_lines(source, 4)
     rows = sum(source.rows for source in sources.values())
     batch = min(BASE_BATCH, max(2, 1 << (max(rows, 4) // 2).bit_length() - 1))
     if backbone is not None:
@@ -145,8 +185,29 @@ def _lines(
     elif batch < BASE_BATCH:
         yield "\n"
         yield SMALL.format(batch=batch)
-    yield "\n# Scores need texts that are never trained on, such as a file of further pairs:\n"
+    if sets:
+        yield "\nevaluation:\n  sets:\n"
+        for set_name, source in sets.items():
+            yield f"    {set_name}: # its texts are left out of the training rows\n      source:\n"
+            yield from _source_lines(source, 8)
+        return
+    yield "\n# Scores need texts that are never trained on, such as a file of further pairs (or --heldout FILE):\n"
     yield "# evaluation:\n#   sets:\n#     heldout: {source: {format: csv, paths: [heldout.csv], columns: ...}}\n"
+
+
+def _source_lines(source: NewSource, indent: int) -> Iterable[str]:
+    """The entry of a source, with what was guessed as comments."""
+    note = " # relative to where the command is run" if any(map(_is_relative, source.files)) else ""
+    found = sorted(source.guess.columns.items(), key=lambda item: ROLES.index(item[0]))
+    lines = [
+        f"format: {source.format}",
+        f"paths: [{', '.join(map(_quoted, source.files))}]{note}",
+        *(f"# {' '.join(why.split())}" for why in source.guess.why),
+        f"columns: {{{', '.join(f'{role}: {_quoted(column)}' for role, column in found)}}}",
+    ]
+    if source.guess.language is not None:
+        lines.append(f"language: {_quoted(source.guess.language)}")
+    yield from (f"{' ' * indent}{line}\n" for line in lines)
 
 
 def _is_relative(file: str) -> bool:

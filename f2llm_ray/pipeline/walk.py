@@ -207,6 +207,7 @@ class Pipeline:
         folder = self.run.folder(stage)
         folder.create()
         manifest = self.run.finish(stage, started=started, **stage.work(folder))
+        self._told.add(stage.folder_name)  # what this run made, it does not call finished before
         say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
 
     def _finished(self, stage: Stage) -> bool:

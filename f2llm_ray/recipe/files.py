@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib import resources
@@ -13,9 +14,12 @@ from pydantic import ValidationError
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.section import Section
+from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.recipe import Recipe
 
 Settings = dict[str, Any]
+NEAR = 3
+"""Keys that an unknown one is said to be like."""
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -144,12 +148,25 @@ def _describe(section: type[Section], details: Any) -> str:
     tags = {kind.__name__ for kind in sections_of(section)}
     where = ".".join(str(part) for part in details["loc"] if part not in tags)
     if details["type"] == "extra_forbidden":
-        allowed = _allowed(section, details["loc"][:-1])
-        return f"{where}: unknown key" + (f"; allowed here: {', '.join(allowed)}" if allowed else "")
+        return f"{where}: unknown key" + _meant(where, _allowed(section, details["loc"][:-1]))
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] in {"missing", "value_error"}:
         return f"{where}: {message}" if where else message
     return f"{where}: {message}; found {details['input']!r}"
+
+
+def _meant(where: str, allowed: Sequence[str]) -> str:
+    """What an unknown key may have meant, by other libraries' names or by how it reads; and where all keys are."""
+    place, _, key = where.rpartition(".")
+    alias = ALIASES.get(key)
+    near = difflib.get_close_matches(key, allowed, n=NEAR, cutoff=0.6)
+    if alias is not None:
+        last = alias.key.rpartition(".")[2]
+        meant = last if last in allowed else alias.key
+        hint = f"; did you mean {meant}" + (f" ({alias.note})?" if alias.note else "?")
+    else:
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{hint}; `f2llm recipe explain{' ' if place else ''}{place}` lists all"
 
 
 def _allowed(section: type[Section], path: Sequence[str | int]) -> list[str]:

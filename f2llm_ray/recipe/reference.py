@@ -21,6 +21,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.section import Section, effect_of
 from f2llm_ray.evaluate.settings import SECTIONS as SETS
+from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.recipe import Recipe
 
 NAME = "NAME"
@@ -177,8 +178,15 @@ def explain(key: str) -> list[str]:
         return _joined(_section_lines(place) for place in sections)
     above = _sections_at(parts[:-1])
     found = [place for place in above if parts[-1] in place.kind.model_fields]
+    alias = ALIASES.get(parts[-1])
+    if not found and alias is not None:
+        known = f"{parts[-1]} is called {alias.key} here" + (f": {alias.note}" if alias.note else "")
+        return [*_wrapped(known), "", *explain(alias.key)]
     if not found:
-        raise RecipeError(f"{key}: no such key of a recipe; closest: {', '.join(_closest(key))}")
+        raise RecipeError(
+            f"{key}: no such key of a recipe; closest: {', '.join(_closest(key))}; `f2llm recipe explain` "
+            "lists all"
+        )
     # The same key of several sections, such as `weight` of all formats, is said once.
     said = {"\n".join(_key_lines(place, parts[-1])): place for place in reversed(found)}
     ordered = [place for place in found if place in said.values()]
@@ -232,7 +240,19 @@ def _key_lines(place: Place, name: str) -> list[str]:
     effect = effect_of(field)
     if effect is not None and effect.output:
         lines.append("  another value makes the stage run again, and those after it")
-    return lines
+    return [*lines, *_entry_lines(place, name)]
+
+
+def _entry_lines(place: Place, name: str) -> list[str]:
+    """Of a key that holds entries with names: which keys an entry takes, with those that must be set marked."""
+    path = f"{place.key(name)}.{NAME}"
+    kinds = [inner for inner in places() if inner.path == path]
+    lines = ["", f"  An entry has a name of your own; `f2llm recipe explain {path}` says what its keys mean."]
+    for inner in kinds:
+        fields = inner.kind.model_fields
+        keys = [key + ("*" if default_text(field) is None else "") for key, field in fields.items()]
+        lines += ["", f"  {inner.title}", *(f"  {line}" for line in _wrapped(", ".join(keys)))]
+    return [*lines, "", "  * must be set"] if kinds else []
 
 
 def _wrapped(text: str) -> list[str]:

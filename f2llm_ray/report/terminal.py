@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
+from f2llm_ray.report.advice import advice
 from f2llm_ray.report.page import Cells
 from f2llm_ray.report.read_scores import ModelEntry, RunReport, by_dim, metrics_of, sets_of, shown
 from f2llm_ray.report.standing import standing_sentences
@@ -16,7 +17,8 @@ TERMINAL_COLUMNS = 120
 def terminal_table(report: RunReport) -> str:
     """One row per baseline and model: sizes, and for each set the metrics at d and the main one at smaller dims.
 
-    Below them stands in sentences where the served model is between chance, BM25 and the baselines.
+    Below them stands in sentences where the served model is between chance, BM25 and the baselines, and the first
+    line of what the report says to try next.
     Sets are side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
     """
     if not report.get("models"):
@@ -38,6 +40,7 @@ def terminal_table(report: RunReport) -> str:
         titles += "   " + formatting.clip(name, len(part[0])).ljust(len(part[0]))
     title = [titles.rstrip()] if titles.strip() else []
     below = ["", *standing] if standing else []
+    below += [f"What to try next: {line}" for line in advice(report)[:1]]
     return "\n".join(line.rstrip() for line in [*lines, *title, *block, *below])
 
 

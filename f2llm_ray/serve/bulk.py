@@ -20,7 +20,7 @@ from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.data.reading.tables import SUFFIXES
+from f2llm_ray.data.reading.tables import SUFFIXES, TableFile, no_column
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, InputIndex
@@ -52,7 +52,7 @@ def survey(job: EmbedJob) -> Survey:
 
     Raises:
         RunError: no such model, a wrong setting, or an output made with other settings.
-        DataError: no input, or a file that cannot be read.
+        DataError: no input, a file that cannot be read, or a column that the first file on this machine lacks.
     """
     model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
     if f"{output.path}/".startswith(f"{source.path}/"):
@@ -60,6 +60,7 @@ def survey(job: EmbedJob) -> Survey:
     info = load_info(model)
     check_settings(job, info, model)
     files = find_files(source.uri, SUFFIXES, source.uri)
+    _check_columns(job, TableFile.at(Folder.at(next(iter(files.values())).uri)))
     settings = settings_of(job, model, info, source)
     before = check_output(output, settings)
     known = known_files(files, before)
@@ -70,6 +71,15 @@ def survey(job: EmbedJob) -> Survey:
     absolute = replace(job, model=model.uri, input=source.uri, output=output.uri)
     waiting = [unit for unit in units if unit.shard not in there]
     return Survey(absolute, {**settings, "files": known}, units, waiting, stale)
+
+
+def _check_columns(job: EmbedJob, file: TableFile) -> None:
+    if file.file.local is None or not file.file.filesystem.get_file_info(file.file.path).size:
+        return
+    names = file.names()
+    for column in filter(None, (job.column, job.id_column, *job.keep)):
+        if column.partition(".")[0] not in names and column not in names:
+            raise no_column(file.place, column, names)
 
 
 def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path: Path) -> None:
     [
         (
             {"kind": "sts", "tset": "t"},
-            "evaluation.sets.mine.tset: unknown key; allowed here: instruction, kind, screen, test",
+            r"evaluation.sets.mine.tset: unknown key; did you mean test\?; `f2llm recipe explain evaluation.sets",
         ),
         ({"kind": "classification", "test": "t"}, "evaluation.sets.mine.train: Field required"),
         ({"folder": "f", "kind": "sts"}, "evaluation.sets.mine.kind: Input should be 'retrieval'; found 'sts'"),

@@ -10,11 +10,13 @@ import pytest
 
 from f2llm_ray.base.errors import DataError, RecipeError
 from f2llm_ray.pipeline.declare import declare
-from f2llm_ray.pipeline.dry_run import dry_run
+from f2llm_ray.pipeline.dry_run import dry_run, overview
 from f2llm_ray.pipeline.graph import Graph
+from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.root import Run
+from f2llm_ray.run.stage import Stage
 from tests.tiny import tiny_model
 
 MODELS = {"untrained", "stage1", "stage2", "pruned", "distilled"}
@@ -358,6 +360,7 @@ def test_a_dry_run_says_why(tmp_path: Path, run: Run) -> None:
     assert dry_run(graph, run, graph.stages())[0] == "prepare: would run, not made yet"
     finish(run, graph)
     assert all(": there (" in line for line in dry_run(graph, run, graph.stages()))
+    assert overview(graph, run)[0] == "all stages are there: a run would only write the report again"
     (tmp_path / "a.jsonl").write_text(json.dumps({"query": "new", "passage": "row"}) + "\n")
     (tmp_path / "more.jsonl").write_text(json.dumps({"query": "more", "passage": "rows"}) + "\n")
     both = declare(small_again(recipe, paths=(str(tmp_path / "a.jsonl"), str(tmp_path / "more.jsonl"))), run)
@@ -398,3 +401,17 @@ def test_a_soup_is_made_of_models_of_the_run_and_of_others(run: Run, tmp_path: P
         RecipeError, match=r"stages\.both\.models: 'three' is not one of \['untrained', 'one', 'two'\]"
     ):
         small(tmp_path, stages={**stages, "both": {"kind": "soup", "models": ["one", "three"]}})
+
+
+def test_a_stage_is_called_finished_before_only_by_a_later_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Stage(name="made", job="train", settings={})
+    first, second = (Pipeline(small(tmp_path), str(tmp_path / "root")) for _ in range(2))
+    for _ in range(2):
+        first.stage(made)
+    told = capsys.readouterr().out
+    assert "made: finished in" in told
+    assert "finished before" not in told
+    second.stage(made)
+    assert capsys.readouterr().out == f"made: finished before, skipped ({made.folder_name})\n"

@@ -62,7 +62,13 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stages.stage1.learning_rate=1", ["stages.stage1.learning_rate", "unknown key", "warmup_steps"]),
+        ("stages.stage1.learning_rate=1", ["stages.stage1.learning_rate: unknown key", "did you mean lr?"]),
+        (
+            "stages.stage1.max_stpes=1",
+            ["did you mean max_steps", "`f2llm recipe explain stages.stage1` lists all"],
+        ),
+        ("stages.stage1.bf16=true", ["did you mean stages.NAME.engine.precision (", "no fp16"]),
+        ("sorces={}", ["sorces: unknown key; did you mean sources?", "`f2llm recipe explain` lists all"]),
         ("sources.pairs.path=x", ["sources.pairs", "path", "unknown key", "paths"]),
         ("sources.pairs.format=xml", ["sources.pairs", "xml", "parquet"]),
         ("data.max_tokens=many", ["data.max_tokens", "integer", "many"]),

@@ -125,6 +125,7 @@ def test_the_headline_the_terminal_and_the_card_say_the_same(words: RetrievalSet
     (sentence,) = standing_sentences(report)
     assert sentence in headline(report)
     assert sentence in terminal_table(report).splitlines()
+    assert terminal_table(report).splitlines()[-1].startswith("What to try next: Below BM25 on words: ")
     rows = [line.split()[0] for line in terminal_table(report).splitlines() if line.strip()]
     assert rows[2:5] == ["bm25", "untrained", "served"]
     info = load_info(tiny_model(tmp_path / "m"))

@@ -25,7 +25,7 @@ from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import calibrate, load_calibration, save_calibration
 from f2llm_ray.model.dims import quantize_vectors
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.serve.bulk import run
+from f2llm_ray.serve.bulk import run, survey
 from f2llm_ray.serve.inputs import UnitReader, units_of
 from f2llm_ray.serve.shards import DTYPES, Dtype, EmbedJob, ShardWriter
 from tests.tiny import MAX_TOKENS, tiny_model
@@ -452,3 +452,19 @@ def test_a_killed_job_goes_on(tmp_path: Path, folder: Path) -> None:
     table = pq.read_table(output)
     assert table["id"].to_pylist() == list(range(6000))
     np.testing.assert_allclose(vectors_of(table), Engine(folder).embed(texts), atol=1e-5)
+
+
+def test_columns_are_looked_for_before_any_work_starts(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.csv").write_text("title,body\nOne,the first\n")
+    fine = {
+        "model": str(folder),
+        "input": str(tmp_path / "a.csv"),
+        "output": str(tmp_path / "o"),
+        "column": "body",
+    }
+    assert len(survey(EmbedJob(**fine)).waiting) == 1
+    for change in ({"column": "bodi"}, {"id_column": "bodi"}, {"keep": ("bodi",)}):
+        with pytest.raises(
+            DataError, match=r"no column 'bodi'; the columns are \['title', 'body'\]; did you mean 'body'"
+        ):
+            survey(EmbedJob(**{**fine, **change}))

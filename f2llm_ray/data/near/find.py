@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base import formatting
 from f2llm_ray.base.progress import say
 from f2llm_ray.data.flow import Item, Part, each, map_groups
 from f2llm_ray.data.keys import shard_of
@@ -36,6 +37,8 @@ CHECKED_AT_ONCE = 10_000
 # Edges that one process connects; 5 million take about 1 GB while their ends are numbered.
 EDGES_IN_MEMORY = 5_000_000
 FACTS = "near.json"
+TOLD = (0.7, 0.8, 0.9)
+"""Jaccards of pairs for which the terminal says how many of them are found."""
 
 
 def find_groups(
@@ -59,17 +62,20 @@ def find_groups(
     if near.exists(FACTS):
         return dict(near.read_json(FACTS))
     lsh = PRESETS[settings.preset]
-    chances = ", ".join(f"{lsh.probability(j):.0%} at {j}" for j in (0.5, 0.6, 0.7, 0.8, 0.9))
-    say(f"prepare: near-duplicates, {lsh.bands} bands of {lsh.rows}: pairs found by their Jaccard, {chances}")
+    alike = (
+        "" if settings.min_jaccard is None else f" that share {settings.min_jaccard:.0%} of their parts or more"
+    )
+    found_at = formatting.listed([f"{lsh.probability(j):.0%} of those at {j:.0%}" for j in TOLD])
+    say(f"prepare: near-duplicates: looking for texts{alike}; it finds {found_at}")
     bands = partial(
         _bands, parts=parts, settings=settings, tasks=tasks, rows=prepared / "rows", near=near, shards=shards
     )
-    list(each("prepare: bands", [{"part": number} for number in range(len(parts))], bands))
+    list(each("prepare: near-duplicates: signatures", [{"part": number} for number in range(len(parts))], bands))
     tied = [{"shard": shard} for shard in range(shards)]
     tie = partial(_pairs, near=near, shards=shards)
-    entries = sum(found["entries"] for found in each("prepare: pairs", tied, tie))
+    entries = sum(found["entries"] for found in each("prepare: near-duplicates: candidates", tied, tie))
     check = partial(_edges, near=near, shards=shards, threshold=settings.min_jaccard)
-    settled = list(each("prepare: edges", tied, check))
+    settled = list(each("prepare: near-duplicates: compared", tied, check))
     candidates, accepted = (sum(found[name] for found in settled) for name in ("candidates", "accepted"))
     found = {
         **settings.model_dump(mode="json"),

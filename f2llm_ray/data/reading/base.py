@@ -91,6 +91,18 @@ class SourceBase(Section, ABC):
         del name
         return []
 
+    def check_columns(self, name: str) -> str | None:
+        """Looks in the head of the first file for the columns that the recipe names, before any work starts.
+
+        Returns:
+            Where it could not look, and why; None where it could, or where the layout has no columns to name.
+
+        Raises:
+            DataError: a column is missing, or a file on this machine cannot be read.
+        """
+        del name
+        return None
+
     def piece_inputs(self, piece: Piece) -> list[str]:
         """URIs of those of `inputs` that a piece is read from: all, where a piece does not say which."""
         return [piece["file"]] if "file" in piece else [entry.uri for entry in self.inputs("")]

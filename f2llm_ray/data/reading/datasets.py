@@ -51,10 +51,7 @@ class DatasetsSource(SourceBase):
         path = _saved_folder(self.path)
         place = f"source {name!r}: {self.path}"
         dataset = self._load(path, place)
-        schema = dataset.features.arrow_schema
-        named = _class_labels(dataset)
-        kinds = self.columns.kinds(schema.names).items()
-        check_columns(schema, [(column, kind) for column, kind in kinds if column not in named], place)
+        self._check(dataset, place)
         rows = len(dataset)
         if rows == 0:
             raise DataError(f"{place}: found no rows in split {self.split!r}, expected at least one")
@@ -62,6 +59,19 @@ class DatasetsSource(SourceBase):
             {"folder": path, "start": start, "stop": min(start + PIECE_ROWS, rows)}
             for start in range(0, rows, PIECE_ROWS)
         ]
+
+    def check_columns(self, name: str) -> str | None:
+        """As `SourceBase.check_columns`; nothing is downloaded for it."""
+        path, place = _saved_folder(self.path), f"source {name!r}: {self.path}"
+        if path is None:
+            return f"{place}: a dataset on the hub; its columns are checked when it is read"
+        self._check(self._load(path, place), place)
+        return None
+
+    def _check(self, dataset: Any, place: str) -> None:
+        schema, named = dataset.features.arrow_schema, _class_labels(dataset)
+        kinds = self.columns.kinds(schema.names).items()
+        check_columns(schema, [(column, kind) for column, kind in kinds if column not in named], place)
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one range of rows."""

@@ -16,12 +16,14 @@ from f2llm_ray.data.reading.base import BadRow, Piece
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
 from f2llm_ray.data.reading.paths_source import PathsSource
-from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns
+from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, no_column
 from f2llm_ray.run.folder import Folder
 
 QUERIES = ("query", "anchor", "question")
 PASSAGES = ("passage", "positive", "answer", "document")
 """What n-tuples call the two; the first that a file has."""
+SMALL_BYTES = 1 << 26
+"""Of a .json file that is read whole for its columns."""
 
 
 class FilesSource(PathsSource):
@@ -60,6 +62,30 @@ class FilesSource(PathsSource):
         if not pieces:
             raise DataError(f"{table.place}: found no rows, expected at least one")
         return pieces
+
+    def check_columns(self, name: str) -> str | None:
+        """As `SourceBase.check_columns`; a .json file is looked at where it is small, since it has no head."""
+        file = self.inputs(name)[0]
+        table = self._table(name, file.uri)
+        if self._file_format == "json" and (file.size or 0) > SMALL_BYTES:
+            return f"{table.place}: its columns are checked when it is read, since it is one large array"
+        try:
+            names, schema = table.names(), table.schema()
+        except DataError as error:
+            if table.file.local is not None:
+                raise
+            return f"{error}; its columns are checked when it is read"
+        columns = self._layout(names)
+        if schema is None:  # rows of JSON may lack what a template names
+            kinds = {
+                column: kind for column, kind in columns.kinds(names).items() if column not in columns.joined()
+            }
+            for root in (column.partition(".")[0] for column in kinds if column not in names):
+                if root not in names:
+                    raise no_column(table.place, root, names)
+        else:
+            check_columns(schema, columns.kinds(names).items(), table.place)
+        return None
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads one row group or file, a few thousand rows at a time."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.data.language import normal
-from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile
+from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile, no_column
 
 QUERIES = (
     "query", "queries", "question", "anchor", "search_query", "prompt", "input", "sentence1", "sentence_1",
@@ -34,6 +34,7 @@ NUMBERED = re.compile(r"(.*[a-z_])(\d+)")
 LANGUAGES = ("language", "lang", "query_language", "query_lang", "locale", "source_language", "src_lang")
 PASSAGE_LANGUAGES = ("passage_language", "passage_lang", "answer_language", "target_language", "tgt_lang")
 IDS = re.compile(r"(.*_)?(id|ids|idx|index|uuid|guid|key|docid|qid|pid|url|uri|link|date|time|timestamp)")
+SIDES = ("query", "passage")
 SAMPLE_ROWS = 1_000
 CLEAR = 1.5
 """How many times longer the texts of a passage must be than those of a query where nothing but length tells."""
@@ -55,6 +56,8 @@ class Guess:
     """The language of all rows, where it was given as a code and not as a column."""
     rows: int = 0
     """Rows that were looked at; fewer than `SAMPLE_ROWS` are all there are."""
+    texts: list[str] = field(default_factory=list)
+    """The distinct queries and passages of these rows, but for those in lists or made by a template."""
 
     def take(self, role: str, column: str, why: str) -> None:
         """Says what a column is."""
@@ -85,12 +88,15 @@ def guess_columns(file: TableFile, given: Mapping[str, str | None]) -> Guess:
             continue
         number = column.isdecimal() and int(column) < len(names)
         if column not in names and not number and not set("*{") & set(column):
-            raise DataError(f"{file.place}: --{role} {column}: no such column; the columns are {names}")
+            raise no_column(f"{file.place}: --{role}", column, names)
         guess.take(role, column, "given")
     plain = {name: _plain(name) for name in names}
     _negatives(guess, names, plain, values)
     _languages(guess, names, plain, values)
     _sides(guess, names, plain, values, file.place)
+    sides = [names[int(c)] if c not in names and c.isdecimal() else c for c in map(guess.columns.get, SIDES) if c]
+    found = [text for side in sides for text in values.get(side, ()) if isinstance(text, str)]
+    guess.texts = list(dict.fromkeys(found))
     guess.left = [name for name in names if not _used(name, guess)]
     return guess
 

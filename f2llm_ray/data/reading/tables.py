@@ -7,9 +7,10 @@ and a part is read as `Rows`, whose columns are checked when they are asked for.
 from __future__ import annotations
 
 import codecs
+import difflib
 import io
 import lzma
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -204,6 +205,14 @@ class TableFile:
             names, _ = self._cells(stream)
         return pa.schema([(name, pa.null()) for name in names])
 
+    def names(self) -> list[str]:
+        """The columns, by the head of the file; of JSON lines, all keys of its first `TABLE_ROWS` rows."""
+        schema = self.schema()
+        if schema is not None:
+            return list(schema.names)
+        rows = next(self.read(FilePart(), ()), None)
+        return [] if rows is None else rows.names
+
     def parts(self, max_rows: int | None = None) -> list[FilePart]:
         """The parts of the file in their order.
 
@@ -355,8 +364,15 @@ def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], 
         if column not in schema.names and root in schema.names and pa.types.is_nested(schema.field(root).type):
             continue  # a path into it
         if column not in schema.names:
-            raise DataError(f"{place}: no column {column!r}; the columns are {schema.names}")
+            raise no_column(place, column, schema.names)
         check_type(schema.field(column).type, column, kind, place)
+
+
+def no_column(place: str, column: str, names: Sequence[str]) -> DataError:
+    """The error of a column that a table does not have; it lists those that are there, and the one most alike."""
+    near = difflib.get_close_matches(column, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return DataError(f"{place}: no column {column!r}; the columns are {list(names)}{hint}")
 
 
 def _among(names: list[str], columns: Collection[str]) -> list[str]:

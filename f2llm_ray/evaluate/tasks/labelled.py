@@ -18,6 +18,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
+from f2llm_ray.data.reading.tables import TableFile, no_column
 from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
@@ -138,6 +139,20 @@ class LabelledSet(ABC):
         """
         tables = {table: read_labelled(uri, cls.columns[table]) for table, uri in files.items()}
         return cls(name=name, instruction=instruction, places=files, **tables)
+
+    @classmethod
+    def check_columns(cls, files: Mapping[str, str]) -> None:
+        """Looks in the head of each table on this machine for the kind's columns.
+
+        Raises:
+            DataError: a column is missing, or a file cannot be read.
+        """
+        for table, uri in files.items():
+            file = TableFile.at(Folder.at(uri))
+            names = file.names() if file.file.local is not None else list(cls.columns[table])
+            for column in cls.columns[table]:
+                if column not in names:
+                    raise no_column(file.place, column, names)
 
     def values(self, column: str = "text") -> list[Any]:
         """A column of the test table."""

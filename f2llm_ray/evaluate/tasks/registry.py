@@ -37,9 +37,13 @@ def task_of(name: str, setting: FolderSet | LabelledFile) -> Task:
     if isinstance(setting, FolderSet):
         most = setting.max_queries
         return read_beir(setting.folder, name=name, instruction=setting.instruction, max_queries=most)
-    task = LABELLED[setting.kind]
-    files = {table: getattr(setting, table) for table in task.columns if table in type(setting).model_fields}
-    return task.of_files(files, name, setting.instruction)
+    return LABELLED[setting.kind].of_files(files_of(setting), name, setting.instruction)
+
+
+def files_of(setting: LabelledFile) -> dict[str, str]:
+    """The files of a labelled set by table, those that the recipe names."""
+    tables = LABELLED[setting.kind].columns
+    return {table: getattr(setting, table) for table in tables if table in type(setting).model_fields}
 
 
 def read_task(folder: Folder) -> Task:
