@@ -86,7 +86,12 @@ class ModelStages:
     def _untrained(self) -> Stage:
         recipe, path = self.recipe, self.recipe.backbone.path
         sought = {} if path is None else {"backbone": Sought(path, partial(_model_files, "backbone.path", path))}
+        table = recipe.backbone.embeddings_from
+        if table is not None:
+            sought["embeddings"] = Sought(table, partial(_model_files, "backbone.embeddings_from", table))
         inputs, backbone = self.inputs.find(UNTRAINED, sought), recipe.backbone
+        if table is not None:
+            backbone = backbone.model_copy(update={"embeddings_from": Folder.at(table).uri})
         if path is not None and not inputs["backbone"][0].uri.startswith("hub:"):
             backbone = backbone.model_copy(update={"path": Folder.at(path).uri})  # workers stand in other folders
         return Stage(
@@ -182,6 +187,8 @@ class ModelStages:
             else:
                 teacher = self._folder_of(step.teacher)
                 sought = self._teacher(step, parents)
+        joins = isinstance(step, Distill) and step.joins_teacher and step.teaches_by_model
+        joined = self._folder_of(step.teacher) if isinstance(step, Distill) and joins else None
         training = self._training(name, step)
         measured = tuple(self.sets.values()) if training.sets else ()
 
@@ -196,6 +203,7 @@ class ModelStages:
                 student=folders["student"] / "model",
                 teacher=teacher,
                 taught=folders.get("taught"),
+                joined=joined,
                 out=out,
             )
 

@@ -128,6 +128,8 @@ def make_untrained(
         matryoshka_dims,
         save_model,
     )
+    from f2llm_ray.model.dense import vector_dims
+    from f2llm_ray.model.embeddings import take_embeddings
     from f2llm_ray.model.int8 import is_quantized
     from f2llm_ray.model.sizes import random_backbone
 
@@ -137,6 +139,8 @@ def make_untrained(
     vocabulary = tokenizer.get_vocab_size()
     if backbone.shape is not None:
         model = random_backbone(backbone.shape, vocabulary, seed)
+        if backbone.embeddings_from is not None:
+            take_embeddings(model, backbone.embeddings_from, prepared / "tokenizer")
     else:
         if is_quantized(str(path)):
             raise RunError(
@@ -149,7 +153,7 @@ def make_untrained(
             )
     info = ModelInfo(
         name=model_name,
-        dims=matryoshka_dims(model.config.hidden_size),
+        dims=matryoshka_dims(vector_dims(model)),
         max_tokens=max_tokens,
         prompts=asdict(prompts),
         instructions=False,

@@ -53,7 +53,8 @@ def work(config: dict[str, Any]) -> None:
         ):
             budget = training.settings.engine.tokens_per_pass
             teacher = teacher_of(model=job.teacher, vectors=taught, tokens_per_pass=budget)
-            loss = StageLoss(training.settings, training.sources, load_info(student).dims[-1], teacher)
+            hidden = (training.ends or load_info(student).dims)[-1]
+            loss = StageLoss(training.settings, training.sources, hidden, teacher, training.ends)
             Worker(job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss).run()
     except F2LLMError:
         raise  # the trainer stops, and the driver shows it
@@ -80,6 +81,7 @@ class Worker:
     ) -> None:
         from f2llm_ray.data.tokens.tokenizer import load_tokenizer
         from f2llm_ray.model.checkpoint import load_backbone, load_info
+        from f2llm_ray.model.dense import end_in
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.train.objective import Student
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
@@ -110,6 +112,8 @@ class Worker:
             )
             self.info, self.tokenizer = load_info(student), load_tokenizer(student)
             backbone = load_backbone(student)
+            if job.training.ends is not None:
+                end_in(backbone, job.training.ends[-1], f"stage {job.training.stage!r}: space: teacher")
             self.flops = Flops(backbone)
             if settings.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()

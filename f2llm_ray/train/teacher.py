@@ -27,11 +27,11 @@ from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.build import INSTRUCTED, QUERY, read_prompts, write_store
 from f2llm_ray.data.tokens.store import TokenStore, cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
-from f2llm_ray.model.checkpoint import check_prompts, load_info
+from f2llm_ray.model.checkpoint import INFO_FILE, Space, check_prompts, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store, teachers
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.settings import Distill, is_endpoint
+from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
 from f2llm_ray.train.teachers import (
     ChunkEncoder,
     PieceEncoder,
@@ -140,7 +140,9 @@ def teach(
         list(each("taught: join", pieces, partial(join_chunks, vectors=vectors), num_cpus=0.5))
     lap("encode")
     texts, nested = sum(counts.values()), len(found.dims) > 1
-    vectors.write_json(META, {"shards": len(counts), "texts": texts, "dims": dims, "nested": nested})
+    trained = [dim for dim in found.dims if dim <= dims]
+    facts = {"shards": len(counts), "texts": texts, "dims": dims, "nested": nested, "trained": trained}
+    vectors.write_json(META, facts)
     encoded = sum(item["texts"] for item in done)
     return {
         "texts": texts,
@@ -308,6 +310,28 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)
     return TeacherVectors(engine.info.dims[-1], engine, nested=len(engine.info.dims) > 1)
+
+
+def space_dims(settings: TrainStage, *, model: Folder | None, vectors: Folder | None) -> tuple[int, ...] | None:
+    """The dims of the teacher, smallest first, where the student ends in its space; None where it does not.
+
+    Args:
+        settings: of the stage.
+        model: model folder of an online teacher.
+        vectors: the store of a cached one.
+    """
+    if not isinstance(settings, Distill) or not settings.joins_teacher:
+        return None
+    if vectors is not None:
+        return teacher_store.trained_dims(vectors.read_json(META))
+    assert model is not None  # noqa: S101 - the settings ask for the teacher's vectors
+    return load_info(model).dims
+
+
+def space_of(teacher: Folder) -> Space:
+    """The space of a teacher that is a model folder."""
+    name = load_info(teacher).name if teacher.exists(INFO_FILE) else teacher.path.rstrip("/").rpartition("/")[2]
+    return Space(model=name, checksum=fingerprint(teacher))
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:

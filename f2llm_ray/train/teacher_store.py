@@ -9,8 +9,9 @@ is refused when it encodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,11 @@ def pieces(counts: dict[int, int]) -> Iterator[tuple[int, int, int]]:
     for shard, count in sorted(counts.items()):
         for first in range(0, count, PIECE):
             yield shard, first // PIECE, min(PIECE, count - first)
+
+
+def trained_dims(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dims that a teacher was trained for, from its store's facts; the last alone where they say no more."""
+    return tuple(facts.get("trained") or [facts["dims"]])
 
 
 class TeacherStore:
