@@ -18,8 +18,7 @@ import numpy as np
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, load_tokenizer, template_of
-from f2llm_ray.model.checkpoint import ModelInfo
-from f2llm_ray.model.dense import KIND
+from f2llm_ray.model.checkpoint import ModelInfo, has_dense
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.model.families import Pooling, kv_heads
 from f2llm_ray.run.folder import Folder
@@ -54,8 +53,10 @@ def refuse(model: Path, info: ModelInfo) -> None:
         raise RunError(
             f"{path}: model_type {kind!r} cannot be written as GGUF here; expected {' or '.join(FAMILIES)}"
         )
-    if any(entry["type"].endswith(f".{KIND}") for entry in Folder.at(str(model)).read_json(MODULES_FILE)):
-        raise RunError(f"{model / MODULES_FILE}: {KIND} cannot be written as GGUF here; expected a model without")
+    if has_dense(Folder.at(str(model))):
+        raise RunError(
+            f"{model / MODULES_FILE}: a Dense module cannot be written as GGUF here; expected a model without"
+        )
     for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(flag):
             raise RunError(f"{path}: {flag} cannot be written as GGUF here; expected without")

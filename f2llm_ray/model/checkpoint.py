@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.tokenizer import save_tokenizer, template_of
-from f2llm_ray.model.dense import WEIGHTS_FILE, dense_among, parts_of, put_dense, read_linear, write_dense
+from f2llm_ray.model.dense import KIND, WEIGHTS_FILE, dense_among, parts_of, put_dense, read_linear, write_dense
 from f2llm_ray.model.described import (
     CONFIG_FILE,
     FLAG,
@@ -150,6 +150,12 @@ def load_info(folder: Folder | Path) -> ModelInfo:
         )
     check_family(place)
     return info
+
+
+def has_dense(folder: Folder) -> bool:
+    """Whether a model folder lists a Dense module."""
+    modules = folder.read_json(MODULES_FILE) if folder.exists(MODULES_FILE) else []
+    return any(str(entry["type"]).endswith(f".{KIND}") for entry in modules)
 
 
 def _described_info(folder: Folder) -> ModelInfo:

@@ -18,7 +18,7 @@ from f2llm_ray.pipeline.graph import Kind, Model
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
 from f2llm_ray.recipe.recipe import INT8, MERGED, UNTRAINED, Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.inputs import InputFile, digests, model_inputs
+from f2llm_ray.run.inputs import InputFile, Inputs, digests, model_inputs
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Facts, Stage
 from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
@@ -75,7 +75,7 @@ class ModelStages:
 
         return run
 
-    def _folder_of(self, model: str) -> Folder:
+    def folder_of(self, model: str) -> Folder:
         """The model folder of a model of the run, or the one at a path."""
         known = self.models.get(model)
         return Folder.at(model) if known is None else self.run.folder(known.stage) / "model"
@@ -134,7 +134,7 @@ class ModelStages:
         def mine(out: Folder) -> Facts:
             from f2llm_ray.mine.mine import mine
 
-            prepared, model = self.run.folder(self.prepare), self._folder_of(settings.model)
+            prepared, model = self.run.folder(self.prepare), self.folder_of(settings.model)
             facts = mine(sources, settings, self.recipe.compute, prepared=prepared, model=model, out=out)
             return {"mining": facts}
 
@@ -185,10 +185,10 @@ class ModelStages:
             if step.teacher_vectors == "cached":
                 parents["taught"] = self._taught(name, parent, step)
             else:
-                teacher = self._folder_of(step.teacher)
+                teacher = self.folder_of(step.teacher)
                 sought = self._teacher(step, parents)
         joins = isinstance(step, Distill) and step.joins_teacher and step.teaches_by_model
-        joined = self._folder_of(step.teacher) if isinstance(step, Distill) and joins else None
+        joined = self.folder_of(step.teacher) if isinstance(step, Distill) and joins else None
         training = self._training(name, step)
         measured = tuple(self.sets.values()) if training.sets else ()
 
@@ -225,6 +225,11 @@ class ModelStages:
             return {}
         return {"teacher": Sought(step.teacher, partial(_teacher_files, step))}
 
+    def teacher(self, name: str, step: Distill, parents: dict[str, Stage]) -> tuple[Inputs, dict[str, list[str]]]:
+        """The files of a teacher from outside the run as inputs of a stage; one of the run becomes a parent."""
+        sought = self._teacher(step, parents)
+        return self.inputs.find(name, sought), places(sought)
+
     def _taught(self, name: str, parent: Model, step: Distill) -> Stage:
         parents = {"prepared": self.prepare}
         sought = self._teacher(step, parents)
@@ -234,7 +239,7 @@ class ModelStages:
         # How wide the student is decides how many of the teacher's dims are kept, where only those count.
         settings["dims"] = self._width(parent) if step.teacher_is_cut else None
         recipe, training = self.recipe, self._training(name, step)
-        teacher = self._folder_of(step.teacher) if step.teaches_by_model else step.teacher
+        teacher = self.folder_of(step.teacher) if step.teaches_by_model else step.teacher
 
         def teach(out: Folder) -> Facts:
             from f2llm_ray.train.teacher import teach
@@ -298,7 +303,7 @@ class ModelStages:
                 parents[f"model{place}"] = self.models[model].stage
             else:
                 sought[f"model{place}"] = Sought(model, partial(_model_files, f"stages.{name}.models", model))
-        folders = [self._folder_of(model) for model in step.models]
+        folders = [self.folder_of(model) for model in step.models]
 
         def merge(out: Folder) -> Facts:
             from f2llm_ray.train.merge_models import merge_models

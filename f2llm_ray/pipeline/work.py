@@ -72,6 +72,23 @@ def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -
     return {"query_ms": on_worker(query_ms_of, model, found, compute=compute)}
 
 
+def measure_mixed(
+    model: Folder,
+    teacher: Folder,
+    found: Folder,
+    *,
+    divisors: Sequence[int],
+    document: str | None,
+    compute: Compute,
+    out: Folder,
+) -> Facts:
+    """Scores a model's queries against the passages of the teacher in whose space it ends."""
+    from f2llm_ray.evaluate.measure import measure_mixed
+
+    result = on_worker(measure_mixed, model, teacher, found, divisors, document, out, compute=compute)
+    return {"result": result}
+
+
 def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, out: Folder) -> Facts:
     """Counts the training rows that hold a text of a set, and marks the units that they contaminate."""
     from f2llm_ray.data.overlap import find_overlap

@@ -21,7 +21,7 @@ UNTRAINED, PRUNED, DISTILLED = "untrained", "pruned", "distilled"
 MERGED, INT8 = "-merged", "-int8"
 """What the names of merged and quantized models end in, after that of the model they are made from."""
 TAKEN = {UNTRAINED, PRUNED, DISTILLED, BM25, "prepare", "mined"}
-TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-")
+TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-", "mixed-")
 """Names of stages that make no model."""
 
 
