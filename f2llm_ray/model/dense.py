@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from f2llm_ray.model.dims import Vectors
+
 NAME = "dense"
 """Of the module in the backbone."""
 PREFIX = f"{NAME}."
@@ -141,8 +143,15 @@ def put_dense(backbone: PreTrainedModel, linear: torch.nn.Module) -> None:
     backbone.add_module(NAME, linear)
 
 
-def end_in(backbone: PreTrainedModel, dims: int, place: str) -> None:
-    """Makes a backbone's vectors have so many dims: a new map starts as the identity, its bias as 0.
+def end_in(backbone: PreTrainedModel, dims: int, place: str, mean: Vectors | None = None) -> None:
+    """Makes a backbone's vectors have so many dims, by a new map where it has none: the identity at the start.
+
+    Args:
+        backbone: gets the map.
+        dims: of its vectors.
+        place: what errors call it.
+        mean: what the bias starts as, 0 when unset: the mean of the vectors to learn. Those of many teachers lie
+            close around it, and a cosine with it alone would be most of what the first steps learn.
 
     Raises:
         RunError: it has a map already, to another number of dims.
@@ -153,7 +162,8 @@ def end_in(backbone: PreTrainedModel, dims: int, place: str) -> None:
     if dense_of(backbone) is None:
         linear = torch.nn.Linear(has, dims)
         torch.nn.init.eye_(linear.weight)
-        torch.nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            linear.bias.copy_(torch.zeros(dims) if mean is None else torch.from_numpy(mean))
         put_dense(backbone, linear)
     elif has != dims:
         raise RunError(

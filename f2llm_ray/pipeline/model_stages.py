@@ -20,7 +20,7 @@ from f2llm_ray.recipe.recipe import INT8, MERGED, UNTRAINED, Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, Inputs, digests, model_inputs
 from f2llm_ray.run.root import Run
-from f2llm_ray.run.stage import Facts, Stage
+from f2llm_ray.run.stage import Facts, Stage, short_hash
 from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
 from f2llm_ray.train.training import Training
 from f2llm_ray.train.vector_table import table_files
@@ -36,6 +36,8 @@ class ModelStages:
         self.sets, self.prepare = data.sets, data.prepare
         self.models: dict[str, Model] = {}
         self.mined: Stage | None = None
+        self.taught: dict[str, Stage] = {}
+        """The last stage of each teacher's vectors, by all that they depend on but the texts."""
         self._model(UNTRAINED, "untrained", None, (), self._untrained())
         parents = recipe.made_from()
         for name, step in recipe.steps().items():
@@ -238,6 +240,8 @@ class ModelStages:
         settings = self._training_settings(step, lambda effect: effect.batches)
         # How wide the student is decides how many of the teacher's dims are kept, where only those count.
         settings["dims"] = self._width(parent) if step.teacher_is_cut else None
+        read = [step.teacher, step.teacher_prompts.model_dump(), step.instructions, settings["dims"]]
+        earlier = self.taught.get(short_hash(read))
         recipe, training = self.recipe, self._training(name, step)
         teacher = self.folder_of(step.teacher) if step.teaches_by_model else step.teacher
 
@@ -255,20 +259,23 @@ class ModelStages:
                     instructions={name: source.query_instruction for name, source in recipe.sources.items()},
                     max_tokens=recipe.data.max_tokens,
                     out=out,
+                    earlier=None if earlier is None else self.run.folder(earlier),
                 )
             }
 
-        return Stage(
+        stage = Stage(
             name=f"taught-{name}",
             job=jobs.TEACH,
             settings=settings,
             inputs=self.inputs.find(f"taught-{name}", sought),
             places=places(sought),
             parents=parents,
-            needs=(parent.stage,),
+            needs=(parent.stage, *(() if earlier is None else (earlier,))),
             implied=True,
             work=teach,
         )
+        self.taught[short_hash(read)] = stage
+        return stage
 
     def _width(self, model: Model) -> Any:
         """The hidden size of a model, or the backbone that it comes from where no pruning names one."""

@@ -84,6 +84,7 @@ class Worker:
         from f2llm_ray.model.dense import end_in
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.train.objective import Student
+        from f2llm_ray.train.teacher_store import TeacherStore
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
 
         self.job, self.rank, self.world, self.loss = job, rank, world, loss
@@ -113,7 +114,10 @@ class Worker:
             self.info, self.tokenizer = load_info(student), load_tokenizer(student)
             backbone = load_backbone(student)
             if job.training.ends is not None:
-                end_in(backbone, job.training.ends[-1], f"stage {job.training.stage!r}: space: teacher")
+                place = f"stage {job.training.stage!r}: space: teacher"
+                end_in(
+                    backbone, job.training.ends[-1], place, None if taught is None else TeacherStore(taught).mean()
+                )
             self.flops = Flops(backbone)
             if settings.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
