@@ -1,9 +1,9 @@
 """A small decoder from scratch, taught by a ready model, beside the teacher and beside itself without one.
 
 The recipe is `teach`, on those retrieval sources of a corpus folder whose texts are short (a parquet file a source,
-with the columns query, passage, language, passage_language and task_type), on retrieval sets that it never
-saw. `--minutes` are those of the teacher's pass over the texts and of the student's training together: what each
-takes, a few steps on a small corpus tell, and so many rows and steps are taken as fit. The student without a
+with the columns query, passage, language, passage_language and task_type), on retrieval sets that it never saw.
+`--minutes` are those of the teacher's pass over the texts and of the student's training together: what each takes,
+a few steps on a small corpus tell, and so many rows and steps are taken as fit. The student without a
 teacher has the same shape, rows and minutes, random embeddings, and the contrastive loss alone. Data steps and
 evaluation come on top.
 
