@@ -1,11 +1,11 @@
 """A small decoder from scratch, taught by a ready model, beside the teacher and beside itself without one.
 
-The recipe is `teach`, on those retrieval sources of a corpus folder whose texts are short (a parquet file a source,
+The recipe is `teach`, on those retrieval sources of a corpus folder whose texts are short (one parquet file each,
 with the columns query, passage, language, passage_language and task_type), on retrieval sets that it never saw.
 `--minutes` are those of the teacher's pass over the texts and of the student's training together: what each takes,
-a few steps on a small corpus tell, and so many rows and steps are taken as fit. The student without a
-teacher has the same shape, rows and minutes, random embeddings, and the contrastive loss alone. Data steps and
-evaluation come on top.
+a few steps on a small corpus tell, and so many rows and steps are taken as fit. The student without a teacher has
+the same shape, rows and minutes, random embeddings, and the contrastive loss alone. Data steps and evaluation come
+on top.
 
 The last line is one JSON object: `share_of_teacher` (the student's nDCG@10 over the teacher's, the worse of the
 sets), `over_no_teacher` (over that of the student without one), `mixed_share` (the student's queries against the
