@@ -98,9 +98,8 @@ class Teaching:
         )
         own = {name: stage[name] for name in kept} | {"max_steps": steps, "lr": self.given.alone_lr}
         own |= {"engine": stage["engine"], "checkpoint_every": 1_000_000, "validation_rows": 512}
-        dropped = ["backbone.embeddings_from=null", *(f"stages.{name}=null" for name in SHARES)]
-        changes = [*self.changes(cap, measured=measured), *dropped, f"stages.{ALONE}={json.dumps(own)}"]
-        return load_recipe(RECIPE, changes)
+        without = {"backbone": {"embeddings_from": None}, "stages": {**dict.fromkeys(SHARES), ALONE: own}}
+        return load_recipe(RECIPE, self.changes(cap, measured=measured), without)
 
     def trained(self, recipe: Recipe, stage: str) -> tuple[float, float, dict[str, Any]]:
         """Makes a stage of a recipe: seconds of its training and of its teacher's pass, and the facts of that."""
@@ -125,12 +124,11 @@ def plan(teaching: Teaching) -> tuple[int, dict[str, int], int]:
     """How many rows of a source, and steps of each stage, fit into the minutes, by a probe of a few steps."""
     given = teaching.given
     probe = dict.fromkeys(SHARES, PROBE_STEPS)
-    first, passes, facts = teaching.trained(teaching.taught(PROBE_ROWS, probe, measured=False), "vectors")
+    first, _, facts = teaching.trained(teaching.taught(PROBE_ROWS, probe, measured=False), "vectors")
     second = teaching.trained(teaching.taught(PROBE_ROWS, probe, measured=False), "contrast")[0]
     alone = teaching.trained(teaching.alone(PROBE_ROWS, PROBE_STEPS, measured=False), ALONE)[0]
     seconds = 60 * given.minutes
     texts = TEACHER_SHARE * seconds * facts["encoded_texts"] / facts["seconds"]["encode"]
-    del passes
     rows = sources_of(given.corpus, PROBE_ROWS)[1]
     cap = max(cap for cap in range(PROBE_ROWS, max(rows) + 1, 100) if 2 * sum(min(cap, n) for n in rows) <= texts)
     left = (1 - TEACHER_SHARE) * seconds * PROBE_STEPS
@@ -162,12 +160,14 @@ def main() -> None:
     parser.add_argument("--alone-lr", type=float, default=2e-3, help="of the student without a teacher")
     parser.add_argument("--out", type=Path, default=Path("runs/teach"))
     given = parser.parse_args()
+    for place in ("teacher", "corpus", "heldout"):
+        setattr(given, place, getattr(given, place).resolve())  # workers stand in other folders
     connect()
     teaching = Teaching(given)
     cap, steps, without = plan(teaching)
     recipe, alone = teaching.taught(cap, steps), teaching.alone(cap, without)
     spent = {stage: teaching.trained(recipe, stage)[0] for stage in SHARES}
-    passes = teaching.trained(recipe, "contrast")[1]
+    passes = teaching.trained(recipe, list(SHARES)[-1])[1]
     spent_alone = teaching.trained(alone, ALONE)[0]
     report, beside = (Pipeline(found, teaching.root).everything() for found in (recipe, alone))
     student = next(model for model in report["models"] if model["name"] == "contrast")
