@@ -130,7 +130,8 @@ def plan(teaching: Teaching) -> tuple[int, dict[str, int], int]:
     seconds = 60 * given.minutes
     texts = TEACHER_SHARE * seconds * facts["encoded_texts"] / facts["seconds"]["encode"]
     rows = sources_of(given.corpus, PROBE_ROWS)[1]
-    cap = max(cap for cap in range(PROBE_ROWS, max(rows) + 1, 100) if 2 * sum(min(cap, n) for n in rows) <= texts)
+    caps = range(PROBE_ROWS, max(rows) + 1, 100)  # few minutes may not do for more than the probe's
+    cap = max((cap for cap in caps if 2 * sum(min(cap, n) for n in rows) <= texts), default=PROBE_ROWS)
     left = (1 - TEACHER_SHARE) * seconds * PROBE_STEPS
     each = {"vectors": first, "contrast": second}
     steps = {stage: max(PROBE_STEPS + 1, round(SHARES[stage] * left / each[stage])) for stage in SHARES}
