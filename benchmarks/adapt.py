@@ -86,7 +86,7 @@ class Adapting:
     def find_steps(self, stage: str) -> None:
         """How many steps of a stage fit into its share of the minutes, by a probe of some."""
         probe = self.pipeline(**{stage: PROBE_STEPS})
-        measured = (*probe.graph.evaluations.values(), *probe.graph.speeds.values())
+        measured = probe.graph.measurements
         for made in (one for one in probe.graph.stages() if one not in measured):
             probe.stage(made)
             if made is probe.graph.model(stage).stage:

@@ -1,7 +1,7 @@
 """The encoder: token lists in, one vector each out, with little or no padding.
 
 Training, evaluation, the teacher, bulk embedding and serving all come through `encode`.
-Shapes: n texts, t tokens of the longest text of a pass, d hidden size.
+Shapes: n texts, t tokens of the longest text of a pass, T places of it, d hidden size, or what a map makes of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
 from f2llm_ray.engine.pooling import Places, pool
+from f2llm_ray.model.dense import dense_of, vector_dims
 from f2llm_ray.model.families import Pooling, family_of
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def encode(
     on its text alone.
     """
     if not tokens:
-        return torch.zeros(0, backbone.config.hidden_size, device=backbone.device)
+        return torch.zeros(0, vector_dims(backbone), device=backbone.device)
     passes = passes_of(backbone, tokens, tokens_per_pass)
     vectors = [encode_pass(backbone, [tokens[index] for index in indices], pooling) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
@@ -90,7 +91,17 @@ def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Po
     """The vectors [n, d] of the texts of one pass: packed into one row, or padded on the right."""
     places = places_of(backbone, tokens)
     hidden = (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens, places)
-    return pool(hidden.flatten(0, 1), places, pooling)
+    return vectors_of(backbone, hidden.flatten(0, 1), places, pooling)
+
+
+def vectors_of(
+    backbone: PreTrainedModel, hidden_Td: torch.Tensor, places: Places, pooling: Pooling
+) -> torch.Tensor:
+    """The vectors of the texts of a pass from its last hidden states: pooled, and mapped where there is a map."""
+    pooled_nd = pool(hidden_Td, places, pooling)
+    dense = dense_of(backbone)
+    mapped: torch.Tensor = pooled_nd if dense is None else dense(pooled_nd)
+    return mapped
 
 
 def places_of(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> Places:

@@ -83,11 +83,19 @@ class VectorWriter:
             RunError: a key that has no tokens, or a text whose vector is not finite in float16.
         """
         started = time.perf_counter()
-        tokens = [cut(ids, self.engine.info.max_tokens) for ids in self.store.lookup(keys_n2)]
-        vectors_nd = halves(self._vectors(tokens), keys_n2, f"{folder.uri}/{name}: {self.engine.info.name}")
+        vectors_nd, count = self.encode(keys_n2, f"{folder.uri}/{name}")
         folder.write_array(name, vectors_nd)
-        count = sum(map(len, tokens))
-        return {"texts": len(tokens), "tokens": count, "seconds": time.perf_counter() - started}
+        return {"texts": len(keys_n2), "tokens": count, "seconds": time.perf_counter() - started}
+
+    def encode(self, keys_n2: Keys, place: str) -> tuple[Halves, int]:
+        """The vectors [n, dim] of the texts of these keys, and how many tokens they have.
+
+        Raises:
+            RunError: as `write`; the message names the place.
+        """
+        tokens = [cut(ids, self.engine.info.max_tokens) for ids in self.store.lookup(keys_n2)]
+        vectors_nd = halves(self._vectors(tokens), keys_n2, f"{place}: {self.engine.info.name}")
+        return vectors_nd, sum(map(len, tokens))
 
     def _vectors(self, tokens: list[Tokens]) -> Floats:
         import torch

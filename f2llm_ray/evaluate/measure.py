@@ -5,16 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.engine.other_models import on_disk, open_folder
 from f2llm_ray.evaluate.metrics.scores import LanguageGroups, Measured, columns, dims_of, rounded
 from f2llm_ray.evaluate.tasks.registry import main_metric, read_task
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.evaluate.vectors import Embedder, as_queries, evenly_drawn
+from f2llm_ray.model.checkpoint import load_info
 from f2llm_ray.run.folder import Folder
 
 QUERIES = 50
@@ -99,6 +102,43 @@ def measure_folder(
         encoder = open_folder(path)
         results = measure(encoder, sets, divisors, out)
     return {"results": results, "seconds": round(time.time() - started, 2)}
+
+
+def measure_mixed(
+    model: Folder, teacher: Folder, found: Folder, divisors: Sequence[int], document: str | None, out: Folder
+) -> dict[str, Any]:
+    """The queries of a model against the passages of its teacher on a retrieval set, inside a Ray task.
+
+    Args:
+        model: folder of the model that embeds the queries.
+        teacher: folder of the one in whose space it ends.
+        found: folder of the set.
+        divisors: as in `measure`.
+        document: what the teacher's passages start with; what its folder says when unset.
+        out: gets units.parquet, a row per query.
+
+    Returns:
+        `TaskScores`.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    with model.as_local() as path, teacher.as_local() as other:
+        encoder = open_folder(path)
+        measured = RetrievalSet.read(found).measure_mixed(encoder, _as_taught(other), divisors, document)
+    out.write_table("units.parquet", [measured.units], measured.units.schema)
+    return dict(measured.scores)
+
+
+def _as_taught(folder: Path) -> Embedder:
+    """A teacher as it taught: by the engine where that can run it, else by sentence-transformers."""
+    from f2llm_ray.engine.engine import Engine
+
+    try:
+        load_info(folder)
+    except RunError:
+        return open_folder(folder)
+    return Engine(folder)
 
 
 def query_ms_of(model: Folder, found: Folder) -> float:

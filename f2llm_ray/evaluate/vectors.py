@@ -111,6 +111,18 @@ def embed_distinct(encoder: Embedder, texts: Sequence[str]) -> DistinctVectors:
     return DistinctVectors(vectors_ud, row_of, tokens)
 
 
+def joined(first: DistinctVectors, second: DistinctVectors, *names: str) -> DistinctVectors:
+    """The vectors of two models, the second one's after the first one's; rows are found in each by itself.
+
+    Raises:
+        RunError: they have different dims; the message calls the models by the names.
+    """
+    dims = [vectors.vectors_ud.shape[1] for vectors in (first, second)]
+    if dims[0] != dims[1]:
+        raise RunError(f"{names[0]}: its vectors have {dims[0]} dims, those of {names[1]} {dims[1]}")
+    return DistinctVectors(np.concatenate([first.vectors_ud, second.vectors_ud]), {}, first.tokens + second.tokens)
+
+
 def cosines(vectors_ud: Vectors, a_n: Ints, b_n: Ints) -> np.ndarray:
     """Cosines [n] of pairs of unit vectors, given by their rows, at most `TEXTS_PER_CALL` pairs at a time."""
     found = []

@@ -23,6 +23,7 @@ from f2llm_ray.export import gguf_file, onnx_file, openvino_file
 from f2llm_ray.export.golden import Golden, check_tokens, make_golden
 from f2llm_ray.export.source import Source
 from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info
+from f2llm_ray.model.dense import WEIGHTS_FILE
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.run.folder import Folder
 
@@ -192,7 +193,7 @@ def _copy_texts_side(model: Path, folder: Path) -> None:
     if outside:
         raise RunError(f"{model / MODULES_FILE}: found path {outside[0]!r}, expected a folder beside it")
     names = [path.name for path in model.glob("*.json") if not path.name.endswith(".index.json")]
-    names += [f"{place}/{CONFIG_FILE}" for place in places] + ["README.md"]
+    names += [f"{place}/{name}" for place in places for name in (CONFIG_FILE, WEIGHTS_FILE)] + ["README.md"]
     for name in (*places, *names):
         if (model / name).is_dir():
             (folder / name).mkdir()

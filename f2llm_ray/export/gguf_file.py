@@ -18,8 +18,8 @@ import numpy as np
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, load_tokenizer, template_of
-from f2llm_ray.model.checkpoint import ModelInfo
-from f2llm_ray.model.described import CONFIG_FILE
+from f2llm_ray.model.checkpoint import ModelInfo, has_dense
+from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.model.families import Pooling, kv_heads
 from f2llm_ray.run.folder import Folder
 
@@ -52,6 +52,10 @@ def refuse(model: Path, info: ModelInfo) -> None:
     if kind not in FAMILIES:
         raise RunError(
             f"{path}: model_type {kind!r} cannot be written as GGUF here; expected {' or '.join(FAMILIES)}"
+        )
+    if has_dense(Folder.at(str(model))):
+        raise RunError(
+            f"{model / MODULES_FILE}: a Dense module cannot be written as GGUF here; expected a model without"
         )
     for flag in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if config.get(flag):

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.model.dense import dense_of
 from f2llm_ray.model.families import Pooling, family_of
 from f2llm_ray.model.int8 import is_quantized
 
@@ -47,7 +48,7 @@ def export_backbone(model: Path) -> PreTrainedModel:
 
 
 class Graph(nn.Module):
-    """Ids and mask [n, t] in, hidden states [n, t, d] and unit vectors [n, d] out."""
+    """Ids and mask [n, t] in, hidden states [n, t, d] and unit vectors [n, d], or of a map's dims, out."""
 
     def __init__(self, backbone: PreTrainedModel, pooling: Pooling) -> None:
         super().__init__()
@@ -72,6 +73,8 @@ class Graph(nn.Module):
         weight_nt = weight_nt.to(hidden_ntd.dtype)
         weight_nt = weight_nt / weight_nt.sum(1, keepdim=True).clamp_min(1)
         vectors_nd = (weight_nt[:, None] @ hidden_ntd)[:, 0]
+        dense = dense_of(self.backbone)
+        vectors_nd = vectors_nd if dense is None else dense(vectors_nd)
         return hidden_ntd, normalize(vectors_nd, dim=-1)
 
     def _bias(self, mask_nt: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:

@@ -6,16 +6,14 @@ bare checkpoint says nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.model.checkpoint import INFO_FILE, check_family, load_info
-from f2llm_ray.model.described import described
+from f2llm_ray.model.described import described, read_stock
 from f2llm_ray.model.families import Part, Pooling, family_of
 from f2llm_ray.run.folder import Folder
 
@@ -56,20 +54,7 @@ def brought_by(path: str) -> Brought:
         prompts = info.prompts
         query = "" if info.instructions else prompts.get("query", "")
         return replace(bare, pooling=info.pooling, query=query, document=prompts.get("document", ""))
-    said = described(partial(_read, path), path)
+    said = described(partial(read_stock, path), path)
     if said is None:
         return bare
     return replace(bare, pooling=said.pooling, query=said.query, document=said.document)
-
-
-def _read(path: str, name: str) -> Any:
-    """A JSON file of a model, downloaded where it is on the hub; None where the model has none."""
-    from transformers.utils.hub import cached_file
-
-    found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    if found is None:
-        return None
-    try:
-        return json.loads(Path(found).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}/{name}: not JSON: {error}") from None

@@ -7,13 +7,24 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.tokenizer import save_tokenizer, template_of
-from f2llm_ray.model.described import CONFIG_FILE, FLAG, MODULES_FILE, OTHER_FLAGS, POOLING_FLAGS, described
+from f2llm_ray.model.dense import KIND, WEIGHTS_FILE, dense_among, parts_of, put_dense, read_linear, write_dense
+from f2llm_ray.model.described import (
+    CONFIG_FILE,
+    FLAG,
+    MODULES_FILE,
+    OTHER_FLAGS,
+    POOLING_FLAGS,
+    described,
+    read_stock,
+    stock_file,
+)
 from f2llm_ray.model.families import POOLINGS, Pooling, family_of, without_dropout
 from f2llm_ray.model.stock_files import mend_config
 from f2llm_ray.run.folder import Folder
@@ -33,12 +44,22 @@ SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
+class Space:
+    """The space of another model that a model was taught to end in: its queries may search that one's passages."""
+
+    model: str
+    """The other model's name."""
+    checksum: str
+    """Its `fingerprint`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """What a model folder says beyond its Hugging Face config."""
 
     name: str
     dims: tuple[int, ...]
-    """The matryoshka dims it was trained for, smallest first; the last one is the hidden size."""
+    """The matryoshka dims it was trained for, smallest first; the last one is the length of its vectors."""
     max_tokens: int
     """Longest text it was trained on, EOS included."""
     prompts: dict[str, str]
@@ -47,6 +68,7 @@ class ModelInfo:
     instructions: bool
     """Whether it was trained with an instruction before queries (`schema.query_text`)."""
     pooling: Pooling = "last"
+    space: Space | None = None
 
 
 def matryoshka_dims(hidden: int, smallest: int = 8) -> tuple[int, ...]:
@@ -66,22 +88,24 @@ def save_model(
     """Writes a stock config, safetensors, tokenizer, the sentence-transformers files and our own facts.
 
     The folder is local, and made when missing; the tokenizer comes from `with_eos`. `state` has weights to write
-    in place of the backbone's own (gathered from ZeRO shards).
+    in place of the backbone's own (gathered from ZeRO shards). A map after pooling (`model.dense`) is a module.
     """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar per file of a model that loads in a second only hides our own lines
     folder.mkdir(parents=True, exist_ok=True)
-    backbone.save_pretrained(folder, state_dict=state)
+    own, dense = parts_of(backbone.state_dict() if state is None else state)
+    backbone.save_pretrained(folder, state_dict=own)
     save_tokenizer(folder, tokenizer, info.max_tokens, pad=pad_token(backbone.config, tokenizer))
     causal = family_of(backbone.config).causal
     mend_config(folder / CONFIG_FILE, info.dims, template_of(tokenizer)[1] if causal else None)
+    kinds = ["Transformer", "Pooling", *(["Dense"] if dense else []), "Normalize"]
+    paths = ["", *(f"{place}_{kind}" for place, kind in enumerate(kinds[1:], start=1))]
     files: dict[str, Any] = {
-        INFO_FILE: asdict(info),
-        "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        INFO_FILE: {name: fact for name, fact in asdict(info).items() if fact is not None},
+        MODULES_FILE: [
+            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for place, (kind, path) in enumerate(zip(kinds, paths, strict=True))
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": backbone.config.hidden_size,
@@ -89,7 +113,8 @@ def save_model(
             **{f"{FLAG}{name}": False for name in OTHER_FLAGS},
             "include_prompt": True,
         },
-        "2_Normalize/config.json": {},
+        **({f"{paths[2]}/{CONFIG_FILE}": write_dense(folder / paths[2], dense)} if dense else {}),
+        f"{paths[-1]}/{CONFIG_FILE}": {},
         "sentence_bert_config.json": {"max_seq_length": info.max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": {"document": "", **info.prompts},
@@ -115,7 +140,8 @@ def load_info(folder: Folder | Path) -> ModelInfo:
     facts = place.read_json(INFO_FILE)
     try:
         prompts = {**facts["prompts"], "document": facts["prompts"].get("document", "")}
-        info = ModelInfo(**{**facts, "dims": tuple(facts["dims"]), "prompts": prompts})
+        space = None if facts.get("space") is None else Space(**facts["space"])
+        info = ModelInfo(**{**facts, "dims": tuple(facts["dims"]), "prompts": prompts, "space": space})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{place.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
     if info.pooling not in POOLINGS:
@@ -124,6 +150,12 @@ def load_info(folder: Folder | Path) -> ModelInfo:
         )
     check_family(place)
     return info
+
+
+def has_dense(folder: Folder) -> bool:
+    """Whether a model folder lists a Dense module."""
+    modules = folder.read_json(MODULES_FILE) if folder.exists(MODULES_FILE) else []
+    return any(str(entry["type"]).endswith(f".{KIND}") for entry in modules)
 
 
 def _described_info(folder: Folder) -> ModelInfo:
@@ -138,7 +170,7 @@ def _described_info(folder: Folder) -> ModelInfo:
         raise RunError(f"{folder.uri}/{CONFIG_FILE}: found no hidden_size, or no length of the longest text")
     return ModelInfo(
         name=folder.path.rpartition("/")[2],
-        dims=(config["hidden_size"],),
+        dims=(config["hidden_size"] if said.dense is None else said.dense.outputs,),
         max_tokens=longest,
         prompts={"query": said.query, "document": said.document},
         instructions=False,
@@ -184,7 +216,8 @@ def pad_token(config: PreTrainedConfig, tokenizer: Tokenizer) -> str | None:
 def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The backbone of a model folder (or any local Hugging Face checkpoint), in float32 by default.
 
-    It has no dropout (`families.without_dropout`). Int8 weights stay int8, whatever the dtype (`model.int8`).
+    A map after pooling is part of it (`model.dense`). It has no dropout (`families.without_dropout`).
+    Int8 weights stay int8, whatever the dtype (`model.int8`).
 
     Raises:
         RunError: no config or no safetensors weights there, some are missing, or the family is not known here.
@@ -217,7 +250,25 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     missing = sorted(found["missing_keys"])
     if missing:
         raise RunError(f"{folder}: {len(missing)} weights are not there, such as {missing[0]}")
+    _load_dense(str(folder), backbone)
     return without_dropout(backbone)
+
+
+def _load_dense(folder: str, backbone: PreTrainedModel) -> None:
+    """Puts the map after pooling into a backbone, where its folder has one."""
+    modules = read_stock(folder, MODULES_FILE)
+    said = dense_among(modules or [], partial(read_stock, folder), folder, (MODULES_FILE, CONFIG_FILE))
+    if said is None:
+        return
+    if said.inputs != backbone.config.hidden_size:
+        raise RunError(
+            f"{folder}/{said.path}/{CONFIG_FILE}: found in_features {said.inputs}, expected the hidden size, "
+            f"{backbone.config.hidden_size}"
+        )
+    path = stock_file(folder, said.weights)
+    if path is None:
+        raise RunError(f"{folder}/{said.weights}: not there; expected the weights of the Dense module")
+    put_dense(backbone, read_linear(said, path, backbone.dtype))
 
 
 @contextmanager
@@ -239,7 +290,10 @@ def fingerprint(model: Folder) -> str:
     Neither its folder's place counts nor what is measured of it afterwards, its calibration.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for name in (*model.files(".json"), *model.files(".safetensors")):
+    modules = model.read_json(MODULES_FILE) if model.exists(MODULES_FILE) else []
+    parts = [f"{entry['path']}/{WEIGHTS_FILE}" for entry in modules if entry.get("path")]
+    inside = [name for name in parts if model.exists(name)]
+    for name in (*model.files(".json"), *model.files(".safetensors"), *inside):
         with model.filesystem.open_input_file(f"{model.path}/{name}") as file:
             size = file.size()
             digest.update(f"{name} {size} ".encode())

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.model.dense import PREFIX, put_dense
 from f2llm_ray.model.families import family_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool) -> None:
         super().__init__()
+        self.out_features = outputs
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=torch.int8), requires_grad=False)
         self.register_buffer("scale", torch.zeros(outputs))
         self.bias = nn.Parameter(torch.zeros(outputs), requires_grad=False) if bias else None
@@ -111,6 +113,9 @@ def load_quantized(folder: Path) -> PreTrainedModel:
         raise RunError(f"{folder}: cannot be loaded as a model with int8 weights: {error}") from None
     family = family_of(config, str(folder))
     backbone = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False, **family.options)
+    if f"{PREFIX}weight" in state:
+        outputs, inputs = state[f"{PREFIX}weight"].shape
+        put_dense(backbone, nn.Linear(inputs, outputs, bias=f"{PREFIX}bias" in state))
     small: PreTrainedModel = _with_int8_layers(backbone, embeddings=f"{family.embeddings}.scale" in state)
     try:
         small.load_state_dict(state)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.model.dense import dense_of, put_dense
 from f2llm_ray.model.families import Axis, Family, Part, axis_sizes, check_cut, family_of, kv_heads
 
 if TYPE_CHECKING:
@@ -106,7 +107,22 @@ def prune(backbone: PreTrainedModel, kept: Kept) -> PreTrainedModel:
         if layer is not None:
             source = name.replace(f"{family.layers}.{layer}.", f"{family.layers}.{kept.layers[layer]}.", 1)
         target.copy_(_cut(old[source], name, family, _places(parent, kept, layer), scale))
+    dense = dense_of(backbone)
+    if dense is not None:  # the last norm gives the channels that stay as the parent's would be with the others 0
+        put_dense(small, _fewer_inputs(dense, kept.hidden))
     return small
+
+
+def _fewer_inputs(dense: torch.nn.Module, kept: tuple[int, ...]) -> torch.nn.Linear:
+    """The map after pooling from the channels that stay, to as many dims."""
+    weight, bias = dense.get_parameter("weight"), getattr(dense, "bias", None)
+    linear = torch.nn.Linear(
+        len(kept), len(weight), bias=bias is not None, dtype=weight.dtype, device=weight.device
+    )
+    linear.weight.copy_(weight[:, torch.tensor(kept, device=weight.device)])
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear
 
 
 def _parts_cut(parent: PreTrainedConfig, kept: Kept) -> list[Part]:

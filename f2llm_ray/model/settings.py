@@ -74,6 +74,9 @@ class Backbone(Section):
     """Hub name or local folder of a checkpoint, of a family in `model/families.py`: bare, of
     sentence-transformers, or a model folder of ours."""
     shape: Shape | None = None
+    embeddings_from: Content[str | None] = None
+    """Folder of a model, such as the teacher, whose input embeddings a model of `shape` starts from, cut to its
+    hidden size by their main directions. The run's tokenizer is that model's (`tokenizer.path`)."""
     pooling: Output[Pooling | None] = None
     """How a vector comes of a text's tokens: the last one, their mean, or the first one ("cls"). The backbone's
     own where unset, else that of its family: last for decoders, mean for encoders."""
@@ -88,6 +91,8 @@ class Backbone(Section):
     def _one_of(self) -> Backbone:
         if (self.path is None) == (self.shape is None):
             raise ValueError("set exactly one of path and shape")
+        if self.embeddings_from is not None and self.shape is None:
+            raise ValueError("embeddings_from: a model of path has its own embeddings; expected shape beside it")
         return self
 
 

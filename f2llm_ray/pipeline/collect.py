@@ -144,8 +144,19 @@ def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict
         "languages": {name: result["languages"] for name, result in results.items()},
         "types": {name: result["types"] for name, result in results.items() if result.get("types")},
         **({"clean": {name: scores for name, scores in clean.items() if scores}} if any(clean.values()) else {}),
+        **_mixed(graph, run, model.name),
         **({} if speed is None else {"query_ms": speed["query_ms"]}),
     }
+
+
+def _mixed(graph: Graph, run: Run, model: str) -> dict[str, Any]:
+    """Scores of a model's queries against the passages of the teacher in whose space it ends, where measured."""
+    found = {name: mixed for (other, name), mixed in graph.mixed.items() if other == model}
+    done = {name: manifest for name, mixed in found.items() if (manifest := run.manifest(mixed.stage)) is not None}
+    if not done:
+        return {}
+    scores = {name: manifest["result"]["scores"] for name, manifest in done.items()}
+    return {"mixed": {"teacher": next(iter(found.values())).teacher, "scores": scores}}
 
 
 def _clean(graph: Graph, run: Run, model: str, name: str) -> dict[str, float]:

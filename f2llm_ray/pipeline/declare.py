@@ -11,17 +11,18 @@ from functools import partial
 from typing import Any
 
 from f2llm_ray.evaluate.bm25 import K1, B
-from f2llm_ray.evaluate.settings import BM25
+from f2llm_ray.evaluate.settings import BM25, baseline_name
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.baselines import baseline_files
 from f2llm_ray.pipeline.data_stages import DataStages
-from f2llm_ray.pipeline.graph import Graph, Model
+from f2llm_ray.pipeline.graph import Graph, Mixed, Model
 from f2llm_ray.pipeline.model_stages import ModelStages
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Stage
+from f2llm_ray.train.settings import Distill
 
 
 def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
@@ -48,6 +49,7 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
         overlaps=data.overlaps,
         evaluations=_evaluations(recipe, inputs, models.models, data.sets),
         speeds=_speeds(recipe, run, models.models, data.sets),
+        mixed=_mixed(recipe, run, models, data.sets),
     )
 
 
@@ -74,6 +76,47 @@ def _evaluations(
 
 def _evaluation(model: str, name: str, settings: dict[str, Any], parents: Mapping[str, Stage]) -> Stage:
     return Stage(name=f"evaluate-{model}-{name}", job=jobs.EVALUATE, settings=settings, parents=parents)
+
+
+def _mixed(recipe: Recipe, run: Run, made: ModelStages, sets: Mapping[str, Stage]) -> dict[tuple[str, str], Mixed]:
+    """Of each model that ends in the space of a teacher which is a model too, on each retrieval set."""
+    found, retrieval = {}, {name for name, of in recipe.evaluation.sets.items() if of.kind == RetrievalSet.kind}
+    for name, model in made.models.items():
+        step = joined_by(recipe, made.models, name)
+        if step is None or not step.teaches_by_model:
+            continue
+        parents = {"model": model.stage}
+        inputs, seen = made.teacher(f"mixed-{name}", step, parents)
+        for of_set in (of_set for of_set in sets if of_set in retrieval):
+            settings = {"divisors": list(recipe.evaluation.divisors), "document": step.teacher_prompts.document}
+            stage = Stage(
+                name=f"mixed-{name}-{of_set}",
+                job=jobs.EVALUATE,
+                settings=settings,
+                inputs=inputs,
+                places=seen,
+                parents={**parents, "set": sets[of_set]},
+                work=partial(
+                    work.measure_mixed,
+                    run.folder(model.stage) / "model",
+                    made.folder_of(step.teacher),
+                    run.folder(sets[of_set]),
+                    divisors=recipe.evaluation.divisors,
+                    document=step.teacher_prompts.document,
+                    compute=recipe.compute,
+                ),
+            )
+            teacher = step.teacher if step.teacher in made.models else baseline_name(step.teacher)
+            found[name, of_set] = Mixed(teacher, stage)
+    return found
+
+
+def joined_by(recipe: Recipe, models: Mapping[str, Model], name: str) -> Distill | None:
+    """The step after which a model ends in its teacher's space: its own, or that of the one it is a copy of."""
+    step, parent = recipe.steps().get(name), models[name].made_from
+    if step is None:  # merged checkpoints, or int8 weights
+        return None if parent is None else joined_by(recipe, models, parent)
+    return step if isinstance(step, Distill) and step.joins_teacher else None
 
 
 def _speeds(recipe: Recipe, run: Run, models: Mapping[str, Model], sets: Mapping[str, Stage]) -> dict[str, Stage]:

@@ -30,6 +30,15 @@ class Model:
     """The sources that it, or a model that it is made from, was trained on, in the recipe's order."""
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """A measurement of a model's queries against another model's passages."""
+
+    teacher: str
+    """The other model, as reports call it."""
+    stage: Stage
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """All stages of a recipe in a root."""
@@ -47,12 +56,21 @@ class Graph:
     """By set, and the name of a model of the run, of a baseline, or `BM25`."""
     speeds: dict[str, Stage]
     """By model: how long it takes for a query."""
+    mixed: dict[tuple[str, str], Mixed]
+    """By model that ends in a teacher's space, and retrieval set: its queries against the teacher's passages."""
 
     def stages(self) -> list[Stage]:
         """All stages, each after those that it needs."""
         ends = (self.prepare, *(model.stage for model in self.models.values()))
         ends = (*ends, *self.overlaps.values(), *self.evaluations.values(), *self.speeds.values())
+        ends = (*ends, *(found.stage for found in self.mixed.values()))
         return list({found.folder_name: found for end in ends for found in (*end.before(), end)}.values())
+
+    @property
+    def measurements(self) -> set[Stage]:
+        """The stages that measure models, which no other stage needs."""
+        mixed = {found.stage for found in self.mixed.values()}
+        return {*self.evaluations.values(), *self.speeds.values(), *mixed}
 
     def of_job(self, job: str) -> list[Stage]:
         """The stages that a job makes, in their order.

@@ -21,7 +21,7 @@ from f2llm_ray.recipe.recipe import INT8, KEPT, MERGED, UNTRAINED, Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, Inputs, digests, model_inputs
 from f2llm_ray.run.root import Run
-from f2llm_ray.run.stage import Facts, Stage
+from f2llm_ray.run.stage import Facts, Stage, short_hash
 from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
 from f2llm_ray.train.training import Training
 from f2llm_ray.train.vector_table import table_files
@@ -37,6 +37,8 @@ class ModelStages:
         self.sets, self.prepare = data.sets, data.prepare
         self.models: dict[str, Model] = {}
         self.mined: Stage | None = None
+        self.taught: dict[str, Stage] = {}
+        """The last stage of each teacher's vectors, by all that they depend on but the texts."""
         self._model(UNTRAINED, "untrained", None, (), self._untrained())
         parents = recipe.made_from()
         for name, step in recipe.steps().items():
@@ -76,7 +78,7 @@ class ModelStages:
 
         return run
 
-    def _folder_of(self, model: str) -> Folder:
+    def folder_of(self, model: str) -> Folder:
         """The model folder of a model of the run, or the one at a path."""
         known = self.models.get(model)
         return Folder.at(model) if known is None else self.run.folder(known.stage) / "model"
@@ -87,7 +89,12 @@ class ModelStages:
     def _untrained(self) -> Stage:
         recipe, path = self.recipe, self.recipe.backbone.path
         sought = {} if path is None else {"backbone": Sought(path, partial(_model_files, "backbone.path", path))}
+        table = recipe.backbone.embeddings_from
+        if table is not None:
+            sought["embeddings"] = Sought(table, partial(_model_files, "backbone.embeddings_from", table))
         inputs, backbone = self.inputs.find(UNTRAINED, sought), recipe.backbone
+        if table is not None:
+            backbone = backbone.model_copy(update={"embeddings_from": Folder.at(table).uri})
         if path is not None and not inputs["backbone"][0].uri.startswith("hub:"):
             backbone = backbone.model_copy(update={"path": Folder.at(path).uri})  # workers stand in other folders
         return Stage(
@@ -130,7 +137,7 @@ class ModelStages:
         def mine(out: Folder) -> Facts:
             from f2llm_ray.mine.mine import mine
 
-            prepared, model = self.run.folder(self.prepare), self._folder_of(settings.model)
+            prepared, model = self.run.folder(self.prepare), self.folder_of(settings.model)
             facts = mine(sources, settings, self.recipe.compute, prepared=prepared, model=model, out=out)
             return {"mining": facts}
 
@@ -178,7 +185,7 @@ class ModelStages:
         sought: dict[str, Sought] = {}
         teacher: Folder | None = None
         if isinstance(step, Distill) and step.uses_teacher and step.teacher_vectors == "online":
-            teacher = self._folder_of(step.teacher)
+            teacher = self.folder_of(step.teacher)
             sought = self._teacher(step, parents)
         inputs = self.inputs.find(name, sought)
         paced = (
@@ -188,6 +195,8 @@ class ModelStages:
             parents["pace"] = paced
         if isinstance(step, Distill) and step.uses_teacher and step.teacher_vectors == "cached":
             parents["taught"] = self._taught(name, parent, step, paced)
+        joins = isinstance(step, Distill) and step.joins_teacher and step.teaches_by_model
+        joined = self.folder_of(step.teacher) if isinstance(step, Distill) and joins else None
         training = self._training(name, step)
         measured = tuple(self.sets.values()) if training.sets else ()
 
@@ -202,6 +211,7 @@ class ModelStages:
                 student=folders["student"] / "model",
                 teacher=teacher,
                 taught=folders.get("taught"),
+                joined=joined,
                 out=out,
             )
             return facts if paced is None else {**facts, "pace": self._pace_of(paced)}
@@ -270,6 +280,11 @@ class ModelStages:
             return {}
         return {"teacher": Sought(step.teacher, partial(_teacher_files, step))}
 
+    def teacher(self, name: str, step: Distill, parents: dict[str, Stage]) -> tuple[Inputs, dict[str, list[str]]]:
+        """The files of a teacher from outside the run as inputs of a stage; one of the run becomes a parent."""
+        sought = self._teacher(step, parents)
+        return self.inputs.find(name, sought), places(sought)
+
     def _taught(self, name: str, parent: Model, step: Distill, paced: Stage | None) -> Stage:
         parents = {"prepared": self.prepare}
         if paced is not None:
@@ -280,8 +295,10 @@ class ModelStages:
         settings = self._training_settings(step, lambda effect: effect.batches)
         # How wide the student is decides how many of the teacher's dims are kept, where only those count.
         settings["dims"] = self._width(parent) if step.teacher_is_cut else None
+        read = [step.teacher, step.teacher_prompts.model_dump(), step.instructions, settings["dims"]]
+        earlier = self.taught.get(short_hash(read))
         recipe, training = self.recipe, self._training(name, step)
-        teacher = self._folder_of(step.teacher) if step.teaches_by_model else step.teacher
+        teacher = self.folder_of(step.teacher) if step.teaches_by_model else step.teacher
 
         def teach(out: Folder) -> Facts:
             from f2llm_ray.train.teacher import teach
@@ -297,20 +314,23 @@ class ModelStages:
                     instructions={name: source.query_instruction for name, source in recipe.sources.items()},
                     max_tokens=recipe.data.max_tokens,
                     out=out,
+                    earlier=None if earlier is None else self.run.folder(earlier),
                 )
             }
 
-        return Stage(
+        stage = Stage(
             name=f"taught-{name}",
             job=jobs.TEACH,
             settings=settings,
             inputs=self.inputs.find(f"taught-{name}", sought),
             places=places(sought),
             parents=parents,
-            needs=(parent.stage,),
+            needs=(parent.stage, *(() if earlier is None else (earlier,))),
             implied=True,
             work=teach,
         )
+        self.taught[short_hash(read)] = stage
+        return stage
 
     def _width(self, model: Model) -> Any:
         """The hidden size of a model, or the backbone that it comes from where no pruning names one."""
@@ -345,7 +365,7 @@ class ModelStages:
                 parents[f"model{place}"] = self.models[model].stage
             else:
                 sought[f"model{place}"] = Sought(model, partial(_model_files, f"stages.{name}.models", model))
-        folders = [self._folder_of(model) for model in step.models]
+        folders = [self.folder_of(model) for model in step.models]
 
         def merge(out: Folder) -> Facts:
             from f2llm_ray.train.merge_models import merge_models

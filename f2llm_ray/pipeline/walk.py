@@ -17,7 +17,7 @@ from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Stage, changes
-from f2llm_ray.train.settings import is_endpoint
+from f2llm_ray.train.settings import Distill, is_endpoint
 
 REASONS = 3
 """Changes that a stage names when it starts."""
@@ -44,7 +44,7 @@ class Pipeline:
 
     def make(self) -> None:
         """Makes and evaluates every model of the recipe."""
-        last = {*self.graph.evaluations.values(), *self.graph.speeds.values()}
+        last = self.graph.measurements
         for stage in self.graph.stages():
             if stage not in last:
                 self._make(stage)
@@ -105,6 +105,17 @@ class Pipeline:
         for name, stage in self.graph.speeds.items():
             if self.run.manifest(self.graph.models[name].stage) is not None and self.run.manifest(stage) is None:
                 self.stage(stage)
+        self._mix()
+
+    def _mix(self) -> None:
+        """Measures the queries of models that end in a teacher's space against the teacher's passages."""
+        for (name, _), mixed in self.graph.mixed.items():
+            made = self.run.manifest(self.graph.models[name].stage) is not None
+            if made and self.run.manifest(mixed.stage) is None:
+                self.stage(mixed.stage)
+        for name, step in self.recipe.steps().items():
+            if isinstance(step, Distill) and step.joins_teacher and not step.teaches_by_model:
+                say(f"{name}: its queries are not measured on its teacher's passages: {step.teacher} is no model")
 
     def _measure(self, waiting: Mapping[str, Mapping[str, Stage]]) -> None:
         """Measures models, baselines and BM25 on sets: in Ray tasks, endpoints from here, where the key is."""

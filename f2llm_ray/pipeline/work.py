@@ -72,6 +72,23 @@ def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -
     return {"query_ms": on_worker(query_ms_of, model, found, compute=compute)}
 
 
+def measure_mixed(
+    model: Folder,
+    teacher: Folder,
+    found: Folder,
+    *,
+    divisors: Sequence[int],
+    document: str | None,
+    compute: Compute,
+    out: Folder,
+) -> Facts:
+    """Scores a model's queries against the passages of the teacher in whose space it ends."""
+    from f2llm_ray.evaluate.measure import measure_mixed
+
+    result = on_worker(measure_mixed, model, teacher, found, divisors, document, out, compute=compute)
+    return {"result": result}
+
+
 def measure_overlap(prepared: Folder, found: Folder, settings: Decontamination, out: Folder) -> Facts:
     """Counts the training rows that hold a text of a set, and marks the units that they contaminate."""
     from f2llm_ray.data.overlap import find_overlap
@@ -128,6 +145,8 @@ def make_untrained(
         matryoshka_dims,
         save_model,
     )
+    from f2llm_ray.model.dense import vector_dims
+    from f2llm_ray.model.embeddings import take_embeddings
     from f2llm_ray.model.int8 import is_quantized
     from f2llm_ray.model.sizes import random_backbone
 
@@ -137,6 +156,8 @@ def make_untrained(
     vocabulary = tokenizer.get_vocab_size()
     if backbone.shape is not None:
         model = random_backbone(backbone.shape, vocabulary, seed)
+        if backbone.embeddings_from is not None:
+            take_embeddings(model, backbone.embeddings_from, prepared / "tokenizer")
     else:
         if is_quantized(str(path)):
             raise RunError(
@@ -149,7 +170,7 @@ def make_untrained(
             )
     info = ModelInfo(
         name=model_name,
-        dims=matryoshka_dims(model.config.hidden_size),
+        dims=matryoshka_dims(vector_dims(model)),
         max_tokens=max_tokens,
         prompts=asdict(prompts),
         instructions=False,

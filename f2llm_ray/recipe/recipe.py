@@ -23,7 +23,7 @@ PLACES = {KEPT: "backbone.keep", PRUNED: "prune", DISTILLED: "distill"}
 MERGED, INT8 = "-merged", "-int8"
 """What the names of merged and quantized models end in, after that of the model they are made from."""
 TAKEN = {UNTRAINED, KEPT, PRUNED, DISTILLED, BM25, "prepare", "mined"}
-TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-", "pace-")
+TAKEN_STARTS = ("importance-", "taught-", "set-", "overlap-", "evaluate-", "speed-", "pace-", "mixed-")
 """Names of stages that make no model."""
 
 

@@ -16,7 +16,7 @@ from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.data.language import shortest
-from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, load_info
+from f2llm_ray.model.checkpoint import INFO_FILE, ModelInfo, has_dense, load_info
 from f2llm_ray.report.languages import named
 from f2llm_ray.report.page import render_page
 from f2llm_ray.report.read_scores import (
@@ -29,6 +29,7 @@ from f2llm_ray.report.read_scores import (
     interval,
     main_metric,
     metrics_of,
+    mixed_entry,
     served_of,
     sets_of,
     source_cells,
@@ -54,7 +55,7 @@ def write_cards(root: Folder, report: RunReport) -> None:
     for model in report.get("models") or []:
         folder = root / str(model.get("folder"))
         if model.get("folder") and folder.exists(INFO_FILE):
-            card = model_card(report, model, load_info(folder))
+            card = model_card(report, model, load_info(folder), mapped=has_dense(folder))
             folder.write_bytes(CARD, card.encode("utf-8"))
 
 
@@ -75,13 +76,21 @@ def read_card(path: Path) -> ModelCard:
     return card
 
 
-def model_card(report: RunReport, model: ModelEntry, info: ModelInfo) -> str:
-    """The text of a model's card, from its entry in the report of its run and the facts of its folder."""
+def model_card(report: RunReport, model: ModelEntry, info: ModelInfo, *, mapped: bool = False) -> str:
+    """The text of a model's card, from its entry in the report of its run and the facts of its folder.
+
+    Args:
+        report: of the run.
+        model: its entry.
+        info: the facts of its folder.
+        mapped: whether a linear map follows its pooling, which transformers alone does not load.
+    """
     sources = report.get("sources") or {}
     return render_page(
         "model_card.md.jinja",
         front=front_matter(report, model, info).to_yaml(),
         info=info,
+        mapped=mapped,
         report=report,
         model=model,
         placeholder=PLACEHOLDER,
@@ -138,9 +147,16 @@ def front_matter(report: RunReport, model: ModelEntry, info: ModelInfo) -> Model
 
 
 def _scored(report: RunReport, model: ModelEntry, name: str) -> Iterator[tuple[str, int, Metrics]]:
-    """Whose score, dim and metrics on a set: the model's at every dim, then BM25's and the baselines'."""
+    """Whose score, dim and metrics on a set.
+
+    The model's at every dim, that of its queries among its teacher's passages, then BM25's and the baselines'.
+    """
     for dim, facts in by_dim(model, name).items():
         yield "this model", dim, facts
+    mixed = mixed_entry(model, "its queries")
+    if mixed is not None:
+        for dim, facts in list(by_dim(mixed, name).items())[:1]:
+            yield str(mixed["name"]), dim, facts
     for entry in report.get("baselines") or []:
         for dim, facts in list(by_dim(entry, name).items())[:1]:
             yield str(entry.get("name")), dim, facts

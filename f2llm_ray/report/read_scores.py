@@ -101,6 +101,31 @@ def main_metric(models: Iterable[ModelEntry], name: str) -> str:
     return metrics_of(models, name)[0]
 
 
+def mixed_entry(model: ModelEntry, whose: str = "") -> ModelEntry | None:
+    """What is shown of a model's queries against its teacher's passages; None where that was not measured.
+
+    Args:
+        model: its entry.
+        whose: what the model is called; "queries of NAME" when unset.
+    """
+    mixed = model.get("mixed")
+    if not mixed:
+        return None
+    asked = whose or f"queries of {model.get('name')}"
+    return {"name": f"{asked}, passages of {mixed['teacher']}", "scores": mixed["scores"]}
+
+
+def mixed_sentences(report: RunReport) -> list[str]:
+    """One sentence for each model whose queries were measured against its teacher's passages."""
+    entries = [entry for model in report.get("models") or [] if (entry := mixed_entry(model)) is not None]
+    found = []
+    for entry in entries:
+        names = sets_of([entry])
+        scores = [f"{formatting.score(at_full(entry, name))} on {name}" for name in names]
+        found.append(f"{entry['name']}: {main_metric([entry], names[0])} {formatting.listed(scores)}.")
+    return found
+
+
 def at_full(model: ModelEntry, name: str) -> float | None:
     """The main metric of a set at the largest dim."""
     return next(iter(by_dim(model, name).values()), {}).get(main_metric([model], name))

@@ -29,6 +29,7 @@ from f2llm_ray.report.read_scores import (
     main_metric,
     megabytes,
     metrics_of,
+    mixed_entry,
     reference_of,
     served_of,
     sets_of,
@@ -183,6 +184,10 @@ def _quality(report: RunReport, reference: ModelEntry | None, name: str) -> tupl
             share = formatting.share(at_full(model, name), at_full(reference, name))
             row.append(share if is_shrunk(models, model) else "")
         rows.append(row)
+        mixed = mixed_entry(model)
+        for full, scores in [] if mixed is None else list(by_dim(mixed, name).items())[:1]:
+            row = [str(mixed and mixed["name"]), formatting.count(full), *_scores_cells(models, name, scores)]
+            rows.append([*row, *([""] if clean else []), *([] if reference is None else [""])])
     return [*_scores_head(models, name), *(["clean"] if clean else [])], rows
 
 

@@ -8,7 +8,15 @@ from typing import Any
 from f2llm_ray.base import formatting
 from f2llm_ray.report.advice import advice
 from f2llm_ray.report.page import Cells
-from f2llm_ray.report.read_scores import ModelEntry, RunReport, by_dim, metrics_of, sets_of, shown
+from f2llm_ray.report.read_scores import (
+    ModelEntry,
+    RunReport,
+    by_dim,
+    metrics_of,
+    mixed_sentences,
+    sets_of,
+    shown,
+)
 from f2llm_ray.report.standing import standing_sentences
 
 TERMINAL_COLUMNS = 120
@@ -17,13 +25,14 @@ TERMINAL_COLUMNS = 120
 def terminal_table(report: RunReport) -> str:
     """One row per baseline and model: sizes, and for each set the metrics at d and the main one at smaller dims.
 
-    Below them stands in sentences where the served model is between chance, BM25 and the baselines, and the first
-    line of what the report says to try next.
+    Below them stands in sentences where the served model is between chance, BM25 and the baselines, what the
+    queries of models that end in their teacher's space find among its passages, and the first line of what the
+    report says to try next.
     Sets are side by side as long as they fit in `TERMINAL_COLUMNS`; the others follow below.
     """
     if not report.get("models"):
         return f"models: {formatting.NOT_MEASURED}"
-    models, standing = shown(report), standing_sentences(report)
+    models, standing = shown(report), [*standing_sentences(report), *mixed_sentences(report)]
     sizes = [["params", *(formatting.size(model.get("parameters")) for model in models)]]
     sizes.append(["non-emb", *(formatting.size(model.get("non_embedding_parameters")) for model in models)])
     names = [["model", *(formatting.clip(str(model.get("name")), 16) for model in models)]]

@@ -244,6 +244,14 @@ class ModelList(Body):
     data: list[ModelCard]
 
 
+class SpaceInfo(Body):
+    """A model in whose space the served one ends."""
+
+    model: str
+    checksum: str
+    """Of its facts, tokenizer and weights; that of the served model's own folder is another one."""
+
+
 class Info(Body):
     """Answer of GET /info."""
 
@@ -255,6 +263,8 @@ class Info(Body):
     prompts: dict[str, str]
     instructions: bool
     """Whether `instruction` may be given."""
+    space: SpaceInfo | None = None
+    """The other model whose index of passages this one's queries may search, where it was taught to end there."""
     max_tokens: int
     """Tokens of the longest text that is not cut, EOS included."""
     self_checked: bool

@@ -83,12 +83,14 @@ class Replica:
 
     def info(self) -> BaseModel:
         """Facts and limits, as an `api.Info`."""
+        space = self.model_info.space
         return api.Info(
             model=self.card.id,
             dims=self.model_info.dims,
             embedding_types=self.card.embedding_types,
             prompts=self.model_info.prompts,
             instructions=self.model_info.instructions,
+            space=space and api.SpaceInfo(model=space.model, checksum=space.checksum),
             max_tokens=self.card.max_tokens,
             self_checked=self.engine.calibration is not None,
             types=self.card.types,

@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine.encode import encode_pass, passes_of, places_of
-from f2llm_ray.engine.pooling import pool
+from f2llm_ray.engine.encode import encode_pass, passes_of, places_of, vectors_of
+from f2llm_ray.model.dense import parts_of
 from f2llm_ray.model.families import Pooling, axis_sizes, family_of, kv_heads
 from f2llm_ray.model.prune import Importance
 
@@ -106,7 +106,7 @@ class _Pass:
             x_ntd = layer(x_ntd, *others[1:], **keywords)
         if self.family.norm is not None:
             x_ntd = self.backbone.get_submodule(self.family.norm)(x_ntd)
-        without_nd = pool(x_ntd.flatten(0, -2), self.places, self.pooling)
+        without_nd = vectors_of(self.backbone, x_ntd.flatten(0, -2), self.places, self.pooling)
         return (1 - cosine_similarity(self.whole_nd.double(), without_nd.double(), dim=-1)).sum()
 
     def _watching(self) -> ExitStack:
@@ -166,7 +166,7 @@ def magnitude(backbone: PreTrainedModel) -> Importance:
         "kv_heads": torch.zeros(layers, groups, dtype=torch.float64),
         "layers": torch.zeros(layers, dtype=torch.float64),
     }
-    for name, value in backbone.state_dict().items():
+    for name, value in parts_of(backbone.state_dict())[0].items():
         axes = family.weight(name).axes
         square = value.double().square().cpu()
         if len(axes) == 1:

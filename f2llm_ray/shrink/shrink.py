@@ -17,6 +17,7 @@ from f2llm_ray.data.tokens.store import Tokens, TokenStore
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone, load_info, matryoshka_dims, save_model
+from f2llm_ray.model.dense import dense_of
 from f2llm_ray.model.families import family_of
 from f2llm_ray.model.prune import Kept, choose, prune
 from f2llm_ray.model.settings import Prune
@@ -80,7 +81,10 @@ def shrink(
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None
         kept, tokenizer, table = _fewer_tokens(kept, tokenizer, prepared, backbone.config.vocab_size, wanted)
     small = prune(backbone, kept)
-    named = replace(info, name=model_name, dims=matryoshka_dims(len(kept.hidden), info.dims[0]))
+    mapped = dense_of(small) is not None
+    dims = info.dims if mapped else matryoshka_dims(len(kept.hidden), info.dims[0])
+    # What pruning leaves ends near the space that its parent was taught to end in, but not in it.
+    named = replace(info, name=model_name, dims=dims, space=None)
     with (out / "model").writing() as path:
         save_model(path, small, tokenizer, named)
         if table is not None:

@@ -55,7 +55,8 @@ def work(config: dict[str, Any]) -> None:
         ):
             budget = training.settings.engine.tokens_per_pass
             teacher = teacher_of(model=job.teacher, vectors=taught, tokens_per_pass=budget)
-            loss = StageLoss(training.settings, training.sources, load_info(student).dims[-1], teacher)
+            hidden = (training.ends or load_info(student).dims)[-1]
+            loss = StageLoss(training.settings, training.sources, hidden, teacher, training.ends)
             worker = Worker(
                 job, rank, world, student=student, store=store, batches=batches, taught=taught, loss=loss
             )
@@ -88,8 +89,10 @@ class Worker:
     ) -> None:
         from f2llm_ray.data.tokens.tokenizer import load_tokenizer
         from f2llm_ray.model.checkpoint import load_backbone, load_info
+        from f2llm_ray.model.dense import end_in
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.train.objective import Student
+        from f2llm_ray.train.teacher_store import TeacherStore
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
 
         self.job, self.rank, self.world, self.loss = job, rank, world, loss
@@ -118,6 +121,11 @@ class Worker:
             )
             self.info, self.tokenizer = load_info(student), load_tokenizer(student)
             backbone = load_backbone(student)
+            if job.training.ends is not None:
+                place = f"stage {job.training.stage!r}: space: teacher"
+                end_in(
+                    backbone, job.training.ends[-1], place, None if taught is None else TeacherStore(taught).mean()
+                )
             self.flops = Flops(backbone)
             if settings.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()

@@ -56,7 +56,7 @@ def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:
 
 
 def contrastive(
-    v_nd: torch.Tensor, places: TextPlaces, settings: TrainStage, task: Task
+    v_nd: torch.Tensor, places: TextPlaces, settings: TrainStage, task: Task, dims: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, Parts]:
     """The paper's objective: hard-negative and, for retrieval, in-batch term, summed over the matryoshka dims.
 
@@ -75,11 +75,12 @@ def contrastive(
         places: the role of each of them.
         settings: the stage's temperatures, weights, margins and smallest matryoshka dim.
         task: the task of the batch's source.
+        dims: the matryoshka dims; the doublings of the smallest one below d, and d, when unset.
 
     Returns:
         The loss of this rank, and its parts.
     """
-    weights = matryoshka_weights(matryoshka_dims(v_nd.shape[1], settings.matryoshka_min_dim))
+    weights = matryoshka_weights(dims or matryoshka_dims(v_nd.shape[1], settings.matryoshka_min_dim))
     dims = list(weights)
     q_bd, p_bd = v_nd[places.query_b], v_nd[places.passage_b]
     positive_mb = torch.stack([positive_b1[:, 0] for positive_b1 in _cosines(q_bd, p_bd[:, None], dims)])

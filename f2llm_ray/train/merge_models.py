@@ -59,8 +59,10 @@ def merge_models(settings: Soup, models: list[Folder], name: str, out: Folder) -
                 return slerp(versions[0], versions[1], settings.shares[1])
             return average(versions, settings.shares)
 
+        spaces = {load_info(model).space for model in models}
+        space = info.space if len(spaces) == 1 else None  # between two spaces lies neither
         with (out / "model").writing() as folder:
-            write_reweighted(path, folder, replace(info, name=name), merged)
+            write_reweighted(path, folder, replace(info, name=name, space=space), merged)
     shares = dict(zip((model.uri for model in models), settings.shares, strict=True))
     return {"merging": {"method": settings.method, "shares": shares}}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from f2llm_ray.data.schema import query_text
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims, save_model
+from f2llm_ray.model.dense import end_in
 from f2llm_ray.model.vocabulary import TokenMap, load_map, save_map
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.training import Training
@@ -45,7 +46,12 @@ def export(
 
 
 def write_reweighted(
-    model: Path, folder: Path, info: ModelInfo, weight: Callable[[str, torch.Tensor], torch.Tensor]
+    model: Path,
+    folder: Path,
+    info: ModelInfo,
+    weight: Callable[[str, torch.Tensor], torch.Tensor],
+    *,
+    ends: tuple[int, ...] | None = None,
 ) -> None:
     """Writes a copy of a model folder with other weights.
 
@@ -54,8 +60,11 @@ def write_reweighted(
         folder: gets the copy.
         info: the copy's facts.
         weight: returns the copy's weight for the name and the value of the model's.
+        ends: the dims of the copy's vectors, where training gave it a map to them that the model may not have.
     """
     backbone = load_backbone(model)
+    if ends is not None:
+        end_in(backbone, ends[-1], str(model))
     state = {name: weight(name, value) for name, value in backbone.state_dict().items()}
     save_model(folder, backbone, load_tokenizer(model), info, state=state)
     token_map = load_map(model)
@@ -73,7 +82,8 @@ def trained_info(before: ModelInfo, training: Training) -> ModelInfo:
     return replace(
         before,
         name=training.model_name,
-        dims=matryoshka_dims(before.dims[-1], settings.matryoshka_min_dim),
+        dims=training.ends or matryoshka_dims(before.dims[-1], settings.matryoshka_min_dim),
+        space=training.space,
         prompts={
             "query": next(iter(prompts.values())),
             **prompts,

@@ -11,6 +11,8 @@ import torch
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.encode import encode, passes_of
+from f2llm_ray.model.checkpoint import matryoshka_dims
+from f2llm_ray.model.dense import vector_dims
 from f2llm_ray.model.families import Pooling
 from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.train.loader import TrainBatch
@@ -48,7 +50,7 @@ class Student(torch.nn.Module):
         self.tokens_per_pass, self.tokens = tokens_per_pass, tokens
         self.projection: torch.nn.Linear | None = None
         if projected_dims is not None:
-            self.projection = torch.nn.Linear(backbone.config.hidden_size, projected_dims, bias=False)
+            self.projection = torch.nn.Linear(vector_dims(backbone), projected_dims, bias=False)
             # Starts as the identity: with as many dims as the teacher the loss starts as that without a map.
             torch.nn.init.eye_(self.projection.weight)
 
@@ -66,8 +68,9 @@ class StageLoss:
     Args:
         settings: the stage's settings.
         sources: the sources by name.
-        hidden: the hidden size d of the model that is trained.
+        hidden: the dims d of the vectors of the model that is trained.
         teacher: returns the vectors to learn, when distilling.
+        dims: the matryoshka dims, where they are the teacher's; those of the settings when unset.
     """
 
     def __init__(
@@ -76,8 +79,10 @@ class StageLoss:
         sources: Mapping[str, SourceFacts],
         hidden: int,
         teacher: TeacherVectors | None = None,
+        dims: Sequence[int] | None = None,
     ) -> None:
         self.settings, self.sources, self.hidden, self.teacher = settings, sources, hidden, teacher
+        self.dims = tuple(dims or matryoshka_dims(hidden, settings.matryoshka_min_dim))
 
     @property
     def projected_dims(self) -> int | None:
@@ -97,7 +102,7 @@ class StageLoss:
         task, v_nd = self.sources[batch.source].task, self.own(v)
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
         places = TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
-        loss, parts = contrastive(v_nd, places, self.settings, task)
+        loss, parts = contrastive(v_nd, places, self.settings, task, self.dims)
         scores = None if batch.scores is None else torch.from_numpy(batch.scores.copy()).to(v_nd)
         inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings, scores_bk=scores)
         if self.teacher is not None:

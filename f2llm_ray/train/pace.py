@@ -66,5 +66,5 @@ def timed_settings(settings: TrainStage) -> TrainStage:
     changes |= {"keep_best": False, "merge": None}
     if isinstance(settings, Distill) and settings.teacher_vectors == "cached":
         weights = ("mse_weight", "cosine_weight", "similarity_weight", "margin_weight")
-        changes |= {**dict.fromkeys(weights, 0.0), "projection": False}
+        changes |= {**dict.fromkeys(weights, 0.0), "projection": False, "space": "own"}
     return settings.model_copy(update=changes)

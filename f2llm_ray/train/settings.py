@@ -183,6 +183,10 @@ class Distill(TrainStage):
     projection: Output[bool] = False
     """MSE and cosine compare the teacher's whole vectors with a linear map of the student's, which is trained with
     it and left out of the exported model. Always so where the student has more dims than the teacher."""
+    space: Output[Literal["own", "teacher"]] = "own"
+    """Where the student's vectors end: in a space of its own; or in the teacher's, by a linear map after pooling
+    that is part of the exported model (a Dense module of sentence-transformers). Its vectors then have the
+    teacher's dims, and its queries may search an index of the teacher's passages (LEAF, arXiv 2509.12539)."""
 
     @property
     def uses_teacher(self) -> bool:
@@ -208,7 +212,12 @@ class Distill(TrainStage):
     def teacher_is_cut(self) -> bool:
         """Whether the student learns from as many of the teacher's first dims as it has, and not from all."""
         compares = self.similarity_weight + self.margin_weight > 0
-        return self.matches_vectors and not self.projection and not compares
+        return self.matches_vectors and not self.projection and not compares and not self.joins_teacher
+
+    @property
+    def joins_teacher(self) -> bool:
+        """Whether the student's vectors end in the teacher's space."""
+        return self.space == "teacher"
 
     @model_validator(mode="after")
     def _projects_something(self) -> Distill:
@@ -218,6 +227,10 @@ class Distill(TrainStage):
             raise ValueError("teacher_vectors: online needs a model folder as teacher; use cached")
         if self.projection and not self.matches_vectors:
             raise ValueError("projection: nothing is projected where mse_weight and cosine_weight are 0")
+        if self.joins_teacher and not self.matches_vectors:
+            raise ValueError("space: teacher needs mse_weight or cosine_weight above 0, which bring vectors there")
+        if self.joins_teacher and self.projection:
+            raise ValueError("projection: space teacher has its own map, which the model keeps; leave one out")
         return self
 
 

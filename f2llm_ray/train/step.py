@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from f2llm_ray.model.checkpoint import matryoshka_dims
 from f2llm_ray.train.deepspeed import step
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
 from f2llm_ray.train.loader import TrainBatch
@@ -110,7 +109,7 @@ def _backward(
         positions(backbone, batch.tokens, chunks, settings.tokens_per_pass),
         flops(batch.tokens),
     )
-    dims = sorted(matryoshka_dims(loss.hidden, loss.settings.matryoshka_min_dim), reverse=True)
+    dims = sorted(loss.dims, reverse=True)
     seen = {
         "loss": value,
         **{name: value.new_tensor(count, dtype=torch.float64) for name, count in zip(COUNTS, counts, strict=True)},

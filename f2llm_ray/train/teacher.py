@@ -27,13 +27,14 @@ from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.build import INSTRUCTED, QUERY, read_prompts, write_store
 from f2llm_ray.data.tokens.store import TokenStore, cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
-from f2llm_ray.model.checkpoint import check_prompts, load_info
+from f2llm_ray.model.checkpoint import INFO_FILE, Space, check_prompts, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train import teacher_store, teachers
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.settings import Distill, is_endpoint
+from f2llm_ray.train.settings import Distill, TrainStage, is_endpoint
 from f2llm_ray.train.teachers import (
     ChunkEncoder,
+    Earlier,
     PieceEncoder,
     Teacher,
     chunk_keys,
@@ -64,6 +65,7 @@ def teach(
     max_tokens: int,
     shards: int,
     out: Folder,
+    earlier: Folder | None = None,
 ) -> dict[str, Any]:
     """Computes the teacher's vectors of every text in the distillation's batches, held-out rows included.
 
@@ -78,6 +80,8 @@ def teach(
         shards: number of key ranges of the stores.
         out: the stage's folder. It gets `batches/`, `vectors/`, `keys/`, and `tokens/` where the teacher reads
             other tokens than those of the prepared data, or the texts themselves.
+        earlier: folder of an earlier stage in which the same teacher read the same texts in the same way; the
+            vectors that it has are copied.
 
     Returns:
         Facts for the manifest: `texts` (distinct), `dims`, `bytes`, `own_tokenizer`; of this call `encoded_texts`,
@@ -116,12 +120,13 @@ def teach(
         lap("tokens")
     vectors, threads = out / VECTORS, compute.threads_per_worker
     dims = learned_dims(settings, found.dims, load_info(student).dims[-1])
+    known = None if earlier is None else earlier / VECTORS
     make: Callable[[], Callable[[Item], Item]]
     if found.texts is not None:
-        make = partial(ChunkEncoder, found.texts, tokens, vectors, threads, dims)
+        make = partial(ChunkEncoder, found.texts, tokens, vectors, threads, dims, known)
     else:
         assert isinstance(teacher, Folder)  # noqa: S101 - what reads tokens is a model folder
-        make = partial(PieceEncoder, teacher, tokens, vectors, threads, dims)
+        make = partial(PieceEncoder, teacher, tokens, vectors, threads, dims, known)
     gpus = compute.gpus_per_worker if found.local else 0
     start = partial(start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=gpus)
     # They load the model while the batches are made, where that leaves a core to make them with.
@@ -134,13 +139,15 @@ def teach(
     pieces = _missing_pieces(counts, vectors)
     waiting = pieces if found.texts is None else missing_chunks(pieces, vectors)
     if isinstance(teacher, str) and is_endpoint(teacher):
-        _say_what_is_sent(teacher, waiting, prepared, vectors)
+        _say_what_is_sent(teacher, waiting, prepared, vectors, known, dims)
     done = list(each_on_actors("taught: encode", waiting, actors or start(), counted="texts"))
     if found.texts is not None:
         list(each("taught: join", pieces, partial(join_chunks, vectors=vectors), num_cpus=0.5))
     lap("encode")
     texts, nested = sum(counts.values()), len(found.dims) > 1
-    vectors.write_json(META, {"shards": len(counts), "texts": texts, "dims": dims, "nested": nested})
+    trained = [dim for dim in found.dims if dim <= dims]
+    facts = {"shards": len(counts), "texts": texts, "dims": dims, "nested": nested, "trained": trained}
+    vectors.write_json(META, facts)
     encoded = sum(item["texts"] for item in done)
     return {
         "texts": texts,
@@ -195,18 +202,21 @@ def learned_dims(settings: Distill, teacher: Sequence[int], student: int) -> int
     return min(student, teacher[-1]) if settings.teacher_is_cut and len(teacher) > 1 else teacher[-1]
 
 
-def _say_what_is_sent(name: str, chunks: list[Item], prepared: Folder, vectors: Folder) -> None:
+def _say_what_is_sent(
+    name: str, chunks: list[Item], prepared: Folder, vectors: Folder, earlier: Folder | None, dims: int
+) -> None:
     """Says what an endpoint will be asked for, before it is: somebody may pay for it."""
-    work = partial(_count_tokens, tokens=prepared / "tokens", vectors=vectors)
-    counted = sum(item["tokens"] for item in each("taught: count", chunks, work, num_cpus=0.5))
-    texts = sum(chunk["texts"] for chunk in chunks)
+    work = partial(_count_tokens, tokens=prepared / "tokens", vectors=vectors, earlier=earlier, dims=dims)
+    counts = list(each("taught: count", chunks, work, num_cpus=0.5))
+    texts, counted = (sum(item[what] for item in counts) for what in ("texts", "tokens"))
     say(f"taught: {name} is asked for {texts:,} texts of about {counted:,} tokens (by the run's tokenizer)")
 
 
-def _count_tokens(item: Item, *, tokens: Folder, vectors: Folder) -> Item:
+def _count_tokens(item: Item, *, tokens: Folder, vectors: Folder, earlier: Folder | None, dims: int) -> Item:
+    keys = Earlier(earlier, dims).missing(chunk_keys(vectors, item))
     with tokens.as_local() as folder:
-        lengths = TokenStore(folder).lengths(chunk_keys(vectors, item))
-    return {"tokens": int(lengths.sum())}
+        lengths = TokenStore(folder).lengths(keys)
+    return {"texts": len(keys), "tokens": int(lengths.sum())}
 
 
 def _collect_keys(sources: tuple[str, ...], shards: int, out: Folder) -> dict[int, int]:
@@ -308,6 +318,28 @@ def teacher_of(*, model: Folder | None, vectors: Path | None, tokens_per_pass: i
     with model.as_local() as folder:
         engine = Engine(folder, tokens_per_pass=tokens_per_pass)
     return TeacherVectors(engine.info.dims[-1], engine, nested=len(engine.info.dims) > 1)
+
+
+def space_dims(settings: TrainStage, *, model: Folder | None, vectors: Folder | None) -> tuple[int, ...] | None:
+    """The dims of the teacher, smallest first, where the student ends in its space; None where it does not.
+
+    Args:
+        settings: of the stage.
+        model: model folder of an online teacher.
+        vectors: the store of a cached one.
+    """
+    if not isinstance(settings, Distill) or not settings.joins_teacher:
+        return None
+    if vectors is not None:
+        return teacher_store.trained_dims(vectors.read_json(META))
+    assert model is not None  # noqa: S101 - the settings ask for the teacher's vectors
+    return load_info(model).dims
+
+
+def space_of(teacher: Folder) -> Space:
+    """The space of a teacher that is a model folder."""
+    name = load_info(teacher).name if teacher.exists(INFO_FILE) else teacher.path.rstrip("/").rpartition("/")[2]
+    return Space(model=name, checksum=fingerprint(teacher))
 
 
 def check_online(prepared: Folder, teacher: Folder) -> None:

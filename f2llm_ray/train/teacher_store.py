@@ -9,16 +9,19 @@ is refused when it encodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from f2llm_ray.data.keyed import KeyedStore, read_meta
 from f2llm_ray.data.keys import Keys, distinct_keys
 from f2llm_ray.engine.vector_files import Halves
+from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
 
+Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 NAMES = ("{:04d}.keys.npy", "{:04d}-{:05d}.npy")
 PIECE = 16_384
 """Texts per file of vectors: what a run that was cut off does again."""
@@ -60,6 +63,11 @@ def pieces(counts: dict[int, int]) -> Iterator[tuple[int, int, int]]:
             yield shard, first // PIECE, min(PIECE, count - first)
 
 
+def trained_dims(facts: Mapping[str, Any]) -> tuple[int, ...]:
+    """The dims that a teacher was trained for, from its store's facts; the last alone where they say no more."""
+    return tuple(facts.get("trained") or [facts["dims"]])
+
+
 class TeacherStore:
     """A finished store on a local disk; RunError where the folder is none."""
 
@@ -68,7 +76,21 @@ class TeacherStore:
         self.shards, self.texts, self.dims = facts["shards"], facts["texts"], facts["dims"]
         self.nested = bool(facts["nested"])
         """Whether the first dims of a vector are one too."""
+        self.folder = folder
         self._store = KeyedStore(folder, self.shards, NAMES, PIECE)
+
+    def mean(self) -> Vectors:
+        """The mean [D] of some vectors, a piece of one range: their keys are hashes, so they are any of them."""
+        names = (piece_file(shard, 0) for shard in range(self.shards))
+        path = next(self.folder / name for name in names if (self.folder / name).is_file())
+        mean: Vectors = np.load(path).mean(axis=0, dtype=np.float64).astype(np.float32)
+        return mean
+
+    def known(self, keys: Keys) -> tuple[Halves, Booleans]:
+        """Vectors [n, D] of keys [n, 2], NaN where a key is not in the store, and which are there [n]."""
+        found = np.full((len(keys), self.dims), np.nan, np.float16)
+        self._store.fill(found, keys)
+        return found, ~np.isnan(found[:, 0])
 
     def lookup(self, keys: Keys) -> Halves:
         """Vectors [n, D] of keys [n, 2], in the given order.

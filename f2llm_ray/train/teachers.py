@@ -16,12 +16,13 @@ import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.flow import Item
+from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import Keys
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.store import TokenStore, text_of
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.other_models import RemoteModel, SentenceTransformers
-from f2llm_ray.engine.vector_files import VectorWriter, halves
+from f2llm_ray.engine.vector_files import Halves, VectorWriter, halves
 from f2llm_ray.model.checkpoint import INFO_FILE, load_info, prompts_of
 from f2llm_ray.model.described import MODULES_FILE
 from f2llm_ray.model.dims import Vectors
@@ -100,25 +101,68 @@ def _package(folder: Folder) -> SentenceTransformers:
         return SentenceTransformers(local)
 
 
+class Earlier:
+    """The vectors that the same teacher has given an earlier stage, from which they are copied."""
+
+    def __init__(self, vectors: Folder | None, dims: int) -> None:
+        self._open = ExitStack()  # a copy of a store that is not local lives as long as this object
+        self.store: teacher_store.TeacherStore | None = None
+        if vectors is not None and vectors.exists(META):
+            store = teacher_store.TeacherStore(self._open.enter_context(vectors.as_local()))
+            self.store = store if store.dims == dims else None
+
+    def missing(self, keys_n2: Keys) -> Keys:
+        """Those of the keys that have no vector there."""
+        return keys_n2 if self.store is None else keys_n2[~self.store.known(keys_n2)[1]]
+
+    def completed(self, keys_n2: Keys, encode: Callable[[Keys], tuple[Halves, int]]) -> tuple[Halves, Item]:
+        """The vectors [n, D] of keys, and how many `texts` and `tokens` were encoded: what is not there."""
+        if self.store is None:
+            vectors_nd, tokens = encode(keys_n2)
+            return vectors_nd, {"texts": len(keys_n2), "tokens": tokens}
+        vectors_nd, there_n = self.store.known(keys_n2)
+        count = 0
+        if not there_n.all():
+            vectors_nd[~there_n], count = encode(keys_n2[~there_n])
+        return vectors_nd, {"texts": int((~there_n).sum()), "tokens": count}
+
+
 class PieceEncoder:
     """Encodes pieces of the store by a teacher that reads tokens, one after the other, inside an actor."""
 
-    def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
+    def __init__(
+        self,
+        teacher: Folder,
+        tokens: Folder,
+        vectors: Folder,
+        threads: int,
+        dims: int,
+        earlier: Folder | None = None,
+    ) -> None:
         self.encoder = VectorWriter(teacher, tokens, threads, unit=False, dim=dims)
-        self.vectors = vectors
+        self.vectors, self.earlier = vectors, Earlier(earlier, dims)
 
     def __call__(self, item: Item) -> Item:
         """Writes the vectors of one piece."""
         keys = teacher_store.read_keys(self.vectors, item["shard"], item["piece"])
         name = teacher_store.piece_file(item["shard"], item["piece"])
-        return {**item, **self.encoder.write(keys, self.vectors, name)}
+        place = f"{self.vectors.uri}/{name}"
+        found, counts = self.earlier.completed(keys, lambda some: self.encoder.encode(some, place))
+        self.vectors.write_array(name, found)
+        return {**item, **counts}
 
 
 class ChunkEncoder:
     """Asks a teacher that reads texts for the vectors of some of them, inside an actor."""
 
     def __init__(
-        self, open_teacher: Callable[[], TakesTexts], texts: Folder, vectors: Folder, threads: int, dims: int
+        self,
+        open_teacher: Callable[[], TakesTexts],
+        texts: Folder,
+        vectors: Folder,
+        threads: int,
+        dims: int,
+        earlier: Folder | None = None,
     ) -> None:
         import torch
 
@@ -126,15 +170,19 @@ class ChunkEncoder:
         self.teacher, self.vectors, self.dims = open_teacher(), vectors, dims
         self._open = ExitStack()  # a copy of a store that is not local lives as long as this object
         self.store = TokenStore(self._open.enter_context(texts.as_local()))
+        self.earlier = Earlier(earlier, dims)
 
     def __call__(self, item: Item) -> Item:
         """Writes the vectors of one chunk of a piece."""
-        keys_n2 = chunk_keys(self.vectors, item)
+        found, counts = self.earlier.completed(chunk_keys(self.vectors, item), self._ask)
+        self.vectors.write_array(chunk_file(item), found)
+        return {**item, **counts}
+
+    def _ask(self, keys_n2: Keys) -> tuple[Halves, int]:
         vectors_nd, tokens = self.teacher.embed_counted([text_of(points) for points in self.store.lookup(keys_n2)])
         if vectors_nd.shape[1] < self.dims:
             raise RunError(f"the teacher gives vectors of {vectors_nd.shape[1]} dims, before of {self.dims}")
-        self.vectors.write_array(chunk_file(item), halves(vectors_nd[:, : self.dims], keys_n2, "the teacher"))
-        return {**item, "tokens": tokens}
+        return halves(vectors_nd[:, : self.dims], keys_n2, "the teacher"), tokens
 
 
 def missing_chunks(pieces: list[Item], vectors: Folder) -> list[Item]:

@@ -10,6 +10,7 @@ import numpy as np
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.attention import packs
 from f2llm_ray.engine.encode import passes_of
+from f2llm_ray.model.dense import dense_of
 from f2llm_ray.model.families import axis_sizes, family_of
 from f2llm_ray.model.sizes import count_parameters
 
@@ -57,7 +58,9 @@ class Flops:
 
     def __init__(self, backbone: PreTrainedModel) -> None:
         config = backbone.config
-        self.per_token = 6 * count_parameters(backbone)[1]
+        dense = dense_of(backbone)  # works once a text
+        mapped = 0 if dense is None else sum(weight.numel() for weight in dense.parameters())
+        self.per_token = 6 * (count_parameters(backbone)[1] - mapped)
         self.per_pair = 12 * axis_sizes(config)["heads"]
         self.windows = windows_of(config)
         self.causal = family_of(config).causal

@@ -14,7 +14,7 @@ from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.pace import PACE_FILE, SHARE, Pace, steps_in, timed_settings
-from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
+from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online, space_dims, space_of
 from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
 
@@ -27,6 +27,7 @@ def train(
     student: Folder,
     teacher: Folder | None,
     taught: Folder | None,
+    joined: Folder | None = None,
     out: Folder,
 ) -> dict[str, Any]:
     """Runs one training; an earlier try that was cut off goes on from its last checkpoint.
@@ -38,6 +39,7 @@ def train(
         student: model folder that it starts from.
         teacher: model folder of a teacher that runs beside the student, when distilling from one.
         taught: folder of the teaching stage, when distilling from cached vectors; it has the stage's batches.
+        joined: model folder of the teacher in whose space the student ends, where it has one.
         out: the stage's folder; it gets `batches/` (unless taught), `deepspeed.json`, `ray_train/` (checkpoints),
             `training.json` and `model/`.
 
@@ -48,6 +50,8 @@ def train(
         F2LLMError: an error that another try would meet again, such as a loss of NaN.
         ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
+    if joined is not None:
+        training = replace(training, space=space_of(joined))
     job = _job(training, prepared, mined, student, teacher, taught, out)
     check_held_out(training, job.batches)
     _fit(job)
@@ -113,7 +117,8 @@ def _job(
     """What the workers are given; the batches are written where they are not there."""
     if teacher is not None:
         check_online(prepared, teacher)
-    training = replace(training, prompts=read_prompts(prepared))
+    ends = space_dims(training.settings, model=teacher, vectors=None if taught is None else taught / VECTORS)
+    training = replace(training, prompts=read_prompts(prepared), ends=ends)
     if taught is None:
         write_batches(training, prepared=prepared, mined=mined, out=out / BATCHES)
     return TrainJob(

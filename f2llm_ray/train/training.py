@@ -12,6 +12,7 @@ from f2llm_ray.data.batches.build import BatchPlan, build_batches
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.schema import SourceFacts, TextPrompts
 from f2llm_ray.engine.settings import Compute
+from f2llm_ray.model.checkpoint import Space
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
@@ -41,6 +42,10 @@ class Training:
     """Evaluation sets that each checkpoint is measured on beside training; none where empty."""
     divisors: tuple[int, ...] = (1,)
     """Those sets are measured at the full dims divided by each of these."""
+    ends: tuple[int, ...] | None = None
+    """The dims of the teacher, smallest first, where the model ends in its space."""
+    space: Space | None = None
+    """That space by the name of the teacher, where it is a model folder."""
 
     def facts(self) -> dict[str, Any]:
         """What trackers keep with the values, as JSON values."""

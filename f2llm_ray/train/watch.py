@@ -150,7 +150,7 @@ def _measure(job: TrainJob, checkpoint: checkpoints.Checkpoint) -> dict[str, flo
         checkpoints.weights(checkpoint) as read,
     ):
         info = trained_info(load_info(student), job.training)
-        write_reweighted(student, Path(copy), info, read)
+        write_reweighted(student, Path(copy), info, read, ends=job.training.ends)
         results = measure(Engine(Path(copy)), job.training.sets, job.training.divisors)
     full = str(info.dims[-1])
     metrics = {name: found["metric"] for name, found in results.items()}

@@ -31,6 +31,8 @@ from f2llm_ray.model.families import POOLINGS, Pooling
 from f2llm_ray.shrink.quantize import save_quantized
 from tests.encoders import KINDS, encoder_folder
 from tests.model.small import DECODERS, TWO_WAY_GEMMA, backbone
+from tests.model.test_dense import DIMS as DENSE_DIMS
+from tests.model.test_dense import mapped_model
 from tests.tiny import LINES, tiny_model
 
 TEXTS = [*LINES, "", "a", " ".join(LINES * 3)]
@@ -107,6 +109,25 @@ def test_openvino(kind: str, tmp_path: Path) -> None:
     tokens = engine.tokenize(TEXTS, max_tokens=engine.info.max_tokens)
     found = openvino_file.open_openvino(tmp_path / "out" / openvino_file.FILE)(*padded(tokens, "left"))
     np.testing.assert_allclose(found, engine.embed_tokens(tokens), rtol=0, atol=1e-5)
+
+
+def test_a_map_after_pooling_is_in_the_graphs_and_refused_as_gguf(tmp_path: Path) -> None:
+    model, out = mapped_model(tmp_path / "model"), tmp_path / "out"
+    export(model, out, ["onnx", "openvino"])
+    engine = Engine(model)
+    tokens = engine.tokenize(TEXTS, max_tokens=engine.info.max_tokens)
+    expected = engine.embed_tokens(tokens)
+    assert expected.shape[1] == DENSE_DIMS
+    for run in (
+        onnx_file.open_onnx(out / onnx_file.FLOAT_FILE),
+        openvino_file.open_openvino(out / openvino_file.FILE),
+    ):
+        np.testing.assert_allclose(run(*padded(tokens, "right")), expected, rtol=0, atol=1e-5)
+    assert (out / "2_Dense" / "model.safetensors").is_file(), (
+        "sentence-transformers reads it beside its own backends"
+    )
+    with pytest.raises(RunError, match=r"modules\.json: a Dense module cannot be written as GGUF here"):
+        export(model, tmp_path / "gguf", ["gguf"])
 
 
 def test_int8_weights_and_float_activations(made: Path) -> None:

@@ -13,6 +13,7 @@ from f2llm_ray.data.tokens.tokenizer import open_tokenizer, template_of
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.brought import Brought, brought_by
 from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, load_info, matryoshka_dims, save_model
+from f2llm_ray.model.dense import vector_dims
 from f2llm_ray.model.families import FAMILIES, POOLINGS
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputIndex, model_inputs
@@ -32,7 +33,7 @@ def our_folder(folder: Path, stock: Path) -> Path:
     brought, backbone = brought_by(str(stock)), load_backbone(stock)
     info = ModelInfo(
         name="ours",
-        dims=matryoshka_dims(32),
+        dims=matryoshka_dims(vector_dims(backbone)),
         max_tokens=MAX_POSITIONS - 2,
         prompts={"query": brought.query, "document": brought.document},
         instructions=False,
@@ -89,9 +90,11 @@ def test_what_a_folder_says_is_what_it_brings(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_does_not_compute_is_refused(tmp_path: Path) -> None:
-    dense = encoder_folder(tmp_path / "dense", "bert", modules=("Transformer", "Pooling", "Dense", "Normalize"))
-    with pytest.raises(RunError, match=r"modules\.json: found Dense, which would be lost; expected Normalize"):
-        brought_by(str(dense))
+    weighted = ("Transformer", "Pooling", "WordWeights", "Normalize")
+    with pytest.raises(
+        RunError, match=r"modules\.json: found WordWeights, which would be lost; expected Dense, Norm"
+    ):
+        brought_by(str(encoder_folder(tmp_path / "weighted", "bert", modules=weighted)))
     bare = encoder_folder(tmp_path / "bare", "bert", modules=("Transformer",))
     with pytest.raises(RunError, match=r"found Transformer, expected a Pooling among them"):
         brought_by(str(bare))

@@ -31,7 +31,7 @@ from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, chance, m
 from f2llm_ray.evaluate.metrics.scores import NO_DIM, Measured, measured, rounded, units_table
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.tasks.task import SetSection
-from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct
+from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct, joined
 from f2llm_ray.run.folder import Folder
 
 # How the layouts in use spell a column, most usual first.
@@ -136,6 +136,35 @@ class RetrievalSet:
         top_qk = next(iter(found.values()))
         failed = find_failures(full_ud, query_q, corpus_c, top_qk, judged, self.query_languages)
         return scored._replace(failures=[self._told(failure) for failure in failed])
+
+    def measure_mixed(
+        self, encoder: Embedder, teacher: Embedder, divisors: Sequence[int], document: str | None = None
+    ) -> Measured:
+        """Scores a model's queries against the passages of the model in whose space it ends; exact search.
+
+        Args:
+            encoder: what embeds the queries.
+            teacher: what embeds the passages.
+            divisors: the dims that are measured, as d divided by these.
+            document: what the teacher's passages start with; what it says itself when unset.
+
+        Raises:
+            RunError: the two have vectors of different dims, or one returns NaN or infinity.
+        """
+        from f2llm_ray.engine.nearest import top_positions
+
+        queries = as_queries(encoder, self.query_texts, self.instruction)
+        prompt = teacher.info.prompts.get("document", "") if document is None else document
+        passages = [prompt + text for text in self.corpus_texts]
+        asked, held = embed_distinct(encoder, queries), embed_distinct(teacher, passages)
+        together = joined(asked, held, encoder.info.name, teacher.info.name)
+        query_q, corpus_c = asked.of(queries), held.of(passages) + len(asked.vectors_ud)
+        left_out_q, found = self.judgements.own_q, dict[int, Ints]()
+        for dim, cut_ud in together.at_dims(divisors):
+            found[dim] = top_positions(
+                cut_ud, query_q, corpus_c, k=K, left_out_q=left_out_q, device=encoder.device
+            )
+        return self._scored(found, together.tokens)
 
     def measure_bm25(self) -> Measured:
         """Scores BM25 as a model is scored, at the dim `NO_DIM`. Queries carry no instruction.
