@@ -47,6 +47,8 @@ class ModelInfo:
     instructions: bool
     """Whether it was trained with an instruction before queries (`schema.query_text`)."""
     pooling: Pooling = "last"
+    exits: tuple[int, ...] = ()
+    """Numbers of layers, below all that it has, after which it was trained to be cut."""
 
 
 def matryoshka_dims(hidden: int, smallest: int = 8) -> tuple[int, ...]:
@@ -115,7 +117,8 @@ def load_info(folder: Folder | Path) -> ModelInfo:
     facts = place.read_json(INFO_FILE)
     try:
         prompts = {**facts["prompts"], "document": facts["prompts"].get("document", "")}
-        info = ModelInfo(**{**facts, "dims": tuple(facts["dims"]), "prompts": prompts})
+        numbers = {"dims": tuple(facts["dims"]), "exits": tuple(facts.get("exits", ()))}
+        info = ModelInfo(**{**facts, **numbers, "prompts": prompts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{place.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
     if info.pooling not in POOLINGS:

@@ -12,6 +12,7 @@ from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import BM25, Evaluation
 from f2llm_ray.mine.settings import Mine
+from f2llm_ray.model.families import Part
 from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize, Soup
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
@@ -166,6 +167,7 @@ class Recipe(Section):
                 yield from self._prune_problems(place, step, str(parents[name]))
             if isinstance(step, TrainStage):
                 yield from self._training_problems(place, step)
+                yield from self._exit_problems(place, step, str(parents[name]))
                 yield from self._engine_problems(place, step)
             if isinstance(step, Distill):
                 yield from _unknown_model(f"{place}.teacher", step.teacher, made)
@@ -177,16 +179,26 @@ class Recipe(Section):
             made += [model for model in (name, name + MERGED) if model in parents]
 
     def _prune_problems(self, place: str, step: Prune, parent: str) -> Iterator[str]:
-        if self.backbone.shape is None:
-            return
         for part in (part for part in PARTS if part != "vocabulary"):
-            has = getattr(self.backbone.shape, part)
-            for earlier in self.prunes_of(parent):
-                has = earlier.count(part) or has
+            has = self._size(parent, part)
             wanted = step.count(part)
-            if wanted is not None and wanted > has:
+            if has is not None and wanted is not None and wanted > has:
                 owner = "the backbone" if parent == UNTRAINED or not self.prunes_of(parent) else repr(parent)
                 yield f"{place}.{part}: {wanted} is more than {owner}'s {has}"
+
+    def _size(self, model: str, part: Part) -> int | None:
+        """How many of a part a model of the run has; None where it comes from a checkpoint."""
+        if self.backbone.shape is None:
+            return None
+        has: int = getattr(self.backbone.shape, part)
+        for earlier in self.prunes_of(model):
+            has = earlier.count(part) or has
+        return has
+
+    def _exit_problems(self, place: str, stage: TrainStage, student: str) -> Iterator[str]:
+        has = self._size(student, "layers")
+        if has is not None and any(layers >= has for layers in stage.exits):
+            yield f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {student!r}'s {has}"
 
     def _training_problems(self, place: str, stage: TrainStage) -> Iterator[str]:
         unknown = [name for name in stage.sources or () if name not in self.sources]

@@ -80,7 +80,10 @@ def shrink(
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None
         kept, tokenizer, table = _fewer_tokens(kept, tokenizer, prepared, backbone.config.vocab_size, wanted)
     small = prune(backbone, kept)
-    named = replace(info, name=model_name, dims=matryoshka_dims(len(kept.hidden), info.dims[0]))
+    # What it was trained to be cut to is there where all of those layers stay, and others after them.
+    exits = tuple(n for n in info.exits if n < len(kept.layers) and kept.layers[:n] == tuple(range(n)))
+    dims = matryoshka_dims(len(kept.hidden), info.dims[0])
+    named = replace(info, name=model_name, dims=dims, exits=exits)
     with (out / "model").writing() as path:
         save_model(path, small, tokenizer, named)
         if table is not None:

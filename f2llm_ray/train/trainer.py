@@ -12,7 +12,7 @@ from f2llm_ray.train.checkpoints import settle
 from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online
-from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_held_out, write_batches
+from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_exits, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
 
 
@@ -42,12 +42,14 @@ def train(
         Facts for the manifest.
 
     Raises:
-        F2LLMError: an error that another try would meet again, such as a loss of NaN.
+        F2LLMError: an error that another try would meet again, such as a loss of NaN or exits that the model does
+            not have.
         ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
     import ray.train
     import ray.train.torch
 
+    check_exits(training, student)
     if teacher is not None:
         check_online(prepared, teacher)
     training = replace(training, prompts=read_prompts(prepared))
