@@ -97,7 +97,7 @@ def encode(
 def encode_pass(
     backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling, exits: Sequence[int] = ()
 ) -> torch.Tensor:
-    """The vectors of the texts of one pass, as `encode` gives them: packed into one row, or padded on the right."""
+    """The vectors of the texts of one pass as `encode` gives them: packed into one row, or padded on the right."""
     places = places_of(backbone, tokens)
     inputs = (_packed if packs(backbone) else _padded)(backbone, tokens, places)
     found = backbone(use_cache=False, **inputs, **({"output_hidden_states": True} if exits else {}))
