@@ -22,7 +22,7 @@ from f2llm_ray.base.progress import say
 from f2llm_ray.export import gguf_file, onnx_file, openvino_file
 from f2llm_ray.export.golden import Golden, check_tokens, make_golden
 from f2llm_ray.export.source import Source
-from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info
+from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info, refuse_cut_dims
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.run.folder import Folder
 
@@ -76,7 +76,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
 
     source = Source(model, info, export_backbone(model))
     golden = make_golden(model, source.backbone)
-    with _building(out) as folder:
+    with building(out) as folder:
         _copy_texts_side(model, folder)
         golden.save(folder)
         for name in dict.fromkeys(targets):
@@ -108,14 +108,20 @@ def admit(model: Path, out: Path, targets: Sequence[str]) -> ModelInfo:
         DataError: a package is missing.
     """
     info = load_info(model)
+    refuse_cut_dims(model, info, "export the model before the cut, whose proof covers all of its dims")
     for name in targets:
         if name not in TARGETS:
             raise RunError(f"--to: found {name!r}, expected some of {', '.join(TARGETS)}")
         _require(name)
         TARGETS[name].refuse(model, info)
+    refuse_used(out)
+    return info
+
+
+def refuse_used(out: Path) -> None:
+    """Raises RunError where a folder that is to be written holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: it is there already; expected a folder that is new or empty")
-    return info
 
 
 def check(folder: Path) -> Facts:
@@ -169,7 +175,7 @@ def _require(target: str) -> bool:
 
 
 @contextmanager
-def _building(out: Path) -> Iterator[Path]:
+def building(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place at the end, or is gone after an error."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

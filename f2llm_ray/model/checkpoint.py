@@ -38,7 +38,8 @@ class ModelInfo:
 
     name: str
     dims: tuple[int, ...]
-    """The matryoshka dims it was trained for, smallest first; the last one is the hidden size."""
+    """The matryoshka dims it was trained for, smallest first; the last one is the size of its vectors: the hidden
+    size, but for a folder that `f2llm cut --dims` wrote."""
     max_tokens: int
     """Longest text it was trained on, EOS included."""
     prompts: dict[str, str]
@@ -78,20 +79,22 @@ def save_model(
     save_tokenizer(folder, tokenizer, info.max_tokens, pad=pad_token(backbone.config, tokenizer))
     causal = family_of(backbone.config).causal
     mend_config(folder / CONFIG_FILE, info.dims, template_of(tokenizer)[1] if causal else None)
+    hidden, width = backbone.config.hidden_size, info.dims[-1]
+    modules = ["Transformer", "Pooling", *(["Dense"] if width < hidden else []), "Normalize"]
+    paths = ["", *(f"{place}_{name}" for place, name in enumerate(modules[1:], start=1))]
     files: dict[str, Any] = {
         INFO_FILE: asdict(info),
         "modules.json": [
-            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+            {"idx": place, "name": str(place), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for place, (name, path) in enumerate(zip(modules, paths, strict=True))
         ],
         "1_Pooling/config.json": {
-            "word_embedding_dimension": backbone.config.hidden_size,
+            "word_embedding_dimension": hidden,
             **{flag: info.pooling == pooling for pooling, flag in POOLING_FLAGS.items()},
             **{f"{FLAG}{name}": False for name in OTHER_FLAGS},
             "include_prompt": True,
         },
-        "2_Normalize/config.json": {},
+        f"{paths[-1]}/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": info.max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": {"document": "", **info.prompts},
@@ -103,6 +106,28 @@ def save_model(
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if width < hidden:
+        _save_cut(folder / paths[2], hidden, width)
+
+
+def _save_cut(folder: Path, hidden: int, width: int) -> None:
+    """Writes the linear map of sentence-transformers that keeps the first dims of a vector."""
+    import torch
+    from safetensors.torch import save_file
+
+    said = {"in_features": hidden, "out_features": width, "bias": False}
+    folder.mkdir(exist_ok=True)
+    activation = {"activation_function": "torch.nn.modules.linear.Identity"}
+    (folder / CONFIG_FILE).write_text(json.dumps(said | activation, indent=2) + "\n", encoding="utf-8")
+    save_file({"linear.weight": torch.eye(width, hidden)}, folder / "model.safetensors")
+
+
+def refuse_cut_dims(folder: Folder | Path, info: ModelInfo, instead: str) -> None:
+    """Raises RunError where a model's vectors are cut to fewer dims than its hidden size; it says what to do."""
+    place = folder if isinstance(folder, Folder) else Folder.at(str(folder))
+    hidden = place.read_json(CONFIG_FILE)["hidden_size"] if place.exists(CONFIG_FILE) else 0
+    if info.dims[-1] < hidden:
+        raise RunError(f"{place.uri}: its vectors are cut to {info.dims[-1]} of {hidden} dims; {instead}")
 
 
 def load_info(folder: Folder | Path) -> ModelInfo:

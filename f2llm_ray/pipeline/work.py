@@ -126,6 +126,7 @@ def make_untrained(
         load_backbone,
         load_info,
         matryoshka_dims,
+        refuse_cut_dims,
         save_model,
     )
     from f2llm_ray.model.int8 import is_quantized
@@ -158,6 +159,7 @@ def make_untrained(
     if path is not None and (Path(path) / INFO_FILE).is_file():
         # A model of another run: it keeps the dims and prompts that it was trained with.
         before = load_info(Path(path))
+        refuse_cut_dims(Path(path), before, "train the model before the cut")
         kept = info.prompts if not before.instructions else {**before.prompts, "document": prompts.document}
         info = replace(before, name=info.name, max_tokens=max_tokens, prompts=kept, pooling=brought.pooling)
     with (out / "model").writing() as folder:

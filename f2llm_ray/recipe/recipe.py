@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Tag, model_validator
 
@@ -12,7 +12,6 @@ from f2llm_ray.data.settings import Data, Source, TokenizerSection
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import BM25, Evaluation
 from f2llm_ray.mine.settings import Mine
-from f2llm_ray.model.families import Part
 from f2llm_ray.model.settings import PARTS, Backbone, Prompts, Prune, Quantize, Soup
 from f2llm_ray.serve.settings import Serving
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
@@ -186,7 +185,7 @@ class Recipe(Section):
                 owner = "the backbone" if parent == UNTRAINED or not self.prunes_of(parent) else repr(parent)
                 yield f"{place}.{part}: {wanted} is more than {owner}'s {has}"
 
-    def _size(self, model: str, part: Part) -> int | None:
+    def _size(self, model: str, part: Literal["layers", "hidden", "ffn", "kv_heads", "vocabulary"]) -> int | None:
         """How many of a part a model of the run has; None where it comes from a checkpoint."""
         if self.backbone.shape is None:
             return None
