@@ -9,7 +9,8 @@ from typing import Any
 from f2llm_ray import __version__
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.export.export import building, refuse_used
-from f2llm_ray.model.checkpoint import CONFIG_FILE, OWN, ModelInfo, fingerprint, load_info
+from f2llm_ray.model.checkpoint import OWN, ModelInfo, fingerprint, load_info
+from f2llm_ray.model.described import CONFIG_FILE
 from f2llm_ray.report.model_card import CARD, model_card, read_card
 from f2llm_ray.run.folder import Folder
 

@@ -112,6 +112,18 @@ class Recipe(Section):
         pruned = [parents[name] for name, step in self.steps().items() if isinstance(step, Prune)]
         return next((name for name in [*teachers, *pruned] if name in parents), None)
 
+    def measured_exits(self) -> dict[str, tuple[int, ...]]:
+        """The exits that are measured, numbers of layers by model: of each chain's last model that has some."""
+        steps, parents = self.steps(), self.made_from()
+        elastic = {n: step.exits for n, step in steps.items() if isinstance(step, TrainStage) and step.exits}
+        before = set[str | None]()
+        for name in elastic:
+            parent = parents[name]
+            while parent is not None:
+                before.add(parent)
+                parent = parents[parent]
+        return {name: exits for name, exits in elastic.items() if name not in before}
+
     def stage_sources(self, stage: TrainStage) -> list[str]:
         """Names of the sources that a stage trains on, in the recipe's order."""
         names = self.sources if stage.sources is None else stage.sources
