@@ -398,3 +398,24 @@ def test_a_soup_is_made_of_models_of_the_run_and_of_others(run: Run, tmp_path: P
         RecipeError, match=r"stages\.both\.models: 'three' is not one of \['untrained', 'one', 'two'\]"
     ):
         small(tmp_path, stages={**stages, "both": {"kind": "soup", "models": ["one", "three"]}})
+
+
+def test_exits_of_the_last_elastic_model_of_a_chain_are_measured(tmp_path: Path, run: Run) -> None:
+    def stage(*layers: int, **more: Any) -> dict[str, Any]:
+        return {"engine": {"precision": "fp32"}, "elastic": {"layers": layers}, **more}
+
+    engine = {"engine": {"precision": "fp32"}}
+    stages = {"one": stage(1, 2), "two": stage(2), "other": stage(3, model="untrained"), "plain": engine}
+    graph = declare(small(tmp_path, stages=stages, evaluation=held(tmp_path)), run)
+    assert graph.exits == {"two@2": ("two", 2), "other@3": ("other", 3)}
+    (held_set,) = graph.sets
+    cut, whole = graph.evaluations["two@2", held_set], graph.evaluations["two", held_set]
+    assert cut.parents == whole.parents
+    assert cut.settings == {**whole.settings, "layers": 2}
+    with pytest.raises(
+        RecipeError, match=r"stages.one.elastic.layers: found \[1, 4\], expected .* 'untrained's 4"
+    ):
+        small(tmp_path, stages={"one": stage(1, 4)})
+    pruned = {"one": engine, "two": {"kind": "prune", "layers": 2}, "three": stage(2)}
+    with pytest.raises(RecipeError, match=r"stages.three.elastic.layers: found \[2\], expected .* 'two's 2"):
+        small(tmp_path, stages=pruned)
