@@ -209,7 +209,10 @@ class Recipe(Section):
     def _exit_problems(self, place: str, stage: TrainStage, student: str) -> Iterator[str]:
         has = self._size(student, "layers")
         if has is not None and any(layers >= has for layers in stage.exits):
-            yield f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {student!r}'s {has}"
+            yield (
+                f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {has}, all layers that "
+                f"{student!r} has"
+            )
 
     def _training_problems(self, place: str, stage: TrainStage) -> Iterator[str]:
         unknown = [name for name in stage.sources or () if name not in self.sources]

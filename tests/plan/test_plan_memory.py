@@ -130,7 +130,7 @@ def test_activations_of_every_family(kind: str, dtype: torch.dtype, tmp_path: Pa
         exits = encode(model, texts(), pooling="last", tokens_per_pass=TOKENS, exits=(1, 2))
     more = activation_bytes(work_of(shape, float_bytes=dtype.itemsize, exits=2)) - planned
     assert exits.requires_grad
-    assert 0.3 * more <= saved.now - 2 * before <= more + 64 * TOKENS
+    assert 0.3 * more - 16 * TOKENS <= saved.now - 2 * before <= more + 64 * TOKENS
     del exits
     # The rest are ids, positions and places: at most some 50 bytes a token, against 1,000 and more.
     assert planned <= saved.now <= planned + 64 * TOKENS
