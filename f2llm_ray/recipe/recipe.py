@@ -210,8 +210,8 @@ class Recipe(Section):
         has = self._size(student, "layers")
         if has is not None and any(layers >= has for layers in stage.exits):
             yield (
-                f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {has}, all layers that "
-                f"{student!r} has"
+                f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {has}, all the layers "
+                f"that {student!r} has"
             )
 
     def _training_problems(self, place: str, stage: TrainStage) -> Iterator[str]:
