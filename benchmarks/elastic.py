@@ -2,13 +2,13 @@
 
 Eight layers, 128 channels, from scratch, on the retrieval sources of a corpus folder (one parquet file a source,
 with the columns query, passage, language, passage_language and task_type), measured on retrieval sets that it
-never saw. `elastic` has exits after 2, 4 and 6 layers, `plain` none; all else is the same, the number of steps too.
-Each seed draws its own rows, batches and first weights. A score is the mean nDCG@10 over the sets, at the full dim;
-the plain model at half its depth is cut as the other is.
+never saw. `elastic` has exits after 2, 4 and 6 layers, `plain` none; all else is the same, the number of steps
+too. Each seed draws its own rows, batches and first weights. A score is the mean nDCG@10 over the sets, at the
+full dim; the plain model at half its depth is cut as the other is.
 
-A line for each seed; the last line is one JSON object: `half_depth_kept` and `plain_half_depth_kept`, the score at
-half the depth over that at all of it, means over the seeds, and what they are made of. `whole_kept` is the score of
-the elastic model at its whole depth over the plain one's: what the exits cost.
+A line for each seed; the last line is one JSON object: `half_depth_kept` and `plain_half_depth_kept`, the score
+at half the depth over that at all of it, means over the seeds, and what they are made of. `whole_kept` is the
+score of the elastic model at its whole depth over the plain one's: what the exits cost.
 """
 
 from __future__ import annotations
