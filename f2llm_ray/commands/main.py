@@ -31,6 +31,7 @@ GROUPS = {
         "evaluate": "measure models on the recipe's sets or on mteb's tasks",
     },
     "Models": {
+        "cut": "keep the first layers and dims of a model that was trained for that",
         "embed": "embed a column of files into shards of vectors",
         "export": "write a model for other runtimes (ONNX, OpenVINO, GGUF), with a proof",
         "serve": "answer OpenAI-compatible requests on this machine",

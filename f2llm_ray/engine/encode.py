@@ -1,12 +1,14 @@
 """The encoder: token lists in, one vector each out, with little or no padding.
 
 Training, evaluation, the teacher, bulk embedding and serving all come through `encode`.
-Shapes: n texts, t tokens of the longest text of a pass, T places of it, d hidden size, or what a map makes of it.
+Shapes: n texts, t tokens of the longest text of a pass, T places of it, d hidden size, or what a map makes of it,
+E exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,7 +71,12 @@ def passes_of(backbone: PreTrainedModel, tokens: Sequence[Tokens], tokens_per_pa
 
 
 def encode(
-    backbone: PreTrainedModel, tokens: Sequence[Tokens], *, pooling: Pooling, tokens_per_pass: int
+    backbone: PreTrainedModel,
+    tokens: Sequence[Tokens],
+    *,
+    pooling: Pooling,
+    tokens_per_pass: int,
+    exits: Sequence[int] = (),
 ) -> torch.Tensor:
     """Turns token lists into vectors [n, d] in the given order, before normalisation.
 
@@ -78,20 +85,28 @@ def encode(
     the stock attention they are of similar lengths and padded on the right. There a causal model never looks from
     a real token, so no mask is needed; another one gets a mask where lengths differ. Either way a vector depends
     on its text alone.
+
+    With exits, numbers of layers, the output is [n, (1 + E) * d]: the model's vectors, then those of the models of
+    its first so many layers (`model.prune.first_layers`), all from the one pass.
     """
     if not tokens:
-        return torch.zeros(0, vector_dims(backbone), device=backbone.device)
+        return torch.zeros(0, (1 + len(exits)) * vector_dims(backbone), device=backbone.device)
     passes = passes_of(backbone, tokens, tokens_per_pass)
-    vectors = [encode_pass(backbone, [tokens[index] for index in indices], pooling) for indices in passes]
+    vectors = [encode_pass(backbone, [tokens[index] for index in indices], pooling, exits) for indices in passes]
     order = torch.tensor([index for indices in passes for index in indices], device=backbone.device)
     return torch.cat(vectors)[torch.argsort(order)]
 
 
-def encode_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling) -> torch.Tensor:
-    """The vectors [n, d] of the texts of one pass: packed into one row, or padded on the right."""
+def encode_pass(
+    backbone: PreTrainedModel, tokens: Sequence[Tokens], pooling: Pooling, exits: Sequence[int] = ()
+) -> torch.Tensor:
+    """The vectors of the texts of one pass as `encode` gives them: packed into one row, or padded on the right."""
     places = places_of(backbone, tokens)
-    hidden = (_packed_pass if packs(backbone) else _padded_pass)(backbone, tokens, places)
-    return vectors_of(backbone, hidden.flatten(0, 1), places, pooling)
+    inputs = (_packed if packs(backbone) else _padded)(backbone, tokens, places)
+    found = backbone(use_cache=False, **inputs, **({"output_hidden_states": True} if exits else {}))
+    last_norm = partial(family_of(backbone.config).last_norm, backbone)
+    hidden = [found.last_hidden_state, *(last_norm(found.hidden_states[layers]) for layers in exits)]
+    return torch.cat([vectors_of(backbone, of.flatten(0, 1), places, pooling) for of in hidden], dim=1)
 
 
 def vectors_of(
@@ -110,7 +125,8 @@ def places_of(backbone: PreTrainedModel, tokens: Sequence[Tokens]) -> Places:
     return Places.packed(lengths_n) if packs(backbone) else Places.padded(lengths_n)
 
 
-def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> torch.Tensor:
+def _packed(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> dict[str, Any]:
+    """The inputs of a pass whose texts lie end to end."""
     lengths_n = places.lengths_n
     first = family_of(backbone.config).first_position(backbone.config)
     positions = places.tokens - np.repeat(places.starts_n, lengths_n) + first
@@ -118,29 +134,26 @@ def _packed_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Pl
     def tensor(values: np.ndarray[Any, Any], dtype: type = np.int64) -> torch.Tensor:
         return torch.from_numpy(values.astype(dtype)).to(backbone.device)
 
-    hidden_1Td: torch.Tensor = backbone(
-        input_ids=tensor(np.concatenate(tokens))[None],
-        position_ids=tensor(positions)[None],
-        use_cache=False,
-        starts_n1=tensor(np.append(places.starts_n, lengths_n.sum()), np.int32),
-        longest=int(lengths_n.max()),
-    ).last_hidden_state
-    return hidden_1Td
+    return {
+        "input_ids": tensor(np.concatenate(tokens))[None],
+        "position_ids": tensor(positions)[None],
+        "starts_n1": tensor(np.append(places.starts_n, lengths_n.sum()), np.int32),
+        "longest": int(lengths_n.max()),
+    }
 
 
-def _padded_pass(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> torch.Tensor:
+def _padded(backbone: PreTrainedModel, tokens: Sequence[Tokens], places: Places) -> dict[str, Any]:
+    """The inputs of a pass whose texts are padded on the right."""
     lengths_n = places.lengths_n
     family, longest = family_of(backbone.config), int(lengths_n.max())
     padded = np.zeros((len(tokens), longest), dtype=np.int64)
     for row, text in zip(padded, tokens, strict=True):
         row[: len(text)] = text
-    device, keywords = backbone.device, dict[str, torch.Tensor]()
+    device = backbone.device
+    inputs = {"input_ids": torch.from_numpy(padded).to(device)}
     if not family.causal and lengths_n.min() < longest:
-        keywords["attention_mask"] = torch.from_numpy(np.arange(longest) < lengths_n[:, None]).to(device)
+        inputs["attention_mask"] = torch.from_numpy(np.arange(longest) < lengths_n[:, None]).to(device)
     first = family.first_position(backbone.config)
     if first:  # else the class would take every token with the id of padding for padding
-        keywords["position_ids"] = torch.arange(first, first + longest, device=device)[None].expand(padded.shape)
-    hidden_ntd: torch.Tensor = backbone(
-        input_ids=torch.from_numpy(padded).to(device), use_cache=False, **keywords
-    ).last_hidden_state
-    return hidden_ntd
+        inputs["position_ids"] = torch.arange(first, first + longest, device=device)[None].expand(padded.shape)
+    return inputs

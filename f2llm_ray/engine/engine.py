@@ -15,6 +15,7 @@ from f2llm_ray.engine.text_engine import TextEngine
 from f2llm_ray.model.checkpoint import load_backbone
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.int8 import is_quantized
+from f2llm_ray.model.prune import first_layers
 
 CPU_PASS = 1024
 """Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread
@@ -26,13 +27,19 @@ class Engine(TextEngine):
 
     Raises:
         RunError: the folder is not a model folder, or its calibration is damaged.
+        RecipeError: it has no so many layers.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384) -> None:
+    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384, layers: int | None = None) -> None:
+        """Loads a folder; `layers` takes so many of its first ones alone."""
         super().__init__(folder)
         self.device = "cuda" if torch.cuda.is_available() and not is_quantized(folder) else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
+        backbone = load_backbone(folder, dtype=dtype)
+        if layers is not None:
+            backbone = first_layers(backbone, layers)
+            self.calibration = None  # that of the whole model
+        self.backbone = backbone.to(self.device).eval()
         self.tokens_per_pass = tokens_per_pass
         if self.device == "cpu":
             use_varlen(self.backbone)

@@ -33,8 +33,8 @@ OTHER_FORMATS = ("onnx/*", "openvino/*")
 """Folders of a model on the hub that hold its weights once more."""
 
 
-def open_folder(folder: Path) -> Engine | SentenceTransformers:
-    """A model folder of ours or of sentence-transformers.
+def open_folder(folder: Path, layers: int | None = None) -> Engine | SentenceTransformers:
+    """A model folder of ours, all of it or its first `layers`, or of sentence-transformers.
 
     Raises:
         RunError: it is neither, or cannot be loaded.
@@ -42,7 +42,7 @@ def open_folder(folder: Path) -> Engine | SentenceTransformers:
     from f2llm_ray.engine.engine import Engine
 
     if (folder / INFO_FILE).is_file():
-        return Engine(folder)
+        return Engine(folder, layers=layers)
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")

@@ -85,8 +85,11 @@ def measure_folder(
     sets: Mapping[str, Folder],
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
+    layers: int | None = None,
 ) -> dict[str, Any]:
     """`measure` for a model folder, or the name of a model on the hub, inside a Ray task with one thread.
+
+    With `layers` it is cut to its first so many, in memory; that takes a folder of ours.
 
     Returns:
         `results`, `TaskScores` by set; `seconds` of the whole.
@@ -99,7 +102,7 @@ def measure_folder(
     started = time.time()
     torch.set_num_threads(1)
     with on_disk(model) as path:
-        encoder = open_folder(path)
+        encoder = open_folder(path, layers)
         results = measure(encoder, sets, divisors, out)
     return {"results": results, "seconds": round(time.time() - started, 2)}
 

@@ -77,7 +77,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
 
     source = Source(model, info, export_backbone(model))
     golden = make_golden(model, source.backbone)
-    with _building(out) as folder:
+    with building(out) as folder:
         _copy_texts_side(model, folder)
         golden.save(folder)
         for name in dict.fromkeys(targets):
@@ -114,9 +114,14 @@ def admit(model: Path, out: Path, targets: Sequence[str]) -> ModelInfo:
             raise RunError(f"--to: found {name!r}, expected some of {', '.join(TARGETS)}")
         _require(name)
         TARGETS[name].refuse(model, info)
+    refuse_used(out)
+    return info
+
+
+def refuse_used(out: Path) -> None:
+    """Raises RunError where a folder that is to be written holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: it is there already; expected a folder that is new or empty")
-    return info
 
 
 def check(folder: Path) -> Facts:
@@ -170,7 +175,7 @@ def _require(target: str) -> bool:
 
 
 @contextmanager
-def _building(out: Path) -> Iterator[Path]:
+def building(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place at the end, or is gone after an error."""
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,8 @@ class ModelInfo:
     """Whether it was trained with an instruction before queries (`schema.query_text`)."""
     pooling: Pooling = "last"
     space: Space | None = None
+    exits: tuple[int, ...] = ()
+    """Numbers of layers, below all that it has, after which it was trained to be cut."""
 
 
 def matryoshka_dims(hidden: int, smallest: int = 8) -> tuple[int, ...]:
@@ -141,7 +143,8 @@ def load_info(folder: Folder | Path) -> ModelInfo:
     try:
         prompts = {**facts["prompts"], "document": facts["prompts"].get("document", "")}
         space = None if facts.get("space") is None else Space(**facts["space"])
-        info = ModelInfo(**{**facts, "dims": tuple(facts["dims"]), "prompts": prompts, "space": space})
+        numbers = {"dims": tuple(facts["dims"]), "exits": tuple(facts.get("exits", ()))}
+        info = ModelInfo(**{**facts, **numbers, "prompts": prompts, "space": space})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{place.uri}/{INFO_FILE}: not the facts of a model: {error}") from None
     if info.pooling not in POOLINGS:

@@ -171,6 +171,19 @@ def end_in(backbone: PreTrainedModel, dims: int, place: str, mean: Vectors | Non
         )
 
 
+def keep_dims(backbone: PreTrainedModel, dims: int) -> None:
+    """Cuts a backbone's vectors to their first dims: rows of its map, or of the identity where it has none."""
+    import torch
+
+    has, hidden = dense_of(backbone), int(backbone.config.hidden_size)
+    linear = torch.nn.Linear(hidden, dims, bias=getattr(has, "bias", None) is not None, dtype=backbone.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(dims, hidden) if has is None else has.get_parameter("weight")[:dims])
+        if linear.bias is not None and has is not None:
+            linear.bias.copy_(has.get_parameter("bias")[:dims])
+    put_dense(backbone, linear)
+
+
 def vector_dims(backbone: PreTrainedModel) -> int:
     """The number of dims of a model's vectors: what its map gives, else the hidden size."""
     dense = dense_of(backbone)

@@ -121,6 +121,12 @@ class Family:
         """The layers of a backbone."""
         return cast("torch.nn.ModuleList", backbone.get_submodule(self.layers))
 
+    def last_norm(self, backbone: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+        """What the norm after the last layer makes of a layer's output; the output itself where there is none."""
+        if self.norm is None:
+            return hidden
+        return cast("torch.Tensor", backbone.get_submodule(self.norm)(hidden))
+
     @property
     def readers(self) -> list[str]:
         """Names, in a layer, of the norms that read the residual stream."""

@@ -125,6 +125,26 @@ def _fewer_inputs(dense: torch.nn.Module, kept: tuple[int, ...]) -> torch.nn.Lin
     return linear
 
 
+def first_layers(backbone: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A copy of the first layers of a backbone, with all else of it, the norm after the last layer too.
+
+    Its vectors are those of the exit after so many layers (`engine.encode`).
+
+    Raises:
+        RecipeError: it has no so many.
+    """
+    config = backbone.config
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise RecipeError(f"layers: found {layers}, expected 1 to {config.num_hidden_layers}, which the model has")
+    kept = Kept(
+        layers=tuple(range(layers)),
+        hidden=tuple(range(config.hidden_size)),
+        ffn=(tuple(range(config.intermediate_size)),) * layers,
+        kv_heads=(tuple(range(kv_heads(config))),) * layers,
+    )
+    return prune(backbone, kept)
+
+
 def _parts_cut(parent: PreTrainedConfig, kept: Kept) -> list[Part]:
     cut: dict[Part, bool] = {
         "layers": len(kept.layers) < parent.num_hidden_layers,

@@ -132,6 +132,9 @@ def _failures(graph: Graph, run: Run, served: str) -> dict[str, list[dict[str, A
 def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict[str, Facts]) -> dict[str, Any]:
     results = {name: facts["result"] for name, facts in measured.items()}
     speed = run.manifest(graph.speeds[model.name]) if model.name in graph.speeds else None
+    exits = {
+        str(layers): _results(graph, run, cut) for cut, (of, layers) in graph.exits.items() if of == model.name
+    }
     clean = {name: _clean(graph, run, model.name, name) for name in results if name in graph.overlaps}
     return {
         "name": model.name,
@@ -140,7 +143,13 @@ def _model(graph: Graph, run: Run, model: Model, manifest: Facts, measured: dict
         "folder": f"{model.stage.folder_name}/model",
         "sources": list(model.sources),
         **{key: manifest[key] for key in ("parameters", "non_embedding_parameters", "bytes")},
+        "layers": manifest.get("layers"),
         "scores": {name: result["scores"] for name, result in results.items()},
+        "exits": {
+            layers: {name: facts["result"]["scores"] for name, facts in found.items()}
+            for layers, found in exits.items()
+            if found
+        },
         "languages": {name: result["languages"] for name, result in results.items()},
         "types": {name: result["types"] for name, result in results.items() if result.get("types")},
         **({"clean": {name: scores for name, scores in clean.items() if scores}} if any(clean.values()) else {}),

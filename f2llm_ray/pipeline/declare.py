@@ -48,6 +48,7 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
         sets=data.sets,
         overlaps=data.overlaps,
         evaluations=_evaluations(recipe, inputs, models.models, data.sets),
+        exits=_exits(recipe),
         speeds=_speeds(recipe, run, models.models, data.sets),
         mixed=_mixed(recipe, run, models, data.sets),
     )
@@ -56,7 +57,7 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
 def _evaluations(
     recipe: Recipe, inputs: StageInputs, models: Mapping[str, Model], sets: Mapping[str, Stage]
 ) -> dict[tuple[str, str], Stage]:
-    """Of every model, baseline and BM25 on every set that it can be scored on."""
+    """Of every model, exit, baseline and BM25 on every set that it can be scored on."""
     divisors = {"divisors": list(recipe.evaluation.divisors)}
     found = {}
     for name, of_set in sets.items():
@@ -71,7 +72,17 @@ def _evaluations(
     for model, made in models.items():
         for name, of_set in sets.items():
             found[model, name] = _evaluation(model, name, divisors, {"model": made.stage, "set": of_set})
+    for cut, (model, layers) in _exits(recipe).items():
+        for name, of_set in sets.items():
+            parents = {"model": models[model].stage, "set": of_set}
+            found[cut, name] = _evaluation(cut, name, {**divisors, "layers": layers}, parents)
     return found
+
+
+def _exits(recipe: Recipe) -> dict[str, tuple[str, int]]:
+    """The exits that are measured, as `Graph` has them."""
+    found = recipe.measured_exits().items()
+    return {f"{model}@{layers}": (model, layers) for model, exits in found for layers in exits}
 
 
 def _evaluation(model: str, name: str, settings: dict[str, Any], parents: Mapping[str, Stage]) -> Stage:

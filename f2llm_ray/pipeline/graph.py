@@ -53,7 +53,9 @@ class Graph:
     overlaps: dict[str, Stage]
     """For each set that the training rows are not screened for: how much of it is in them."""
     evaluations: dict[tuple[str, str], Stage]
-    """By set, and the name of a model of the run, of a baseline, or `BM25`."""
+    """By set, and the name of a model of the run, of an exit, of a baseline, or `BM25`."""
+    exits: dict[str, tuple[str, int]]
+    """The exits that are measured, by name: the model, and how many of its layers."""
     speeds: dict[str, Stage]
     """By model: how long it takes for a query."""
     mixed: dict[tuple[str, str], Mixed]

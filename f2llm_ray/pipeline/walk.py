@@ -137,8 +137,9 @@ class Pipeline:
                 self._say_cost(sets)
                 pending[of_bm25.remote(found, out)] = name
             elif not is_endpoint(others.get(name, "")):
-                folder = baseline_place(others[name]) if name in others else self._folder_of(name)
-                pending[of_folder.remote(folder, found, divisors, out)] = name
+                model, layers = self.graph.exits.get(name, (name, None))
+                folder = baseline_place(others[name]) if name in others else self._folder_of(model)
+                pending[of_folder.remote(folder, found, divisors, out, layers)] = name
         while pending:
             (done,), _ = ray.wait(list(pending))
             name = pending.pop(done)
@@ -238,7 +239,8 @@ class Pipeline:
         unfinished = {name for name, model in models.items() if self.run.manifest(model.stage) is None}
         found: dict[str, dict[str, Stage]] = {}
         for (name, other), stage in self.graph.evaluations.items():
-            if name not in unfinished and self.run.manifest(stage) is None:
+            model, _ = self.graph.exits.get(name, (name, None))
+            if model not in unfinished and self.run.manifest(stage) is None:
                 found.setdefault(name, {})[other] = stage
         return found
 

@@ -215,9 +215,11 @@ def _sizes(folder: Folder) -> Facts:
     from f2llm_ray.model.sizes import count_parameters
 
     with folder.as_local() as path:
-        total, layers = count_parameters(load_backbone(path))
+        backbone = load_backbone(path)
+        total, inside = count_parameters(backbone)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return {"parameters": total, "non_embedding_parameters": layers, "bytes": size}
+    depth = backbone.config.num_hidden_layers
+    return {"parameters": total, "non_embedding_parameters": inside, "bytes": size, "layers": depth}
 
 
 def source_labels(sources: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

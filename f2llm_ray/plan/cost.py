@@ -84,7 +84,9 @@ def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -
     `worker_tokens` are the mean tokens of a worker's part of a batch, which decide how many chunks it has.
     """
     forwards = 3 + extra_forwards(work, text_tokens, worker_tokens)
-    own = forward_flops_per_token(work.shape, text_tokens) * forwards
+    # An exit costs the norm after the last layer once more, and no layer.
+    norms = 2 * work.exits * work.shape.hidden if FAMILIES[kind_of(work.shape)].norm is not None else 0
+    own = (forward_flops_per_token(work.shape, text_tokens) + norms) * forwards
     teacher = work.teacher
     return own + (0 if teacher is None or teacher.cached else forward_flops_per_token(teacher.shape, text_tokens))
 

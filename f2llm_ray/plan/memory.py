@@ -120,6 +120,8 @@ def activation_bytes(work: StageWork) -> float:
     """
     shape, tokens = work.shape, work.longest_chunk_tokens
     ends = ends_bytes_per_token(shape, work.float_bytes)
+    if kind_of(shape) not in SAVED_BY_ENCODERS:  # of a LayerNorm, its input is held by the next layer anyway
+        ends += work.exits * ends  # each exit goes through the last norm once more
     layer = layer_bytes_per_token(shape, work.float_bytes)
     if not work.gradient_checkpointing:
         return tokens * (shape.layers * layer + ends)

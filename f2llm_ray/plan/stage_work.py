@@ -52,6 +52,8 @@ class StageWork:
     tokens_per_pass: int
     tokens_per_chunk: int | None
     """As in the recipe; where it is None, the activations of the whole batch are held together."""
+    exits: int = 0
+    """Exits before the last layer that are trained too (`elastic`)."""
 
     @property
     def most_tokens_per_worker(self) -> int:
@@ -160,6 +162,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
         longest_text_tokens=recipe.data.max_tokens,
         tokens_per_pass=engine.tokens_per_pass,
         tokens_per_chunk=engine.tokens_per_chunk,
+        exits=len(stage.exits),
     )
 
 

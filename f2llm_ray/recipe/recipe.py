@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Discriminator, Tag, model_validator
 
@@ -124,6 +124,18 @@ class Recipe(Section):
         pruned = [parents[name] for name in sorted(cuts, key=KEPT.__eq__)]
         return next((name for name in [*teachers, *pruned] if name in parents), None)
 
+    def measured_exits(self) -> dict[str, tuple[int, ...]]:
+        """The exits that are measured, numbers of layers by model: of each chain's last model that has some."""
+        steps, parents = self.steps(), self.made_from()
+        elastic = {n: step.exits for n, step in steps.items() if isinstance(step, TrainStage) and step.exits}
+        before = set[str | None]()
+        for name in elastic:
+            parent = parents[name]
+            while parent is not None:
+                before.add(parent)
+                parent = parents[parent]
+        return {name: exits for name, exits in elastic.items() if name not in before}
+
     def stage_sources(self, stage: TrainStage) -> list[str]:
         """Names of the sources that a stage trains on, in the recipe's order."""
         names = self.sources if stage.sources is None else stage.sources
@@ -178,6 +190,7 @@ class Recipe(Section):
                 yield from self._prune_problems(place, step, str(parents[name]))
             if isinstance(step, TrainStage):
                 yield from self._training_problems(place, step)
+                yield from self._exit_problems(place, step, str(parents[name]))
                 yield from self._engine_problems(place, step)
             if isinstance(step, Distill):
                 yield from _unknown_model(f"{place}.teacher", step.teacher, made)
@@ -189,16 +202,29 @@ class Recipe(Section):
             made += [model for model in (name, name + MERGED) if model in parents]
 
     def _prune_problems(self, place: str, step: Prune, parent: str) -> Iterator[str]:
-        if self.backbone.shape is None:
-            return
         for part in (part for part in PARTS if part != "vocabulary"):
-            has = getattr(self.backbone.shape, part)
-            for earlier in self.prunes_of(parent):
-                has = earlier.count(part) or has
+            has = self._size(parent, part)
             wanted = step.count(part)
-            if wanted is not None and wanted > has:
+            if has is not None and wanted is not None and wanted > has:
                 owner = "the backbone" if parent == UNTRAINED or not self.prunes_of(parent) else repr(parent)
                 yield f"{place}.{part}: {wanted} is more than {owner}'s {has}"
+
+    def _size(self, model: str, part: Literal["layers", "hidden", "ffn", "kv_heads", "vocabulary"]) -> int | None:
+        """How many of a part a model of the run has; None where it comes from a checkpoint."""
+        if self.backbone.shape is None:
+            return None
+        has: int = getattr(self.backbone.shape, part)
+        for earlier in self.prunes_of(model):
+            has = earlier.count(part) or has
+        return has
+
+    def _exit_problems(self, place: str, stage: TrainStage, student: str) -> Iterator[str]:
+        has = self._size(student, "layers")
+        if has is not None and any(layers >= has for layers in stage.exits):
+            yield (
+                f"{place}.elastic.layers: found {list(stage.exits)}, expected numbers below {has}, all the layers "
+                f"that {student!r} has"
+            )
 
     def _training_problems(self, place: str, stage: TrainStage) -> Iterator[str]:
         unknown = [name for name in stage.sources or () if name not in self.sources]

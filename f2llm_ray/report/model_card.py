@@ -27,6 +27,7 @@ from f2llm_ray.report.read_scores import (
     by_language,
     dim_cell,
     interval,
+    layer_cells,
     main_metric,
     metrics_of,
     mixed_entry,
@@ -102,6 +103,11 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo, *, mapped:
             for name in sets_of([model])
             for metric in [main_metric([model], name)]
             for of, dim, facts in _scored(report, model, name)
+        ],
+        layers=[
+            (name, main_metric([model], name), cells)
+            for name in sets_of([model])
+            if (cells := layer_cells(model, name))
         ],
         weakest=[_weakest(model, name) for name in sets_of([model]) if by_language(model, name)],
         sources=source_cells({name: sources[name] for name in model.get("sources") or () if name in sources}),

@@ -84,6 +84,26 @@ def by_dim(model: ModelEntry, name: str) -> dict[int, Metrics]:
     return {int(dim): scores[dim] for dim in sorted(scores, key=int, reverse=True)}
 
 
+def layer_cells(model: ModelEntry, name: str) -> Cells:
+    """The main metric of a set by layers and dims: a row of headings, then one for each exit and the whole model.
+
+    Nothing where no exit of the model was measured on the set.
+    """
+    exits = {
+        int(layers): by_dim({"scores": scores}, name) for layers, scores in (model.get("exits") or {}).items()
+    }
+    found = {layers: exits[layers] for layers in sorted(exits) if exits[layers]}
+    if not found:
+        return []
+    found |= {int(model["layers"]): by_dim(model, name)} if by_dim(model, name) else {}
+    main, dims = main_metric([model], name), sorted({dim for of in found.values() for dim in of}, reverse=True)
+    rows = [
+        [str(layers), *(formatting.score((of.get(dim) or {}).get(main)) for dim in dims)]
+        for layers, of in found.items()
+    ]
+    return [["layers", *(f"{formatting.count(dim)} dims" for dim in dims)], *rows]
+
+
 def by_language(model: ModelEntry, name: str) -> Mapping[str, Metrics]:
     """A model's scores at its full dim by language."""
     found = (model.get("languages") or {}).get(name) or {}

@@ -26,6 +26,7 @@ from f2llm_ray.report.read_scores import (
     enough,
     interval,
     is_shrunk,
+    layer_cells,
     main_metric,
     megabytes,
     metrics_of,
@@ -78,6 +79,12 @@ def render(report: RunReport, plots: Plots) -> str:
         failures=[(name, _failures(found)) for name, found in (report.get("failures") or {}).items()],
         open_failures=FAILURES_OPEN,
         matryoshka=plots.matryoshka,
+        layers=[
+            (f"{model.get('name')} on {name}: {main_metric([model], name)}", cells)
+            for model in models
+            for name in sets_of([model])
+            if (cells := layer_cells(model, name))
+        ],
         types=[entry for model in of_served for entry in _types(model)],
         type_plots=dict(plots.types),
         sizes=[_sizes(model, timed=timed) for model in models],

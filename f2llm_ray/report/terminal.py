@@ -12,6 +12,8 @@ from f2llm_ray.report.read_scores import (
     ModelEntry,
     RunReport,
     by_dim,
+    layer_cells,
+    main_metric,
     metrics_of,
     mixed_sentences,
     sets_of,
@@ -48,9 +50,21 @@ def terminal_table(report: RunReport) -> str:
         block = _beside([block, part], gap=3)
         titles += "   " + formatting.clip(name, len(part[0])).ljust(len(part[0]))
     title = [titles.rstrip()] if titles.strip() else []
-    below = ["", *standing] if standing else []
+    below = [*_by_layers(models), *(["", *standing] if standing else [])]
     below += [f"What to try next: {line}" for line in advice(report)[:1]]
     return "\n".join(line.rstrip() for line in [*lines, *title, *block, *below])
+
+
+def _by_layers(models: Sequence[ModelEntry]) -> list[str]:
+    """For each model with exits and each set, a table of the main metric by layers and dims."""
+    lines = []
+    for model in models:
+        for name in sets_of([model]):
+            cells = layer_cells(model, name)
+            if cells:
+                lines += ["", f"{model.get('name')} on {name}: {main_metric([model], name)} by layers and dims"]
+                lines += _aligned([list(column) for column in zip(*cells, strict=True)])
+    return lines
 
 
 def _terminal_columns(models: Sequence[ModelEntry], name: str) -> Cells:

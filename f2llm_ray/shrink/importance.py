@@ -104,9 +104,8 @@ class _Pass:
         x_ntd, after = self.calls[skipped][0][0], slice(skipped + 1, None)
         for layer, (others, keywords) in zip(self.layers[after], self.calls[after], strict=True):
             x_ntd = layer(x_ntd, *others[1:], **keywords)
-        if self.family.norm is not None:
-            x_ntd = self.backbone.get_submodule(self.family.norm)(x_ntd)
-        without_nd = vectors_of(self.backbone, x_ntd.flatten(0, -2), self.places, self.pooling)
+        hidden_ntd = self.family.last_norm(self.backbone, x_ntd)
+        without_nd = vectors_of(self.backbone, hidden_ntd.flatten(0, -2), self.places, self.pooling)
         return (1 - cosine_similarity(self.whole_nd.double(), without_nd.double(), dim=-1)).sum()
 
     def _watching(self) -> ExitStack:

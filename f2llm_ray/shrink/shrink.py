@@ -83,8 +83,10 @@ def shrink(
     small = prune(backbone, kept)
     mapped = dense_of(small) is not None
     dims = info.dims if mapped else matryoshka_dims(len(kept.hidden), info.dims[0])
+    # What it was trained to be cut to is there where all of those layers stay, and others after them.
+    exits = tuple(n for n in info.exits if n < len(kept.layers) and kept.layers[:n] == tuple(range(n)))
     # What pruning leaves ends near the space that its parent was taught to end in, but not in it.
-    named = replace(info, name=model_name, dims=dims, space=None)
+    named = replace(info, name=model_name, dims=dims, exits=exits, space=None)
     with (out / "model").writing() as path:
         save_model(path, small, tokenizer, named)
         if table is not None:

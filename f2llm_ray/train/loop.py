@@ -135,6 +135,7 @@ class Worker:
                 settings.engine.tokens_per_pass,
                 load_map(student),
                 loss.projected_dims,
+                settings.exits,
             )
             self.engine = start_engine(module, settings, world)
             self.engine.train()

@@ -41,11 +41,23 @@ class Parts:
     "in_batch" and "passage_to_query"."""
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The further terms by name (train/terms.py)."""
+    by_exit: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """The weighted loss of each exit before the last layer, by its number of layers; all else is the mean over the
+    exits and the whole model."""
 
     @property
     def total_m(self) -> torch.Tensor:
         """The sum of the contrastive terms of each dim."""
         return torch.stack(list(self.by_dim.values())).sum(0)
+
+
+def mean_parts(every: Sequence[Parts]) -> Parts:
+    """The means of the terms of several losses of one batch."""
+
+    def mean(values: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([value[name] for value in values]).mean(0) for name in values[0]}
+
+    return Parts(mean([parts.by_dim for parts in every]), mean([parts.terms for parts in every]))
 
 
 def matryoshka_weights(dims: Sequence[int]) -> dict[int, float]:

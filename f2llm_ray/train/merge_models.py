@@ -40,7 +40,9 @@ def merge_models(settings: Soup, models: list[Folder], name: str, out: Folder) -
     first, *others = models
     info = load_info(first)
     for other in others:
-        _check(info, first, load_info(other), other)
+        found = load_info(other)
+        _check(info, first, found, other)
+        info = replace(info, exits=tuple(layers for layers in info.exits if layers in found.exits))
     with ExitStack() as stack:
         path, *paths = (stack.enter_context(model.as_local()) for model in models)
         states = [load_backbone(other).state_dict() for other in paths]

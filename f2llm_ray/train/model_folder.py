@@ -90,6 +90,7 @@ def trained_info(before: ModelInfo, training: Training) -> ModelInfo:
             "document": training.prompts.document,
         },
         instructions=settings.instructions,
+        exits=settings.exits,
     )
 
 

@@ -16,7 +16,7 @@ from f2llm_ray.model.dense import vector_dims
 from f2llm_ray.model.families import Pooling
 from f2llm_ray.model.vocabulary import TokenMap, remap
 from f2llm_ray.train.loader import TrainBatch
-from f2llm_ray.train.losses import Parts, TextPlaces, contrastive
+from f2llm_ray.train.losses import Parts, TextPlaces, contrastive, mean_parts
 from f2llm_ray.train.settings import Distill, TrainStage
 from f2llm_ray.train.teacher import TeacherVectors
 from f2llm_ray.train.terms import TermInputs, added_terms
@@ -35,6 +35,7 @@ class Student(torch.nn.Module):
         tokens_per_pass: token budget of a pass.
         tokens: maps the prepared data's tokens to the model's, where its vocabulary was cut.
         projected_dims: dims of the linear map that distillation trains beside it; none without one.
+        exits: numbers of layers after which the model is trained to be cut, too.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Student(torch.nn.Module):
         tokens_per_pass: int,
         tokens: TokenMap | None = None,
         projected_dims: int | None = None,
+        exits: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.backbone, self.pooling = backbone, pooling
+        self.backbone, self.pooling, self.exits = backbone, pooling, tuple(exits)
         self.tokens_per_pass, self.tokens = tokens_per_pass, tokens
         self.projection: torch.nn.Linear | None = None
         if projected_dims is not None:
@@ -55,11 +57,23 @@ class Student(torch.nn.Module):
             torch.nn.init.eye_(self.projection.weight)
 
     def forward(self, tokens: list[Tokens]) -> torch.Tensor:
-        """Vectors of texts before normalisation [n, d], followed by their projections where there is a map."""
+        """Vectors of texts before normalisation, side by side [n, ...], as `StageLoss` takes them.
+
+        The whole model's [n, d], those of each exit, and where there is a map their projections in that order.
+        """
         if self.tokens is not None:
             tokens = remap(tokens, self.tokens)
-        v_nd = encode(self.backbone, tokens, pooling=self.pooling, tokens_per_pass=self.tokens_per_pass)
-        return v_nd if self.projection is None else torch.cat([v_nd, self.projection(v_nd)], dim=1)
+        vectors = encode(
+            self.backbone,
+            tokens,
+            pooling=self.pooling,
+            tokens_per_pass=self.tokens_per_pass,
+            exits=self.exits,
+        )
+        if self.projection is None:
+            return vectors
+        of_exits = vectors.split(self.projection.in_features, dim=1)
+        return torch.cat([vectors, *map(self.projection, of_exits)], dim=1)
 
 
 class StageLoss:
@@ -94,20 +108,36 @@ class StageLoss:
         return self.teacher.dims if wanted else None
 
     def own(self, v: torch.Tensor) -> torch.Tensor:
-        """The student's own vectors [n, d] in the output of `Student`."""
+        """The whole student's own vectors [n, d] in the output of `Student`."""
         return v[:, : self.hidden]
 
     def __call__(self, v: torch.Tensor, batch: TrainBatch) -> tuple[torch.Tensor, Parts]:
-        """The loss and its parts for this rank's part of a batch, from the output of `Student` for its texts."""
-        task, v_nd = self.sources[batch.source].task, self.own(v)
+        """The loss and its parts for this rank's part of a batch, from the output of `Student` for its texts.
+
+        With exits it is the mean of the losses that each, a model of its own, and the whole model would have.
+        """
+        models = 1 + len(self.settings.exits)
+        own = v[:, : models * self.hidden].split(self.hidden, dim=1)
+        width = self.projected_dims
+        matched = own if width is None else v[:, models * self.hidden :].split(width, dim=1)
+        teacher_nD = None if self.teacher is None else self.teacher(batch).to(v.device)
+        found = [self._of_model(v_nd, m_nD, teacher_nD, batch) for v_nd, m_nD in zip(own, matched, strict=True)]
+        losses = torch.stack([loss for loss, _ in found])
+        by_exit = dict(zip(self.settings.exits, losses[1:].detach(), strict=True))
+        return losses.mean(), replace(mean_parts([parts for _, parts in found]), by_exit=by_exit)
+
+    def _of_model(
+        self, v_nd: torch.Tensor, matched_nD: torch.Tensor, teacher_nD: torch.Tensor | None, batch: TrainBatch
+    ) -> tuple[torch.Tensor, Parts]:
+        """Loss and parts of one model, from its vectors, what is to match the teacher's, and these."""
+        task = self.sources[batch.source].task
         arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
-        places = TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays))
+        places = TextPlaces(*(torch.from_numpy(array.copy()).to(v_nd.device) for array in arrays))
         loss, parts = contrastive(v_nd, places, self.settings, task, self.dims)
         scores = None if batch.scores is None else torch.from_numpy(batch.scores.copy()).to(v_nd)
         inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings, scores_bk=scores)
-        if self.teacher is not None:
-            matched_nD = v_nd if self.projected_dims is None else v[:, self.hidden :]
-            inputs = replace(inputs, matched_nD=matched_nD, teacher_nD=self.teacher(batch).to(v.device))
+        if teacher_nD is not None:
+            inputs = replace(inputs, matched_nD=matched_nD, teacher_nD=teacher_nD)
         added, terms = added_terms(inputs)
         return loss + added, replace(parts, terms=terms)
 

@@ -45,6 +45,23 @@ class Merge(Section):
         return self
 
 
+class Elastic(Section):
+    """Training a model so that its first layers alone are models too: matryoshka learning in depth.
+
+    2D matryoshka (Li et al. 2024, arXiv 2402.14776) and ML-Embed, the sister paper of F2LLM-v2; docs/training.md.
+    """
+
+    layers: Output[tuple[Annotated[int, Field(ge=1)], ...]]
+    """Numbers of layers after which it may be cut, below all that it has: [7, 14] of 28. The loss is the mean over
+    them and the whole model."""
+
+    @model_validator(mode="after")
+    def _rise(self) -> Elastic:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"layers: found {list(self.layers)}, expected different numbers that rise")
+        return self
+
+
 class TrainStage(Section):
     """One contrastive stage. The defaults are those of the paper's public code."""
 
@@ -109,6 +126,8 @@ class TrainStage(Section):
     """The same with this share of the passage's cosine, as in mining: 0.05 leaves out what is above 95 % of it."""
     matryoshka_min_dim: Output[int] = Field(default=8, ge=1)
     """Smallest matryoshka dim; the dims are its doublings below the hidden size, and the hidden size."""
+    elastic: Elastic | None = None
+    """Trains the model's first layers to be models of their own; only the whole one when unset."""
     gather_gradient: Output[bool] = True
     """Gradient to other ranks' passages in the in-batch term; the paper's code has none."""
     lr: Output[float] = Field(default=8e-6, gt=0)
@@ -134,6 +153,11 @@ class TrainStage(Section):
     merge: Neutral[Merge | None] = None
     """What comes after goes on from the merged model, where it does not name another; both are evaluated."""
     engine: EngineSettings = EngineSettings()
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Numbers of layers, beside all, after which the model is trained to be cut."""
+        return () if self.elastic is None else self.elastic.layers
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainStage:

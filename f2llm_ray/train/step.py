@@ -115,5 +115,6 @@ def _backward(
         **{name: value.new_tensor(count, dtype=torch.float64) for name, count in zip(COUNTS, counts, strict=True)},
         **{f"loss_at_{dim}": part for dim, part in zip(dims, parts.total_m, strict=True)},
         **{f"loss_{name}": term for name, term in parts.terms.items()},
+        **{f"loss_first_{layers}_layers": found for layers, found in parts.by_exit.items()},
     }
     return {name: found.detach().double() for name, found in seen.items()}

@@ -15,7 +15,7 @@ from f2llm_ray.train.deepspeed import deepspeed_config
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.pace import PACE_FILE, SHARE, Pace, steps_in, timed_settings
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online, space_dims, space_of
-from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_held_out, write_batches
+from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_exits, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
 
 
@@ -47,7 +47,8 @@ def train(
         Facts for the manifest.
 
     Raises:
-        F2LLMError: an error that another try would meet again, such as a loss of NaN.
+        F2LLMError: an error that another try would meet again, such as a loss of NaN or exits that the model does
+            not have.
         ray.train.TrainingFailedError: workers were lost more often than `compute.max_failures`.
     """
     if joined is not None:
@@ -115,6 +116,7 @@ def _job(
     timed_seconds: float | None = None,
 ) -> TrainJob:
     """What the workers are given; the batches are written where they are not there."""
+    check_exits(training, student)
     if teacher is not None:
         check_online(prepared, teacher)
     ends = space_dims(training.settings, model=teacher, vectors=None if taught is None else taught / VECTORS)

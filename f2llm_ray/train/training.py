@@ -13,6 +13,7 @@ from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.schema import SourceFacts, TextPrompts
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import Space
+from f2llm_ray.model.described import CONFIG_FILE
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
@@ -96,6 +97,16 @@ def batch_plan(settings: TrainStage) -> BatchPlan:
         length_window=settings.length_window,
         instructions=settings.instructions,
     )
+
+
+def check_exits(training: Training, student: Folder) -> None:
+    """Raises RunError where the student has too few layers for the exits that are to be trained."""
+    has, exits = student.read_json(CONFIG_FILE)["num_hidden_layers"], training.settings.exits
+    if any(layers >= has for layers in exits):
+        raise RunError(
+            f"stage {training.stage!r}: elastic.layers: found {list(exits)}, expected numbers below {has}, all "
+            f"layers that {student.uri} has"
+        )
 
 
 FEW_HELD_OUT = 20

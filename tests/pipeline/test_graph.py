@@ -415,3 +415,26 @@ def test_a_stage_is_called_finished_before_only_by_a_later_run(
     assert "finished before" not in told
     second.stage(made)
     assert capsys.readouterr().out == f"made: finished before, skipped ({made.folder_name})\n"
+
+
+def test_exits_of_the_last_elastic_model_of_a_chain_are_measured(tmp_path: Path, run: Run) -> None:
+    def stage(*layers: int, **more: Any) -> dict[str, Any]:
+        return {"engine": {"precision": "fp32"}, "elastic": {"layers": layers}, **more}
+
+    engine = {"engine": {"precision": "fp32"}}
+    stages = {"one": stage(1, 2), "two": stage(2), "other": stage(3, model="untrained"), "plain": engine}
+    graph = declare(small(tmp_path, stages=stages, evaluation=held(tmp_path)), run)
+    assert graph.exits == {"two@2": ("two", 2), "other@3": ("other", 3)}
+    (held_set,) = graph.sets
+    cut, whole = graph.evaluations["two@2", held_set], graph.evaluations["two", held_set]
+    assert cut.parents == whole.parents
+    assert cut.settings == {**whole.settings, "layers": 2}
+    with pytest.raises(
+        RecipeError, match=r"stages.one.elastic.layers: found \[1, 4\], expected numbers below 4, .*'untrained'"
+    ):
+        small(tmp_path, stages={"one": stage(1, 4)})
+    pruned = {"one": engine, "two": {"kind": "prune", "layers": 2}, "three": stage(2)}
+    with pytest.raises(
+        RecipeError, match=r"stages.three.elastic.layers: found \[2\], expected numbers below 2, .*'two'"
+    ):
+        small(tmp_path, stages=pruned)

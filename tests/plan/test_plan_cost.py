@@ -29,6 +29,13 @@ def eager(shape: Shape) -> Any:
     return backbone
 
 
+def test_exits_cost_norms_and_no_layers() -> None:
+    one, three = (flops_per_token(work_of(exits=exits), 40, TOKENS) for exits in (1, 3))
+    plain = flops_per_token(work_of(), 40, TOKENS)
+    assert three - plain == pytest.approx(3 * (one - plain)) == pytest.approx(3 * 3 * 2 * SHAPE.hidden)
+    assert three / plain < 1.01
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flops_are_those_that_torch_counts(shape: Shape) -> None:
     backbone = eager(shape)

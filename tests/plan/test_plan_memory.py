@@ -124,6 +124,14 @@ def test_activations_of_every_family(kind: str, dtype: torch.dtype, tmp_path: Pa
         vectors = encode(model, texts(), pooling="last", tokens_per_pass=TOKENS)
     assert vectors.requires_grad
     planned = activation_bytes(work_of(shape, float_bytes=dtype.itemsize))
+    before = saved.now
+    # Each exit goes through the last norm once more; in float32 that keeps no second copy of its input.
+    with saved.watched():
+        exits = encode(model, texts(), pooling="last", tokens_per_pass=TOKENS, exits=(1, 2))
+    more = activation_bytes(work_of(shape, float_bytes=dtype.itemsize, exits=2)) - planned
+    assert exits.requires_grad
+    assert 0.3 * more - 16 * TOKENS <= saved.now - 2 * before <= more + 64 * TOKENS
+    del exits
     # The rest are ids, positions and places: at most some 50 bytes a token, against 1,000 and more.
     assert planned <= saved.now <= planned + 64 * TOKENS
 

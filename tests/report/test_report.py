@@ -444,3 +444,27 @@ def test_headline_says_what_was_gained_and_kept() -> None:
     assert "with 75.0 % of the parameters (75.0 % outside the embeddings), keeps 96.2 % of" in words
     assert "96.2 % of the score of stage2 on manual" in words
     assert "Its stages took 1 h 2 min on cpu (x86_64)." in words
+
+
+def test_exits_are_shown_by_layers_and_dims(tmp_path: Path) -> None:
+    report = full_report(("manual",))
+    entry = report["models"][2]
+    half = {"manual": {"256": {"ndcg@10": 0.7}, "32": {"ndcg@10": 0.6}}}
+    entry |= {"layers": 28, "exits": {"14": half, "7": {"manual": {"256": {"ndcg@10": 0.5}}}}}
+    page = render(report)
+    assert "stage2 on manual: ndcg@10" in page
+    rows = Cells(page).rows
+    whole = ["28", "0.741", "0.691", "0.645", "0.602"]
+    assert ["7", "0.500", *["not measured"] * 3] in rows
+    assert ["14", "0.700", "not measured", "not measured", "0.600"] in rows
+    assert whole in rows
+    told = terminal_table(report).splitlines()
+    at = told.index("stage2 on manual: ndcg@10 by layers and dims")
+    assert told[at + 1].split() == ["layers", "256", "dims", "128", "dims", "64", "dims", "32", "dims"]
+    assert [line.split()[0] for line in told[at + 2 : at + 5]] == ["7", "14", "28"]
+    assert told[at + 4].split() == whole
+    card = model_card(report, entry, load_info(tiny_model(tmp_path)))
+    assert "f2llm cut --model MODEL_FOLDER --layers 7 --output FOLDER" in card
+    assert "| layers | 256 dims | 128 dims | 64 dims | 32 dims |\n|---|---|---|---|---|\n| 7 | 0.500 |" in card
+    other = model_card(report, report["models"][1], load_info(tmp_path))
+    assert "Fewer layers" not in other

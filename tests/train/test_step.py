@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.engine.encode import encode
+from f2llm_ray.model.prune import first_layers
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.train.loader import TrainBatch
 from f2llm_ray.train.objective import StageLoss, Student
@@ -33,6 +34,11 @@ KINDS: dict[str, dict[str, Any]] = {
     **{f"zero{zero}": {"zero_stage": zero} for zero in (0, 1, 2, 3)},
     "gradcache": {"zero_stage": 2, "tokens_per_chunk": 64},
 }
+EXITS: dict[str, dict[str, Any]] = {
+    **{f"exits-{name}": engine for name, engine in KINDS.items()},
+    "exits-checkpointing": {"zero_stage": 3, "gradient_checkpointing": True},
+}
+"""The same with an exit after the first layer."""
 COMPILED: dict[str, dict[str, Any]] = {
     "compiled": {"zero_stage": 2, "compile": True},
     "compiled-checkpointing": {"zero_stage": 1, "compile": True, "gradient_checkpointing": True},
@@ -42,8 +48,9 @@ COMPILED: dict[str, dict[str, Any]] = {
 SOURCES = {"pairs": SourceFacts("retrieval", ""), "labels": SourceFacts("classification", "")}
 
 
-def settings_of(engine: dict[str, Any]) -> TrainStage:
-    settings = {"global_batch": ROWS, "accumulate": 3, "clip": 1e9}
+def settings_of(engine: dict[str, Any], *, exits: bool = False) -> TrainStage:
+    settings: dict[str, Any] = {"global_batch": ROWS, "accumulate": 3, "clip": 1e9}
+    settings |= {"elastic": {"layers": [1]}} if exits else {}
     return TrainStage.model_validate(
         {**settings, "engine": {"precision": "fp32", "tokens_per_pass": 256, **engine}}
     )
@@ -88,12 +95,13 @@ def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
     share = ROWS // WORLD
     found: dict[str, Any] = {}
     for kind, settings in kinds.items():
-        stage = settings_of(settings)
+        stage = settings_of(settings, exits=kind in EXITS)
         backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
         loss, flops = StageLoss(stage, SOURCES, SHAPE.hidden), Flops(backbone)
         if stage.engine.gradient_checkpointing:
             backbone.gradient_checkpointing_enable()
-        engine = start_engine(Student(backbone, "last", stage.engine.tokens_per_pass), stage, WORLD)
+        student = Student(backbone, "last", stage.engine.tokens_per_pass, exits=stage.exits)
+        engine = start_engine(student, stage, WORLD)
         engine.train()
         steps = batches(slice(rank * share, (rank + 1) * share))
         coming = chain.from_iterable(steps)
@@ -110,7 +118,7 @@ def worker(rank: int, folder: str, kinds: dict[str, dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("step")
-    return trained(folder, KINDS)
+    return trained(folder, {**KINDS, **EXITS})
 
 
 def trained(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -121,7 +129,16 @@ def trained(folder: Path, kinds: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_hand() -> dict[str, Any]:
-    """The same steps in one process, every batch whole and by itself."""
+    return taken_by_hand(())
+
+
+@pytest.fixture(scope="module")
+def exits_by_hand() -> dict[str, Any]:
+    return taken_by_hand((1,))
+
+
+def taken_by_hand(exits: tuple[int, ...]) -> dict[str, Any]:
+    """The same steps in one process, every batch whole and by itself, and every exit a model of its own."""
     stage = settings_of({})
     loss = StageLoss(stage, SOURCES, SHAPE.hidden)
     backbone = random_backbone(SHAPE, VOCABULARY, seed=0)
@@ -129,18 +146,25 @@ def by_hand() -> dict[str, Any]:
     plain = [p for p in backbone.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=stage.betas)
-    parameters = list(backbone.parameters())
+    parameters = dict(backbone.named_parameters())
     norms, losses = [], []
     for step in batches(slice(None)):
         gradients = []
         for batch in step:
-            v_nd = encode(backbone, batch.tokens, pooling="last", tokens_per_pass=4096)
-            value = loss(v_nd, batch)[0]
-            losses.append(value.item())
-            gradients.append(torch.autograd.grad(value, parameters))
-        for parameter, *of_batches in zip(parameters, *gradients, strict=True):
-            parameter.grad = torch.stack(of_batches).mean(0)
-        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+            values, sums = [], {name: torch.zeros_like(p) for name, p in parameters.items()}
+            for model in (backbone, *(first_layers(backbone, layers) for layers in exits)):
+                v_nd = encode(model, batch.tokens, pooling="last", tokens_per_pass=4096)
+                value = loss(v_nd, batch)[0]
+                values.append(value.item())
+                own = dict(model.named_parameters())
+                for name, gradient in zip(own, torch.autograd.grad(value, list(own.values())), strict=True):
+                    sums[name] += gradient
+            losses.append(float(np.mean(values)))
+            gradients.append({name: total / len(values) for name, total in sums.items()})
+        for name, parameter in parameters.items():
+            parameter.grad = torch.stack([of_batch[name] for of_batch in gradients]).mean(0)
+        of_all = [p.grad for p in parameters.values() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(of_all)))
         optimizer.step()
     weights = {name: value.detach() for name, value in backbone.state_dict().items()}
     return {"norms": norms, "losses": losses, "weights": weights}
@@ -151,6 +175,13 @@ def test_a_step_takes_the_mean_of_its_batches_gradients(
     found: dict[str, Any], by_hand: dict[str, Any], kind: str
 ) -> None:
     equal(found[kind], by_hand)
+
+
+@pytest.mark.parametrize("kind", EXITS)
+def test_with_exits_it_is_the_mean_over_them_too(
+    found: dict[str, Any], exits_by_hand: dict[str, Any], kind: str
+) -> None:
+    equal(found[kind], exits_by_hand)
 
 
 @pytest.mark.slow
