@@ -19,9 +19,10 @@ from f2llm_ray.base.checksum import sha256_of
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import say
-from f2llm_ray.export import gguf_file, onnx_file, openvino_file
-from f2llm_ray.export.golden import Golden, check_tokens, make_golden
-from f2llm_ray.export.source import Source
+from f2llm_ray.engine.runtimes import onnx_file, openvino_file
+from f2llm_ray.engine.runtimes.golden import Golden, check_tokens, make_golden
+from f2llm_ray.engine.runtimes.source import Source
+from f2llm_ray.export import gguf_file
 from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.run.folder import Folder
@@ -72,7 +73,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
         DataError: a package is missing.
     """
     info = admit(model, out, targets)
-    from f2llm_ray.export.graph import export_backbone
+    from f2llm_ray.engine.runtimes.graph import export_backbone
 
     source = Source(model, info, export_backbone(model))
     golden = make_golden(model, source.backbone)

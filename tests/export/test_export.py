@@ -22,10 +22,10 @@ from f2llm_ray.commands.export import parser
 from f2llm_ray.commands.export import run as job
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.export import onnx_file, openvino_file
+from f2llm_ray.engine.runtimes import onnx_file, openvino_file
+from f2llm_ray.engine.runtimes.golden import LONGEST, TENSORS_FILE, Golden, text_of_length
+from f2llm_ray.engine.runtimes.proof import FLOAT, SIZES, Bounds, Ints, Run, padded, plan, prove
 from f2llm_ray.export.export import FACTS_FILE, check, export
-from f2llm_ray.export.golden import LONGEST, TENSORS_FILE, Golden, text_of_length
-from f2llm_ray.export.proof import FLOAT, SIZES, Bounds, Ints, Run, padded, plan, prove
 from f2llm_ray.model.checkpoint import load_info, matryoshka_dims, save_model
 from f2llm_ray.model.families import POOLINGS, Pooling
 from f2llm_ray.shrink.quantize import save_quantized

@@ -13,12 +13,12 @@ import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.export.golden import Golden, shown
+from f2llm_ray.engine.runtimes.golden import Golden, shown
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Run = Callable[[Ints, Ints], Vectors]
-"""A runtime: ids and mask [n, t] in, unit vectors [n, d] out."""
+"""A runtime: ids and mask [n, t] in, one output out: unit vectors [n, d], or hidden states [n, t, d]."""
 Side = Literal["right", "left"]
 
 SIZES = (1, 2, 7, 32)
