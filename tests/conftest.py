@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 from hypothesis import settings
 
 # A shared or slow machine makes an example late, not wrong.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+# Graph files that engines make of tiny models go there, for all tests of a run and the processes that they start.
+_cache = tempfile.TemporaryDirectory(prefix="f2llm-cache-")
+os.environ["XDG_CACHE_HOME"] = _cache.name

@@ -8,42 +8,62 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from f2llm_ray.base.progress import say
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.engine.attention import use_varlen
-from f2llm_ray.engine.encode import encode
+from f2llm_ray.engine.names import EngineName
+from f2llm_ray.engine.runtimes.choice import choose
+from f2llm_ray.engine.runtimes.golden import LONGEST
+from f2llm_ray.engine.runtimes.graph_forward import GraphForward
 from f2llm_ray.engine.text_engine import TextEngine
-from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.engine.torch_forward import TorchForward
+from f2llm_ray.model.checkpoint import has_weights, vocabulary_size
 from f2llm_ray.model.dims import Vectors
-from f2llm_ray.model.int8 import is_quantized
-
-CPU_PASS = 1024
-"""Most tokens of a pass on CPU. Larger ones fall out of its cache: a text of 65 tokens takes 5.0 ms of one thread
-in passes of up to 1,024 tokens and 6.1 ms in passes of 8,192 (a 4-layer, 256-wide model)."""
 
 
 class Engine(TextEngine):
     """A model folder made ready to embed, on the GPU where there is one; int8 weights stay on the CPU.
 
+    Whatever computes the forward pass, all else is the same: tokens, pooling, normalisation, dims.
+
+    Args:
+        folder: the model folder; an export without weights is one for the runtimes that it has files of.
+        tokens_per_pass: most tokens of a pass.
+        engine: what computes the forward pass (`settings.Compute.engine`).
+
     Raises:
-        RunError: the folder is not a model folder, or its calibration is damaged.
+        RunError: the folder is not a model folder, its calibration is damaged, or the engine that is asked for
+            cannot run it.
+        DataError: a package of the engine that is asked for is missing.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384) -> None:
+    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384, engine: EngineName = "torch") -> None:
         super().__init__(folder)
-        self.device = "cuda" if torch.cuda.is_available() and not is_quantized(folder) else "cpu"
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.backbone = load_backbone(folder, dtype=dtype).to(self.device).eval()
-        self.tokens_per_pass = tokens_per_pass
-        if self.device == "cpu":
-            use_varlen(self.backbone)
-            self.tokens_per_pass = min(tokens_per_pass, CPU_PASS)
+        self.vocabulary = vocabulary_size(folder)
+        chosen = choose(folder, self.info, engine, tokens_per_pass)
+        self._long: TorchForward | None = None
+        """For texts that the proof of a graph does not reach: its scores would take memory with their square."""
+        self.forward: GraphForward | TorchForward
+        if chosen.graph is None:
+            self.forward = TorchForward.of_folder(folder, self.info.pooling, tokens_per_pass)
+        else:
+            self.forward = chosen.graph
+            if self.info.max_tokens > LONGEST and has_weights(folder):
+                self._long = TorchForward.of_folder(folder, self.info.pooling, tokens_per_pass)
+        self.engine: str = self.forward.name
+        """What computes the forward pass: torch, onnx or openvino."""
+        self.device: str = self.forward.device
+        if engine != "torch":
+            say(f"{self.info.name}: engine {self.engine}{chosen.reason and f': {chosen.reason}'}")
 
     def encode(self, tokens: Sequence[Tokens]) -> torch.Tensor:
         """Vectors [n, d] of token lists before normalisation, on the device of the model, in the given order."""
         # Longest first: texts that share a pass are then of similar lengths.
         order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
         texts = [tokens[i] for i in order]
-        vectors_nd = encode(self.backbone, texts, pooling=self.info.pooling, tokens_per_pass=self.tokens_per_pass)
+        long = 0 if self._long is None else sum(len(text) > LONGEST for text in texts)
+        vectors_nd = self.forward.encode(texts[long:])
+        if self._long is not None and long:
+            vectors_nd = torch.cat([self._long.encode(texts[:long]).to(vectors_nd), vectors_nd])
         place = torch.tensor(order, dtype=torch.long, device=vectors_nd.device)
         return vectors_nd[torch.argsort(place)].float()
 

@@ -23,6 +23,7 @@ from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.engine.engine import Engine
+    from f2llm_ray.engine.names import EngineName
 
 TEXTS_PER_REQUEST = 64
 REQUESTS = 4
@@ -33,8 +34,8 @@ OTHER_FORMATS = ("onnx/*", "openvino/*")
 """Folders of a model on the hub that hold its weights once more."""
 
 
-def open_folder(folder: Path) -> Engine | SentenceTransformers:
-    """A model folder of ours or of sentence-transformers.
+def open_folder(folder: Path, engine: EngineName = "torch") -> Engine | SentenceTransformers:
+    """A model folder of ours, by an engine of ours, or of sentence-transformers.
 
     Raises:
         RunError: it is neither, or cannot be loaded.
@@ -42,7 +43,7 @@ def open_folder(folder: Path) -> Engine | SentenceTransformers:
     from f2llm_ray.engine.engine import Engine
 
     if (folder / INFO_FILE).is_file():
-        return Engine(folder)
+        return Engine(folder, engine=engine)
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")

@@ -22,6 +22,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.language import UNKNOWN, iso639_3
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.evaluate.vectors import as_documents, as_queries
 from f2llm_ray.model.checkpoint import fingerprint, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
@@ -91,8 +92,8 @@ def model_meta(folder: Path) -> ModelMeta:
 class MtebEncoder(AbsEncoder):
     """mteb's encoder over the engine that serves: the same vectors, whatever mteb's batches are."""
 
-    def __init__(self, folder: Path) -> None:
-        self.engine = Engine(folder)
+    def __init__(self, folder: Path, engine: EngineName = "torch") -> None:
+        self.engine = Engine(folder, engine=engine)
         self.mteb_model_meta = model_meta(folder)
 
     def encode(

@@ -21,6 +21,8 @@ from f2llm_ray.run.folder import Folder
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
+    from f2llm_ray.engine.names import EngineName
+
 
 def find_tasks(benchmarks: Sequence[str], names: Sequence[str], languages: Sequence[str]) -> list[AbsTask]:
     """The tasks of mteb: those of the benchmarks, or the named ones, or the named ones among the benchmarks'.
@@ -76,7 +78,14 @@ def _cut(task: AbsTask, languages: Sequence[str]) -> bool:
     return True
 
 
-def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None) -> dict[str, float]:
+def run_mteb(
+    model: str,
+    tasks: Sequence[AbsTask],
+    output: str,
+    *,
+    workers: int | None = None,
+    engine: EngineName = "auto",
+) -> dict[str, float]:
     """Runs the tasks that have no result yet.
 
     Args:
@@ -84,6 +93,7 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
         tasks: what to run.
         output: folder for the results, one that every node writes to.
         workers: actors; by default one per GPU, else one per CPU core, at most one per task.
+        engine: what computes the vectors (`engine.settings.Compute.engine`).
 
     Returns:
         mteb's main score of each task, also of those that were there already.
@@ -103,7 +113,7 @@ def run_mteb(model: str, tasks: Sequence[AbsTask], output: str, *, workers: int 
     cores = int(ray.cluster_resources()["CPU"])
     size = max(1, min(workers or gpus or cores, len(tasks)))
     remote = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Worker)
-    pool = ActorPool([remote.remote(model, output) for _ in range(size)])
+    pool = ActorPool([remote.remote(model, output, engine) for _ in range(size)])
     progress, scores, failed = Progress("mteb", len(tasks), "tasks"), {}, []
     found = pool.map_unordered(lambda actor, task: actor.run.remote(task), list(tasks))
     for done, (name, score, error) in enumerate(found, start=1):
@@ -128,14 +138,14 @@ def _on_disk(place: str) -> str:
 class _Worker:
     """An actor with the model in memory."""
 
-    def __init__(self, model: str, output: str) -> None:
+    def __init__(self, model: str, output: str, engine: EngineName) -> None:
         import mteb
         import torch
 
         from f2llm_ray.evaluate.mteb_model import MtebEncoder
 
         torch.set_num_threads(1)
-        self.model = MtebEncoder(Path(model))
+        self.model = MtebEncoder(Path(model), engine)
         self.cache = mteb.ResultCache(Path(output))
 
     def run(self, task: AbsTask) -> tuple[str, float, str | None]:

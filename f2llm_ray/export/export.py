@@ -21,13 +21,13 @@ from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import say
 from f2llm_ray.engine.runtimes import onnx_file, openvino_file
 from f2llm_ray.engine.runtimes.golden import Golden, check_tokens, make_golden
+from f2llm_ray.engine.runtimes.own import EXPORT_FILE, model_key
 from f2llm_ray.engine.runtimes.source import Source
 from f2llm_ray.export import gguf_file
-from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, OWN, ModelInfo, load_info
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.run.folder import Folder
 
-FACTS_FILE = f"{OWN}/export.json"
 Facts = dict[str, Any]
 
 
@@ -85,6 +85,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
             TARGETS[name].write(source, folder)
         facts: Facts = {
             "name": info.name,
+            "model": model_key(model, info),
             "made_by": f"f2llm_ray {__version__}",
             "targets": list(dict.fromkeys(targets)),
             "dims": list(info.dims),
@@ -97,7 +98,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        Folder.at(str(folder / OWN)).write_json(Path(FACTS_FILE).name, facts)
+        Folder.at(str(folder / OWN)).write_json(Path(EXPORT_FILE).name, facts)
     return facts
 
 
@@ -130,14 +131,14 @@ def check(folder: Path) -> Facts:
         DataError: a package is missing.
     """
     place = Folder.at(str(folder))
-    if not place.exists(FACTS_FILE):
-        raise RunError(f"{folder}: not an export: it has no {FACTS_FILE}")
-    facts = place.read_json(FACTS_FILE)
+    if not place.exists(EXPORT_FILE):
+        raise RunError(f"{folder}: not an export: it has no {EXPORT_FILE}")
+    facts = place.read_json(EXPORT_FILE)
     try:
         files = {name: (said["bytes"], said["sha256"]) for name, said in facts["files"].items()}
         targets = [name for name in facts["targets"] if _require(name)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder}/{FACTS_FILE}: not the facts of an export: {error}") from None
+        raise RunError(f"{folder}/{EXPORT_FILE}: not the facts of an export: {error}") from None
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
@@ -193,8 +194,8 @@ def _copy_texts_side(model: Path, folder: Path) -> None:
     if outside:
         raise RunError(f"{model / MODULES_FILE}: found path {outside[0]!r}, expected a folder beside it")
     names = [path.name for path in model.glob("*.json") if not path.name.endswith(".index.json")]
-    names += [f"{place}/{CONFIG_FILE}" for place in places] + ["README.md"]
-    for name in (*places, *names):
+    names += [f"{place}/{CONFIG_FILE}" for place in places] + ["README.md", CALIBRATION_FILE]
+    for name in (*places, OWN, *names):
         if (model / name).is_dir():
             (folder / name).mkdir()
         elif (model / name).is_file():

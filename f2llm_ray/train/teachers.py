@@ -20,6 +20,7 @@ from f2llm_ray.data.keys import Keys
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.store import TokenStore, text_of
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.engine.other_models import RemoteModel, SentenceTransformers
 from f2llm_ray.engine.vector_files import VectorWriter, halves
 from f2llm_ray.model.checkpoint import INFO_FILE, load_info, prompts_of
@@ -103,8 +104,16 @@ def _package(folder: Folder) -> SentenceTransformers:
 class PieceEncoder:
     """Encodes pieces of the store by a teacher that reads tokens, one after the other, inside an actor."""
 
-    def __init__(self, teacher: Folder, tokens: Folder, vectors: Folder, threads: int, dims: int) -> None:
-        self.encoder = VectorWriter(teacher, tokens, threads, unit=False, dim=dims)
+    def __init__(
+        self,
+        teacher: Folder,
+        tokens: Folder,
+        vectors: Folder,
+        threads: int,
+        dims: int,
+        engine: EngineName = "torch",
+    ) -> None:
+        self.encoder = VectorWriter(teacher, tokens, threads, engine=engine, unit=False, dim=dims)
         self.vectors = vectors
 
     def __call__(self, item: Item) -> Item:
