@@ -29,6 +29,8 @@ class Engine(TextEngine):
         folder: the model folder; an export without weights is one for the runtimes that it has files of.
         tokens_per_pass: most tokens of a pass.
         engine: what computes the forward pass (`settings.Compute.engine`).
+        make: whether `auto` makes the files that other engines need, which takes seconds; else it takes those that
+            are there.
 
     Raises:
         RunError: the folder is not a model folder, its calibration is damaged, or the engine that is asked for
@@ -36,10 +38,17 @@ class Engine(TextEngine):
         DataError: a package of the engine that is asked for is missing.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pass: int = 16_384, engine: EngineName = "torch") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tokens_per_pass: int = 16_384,
+        engine: EngineName = "torch",
+        make: bool = True,
+    ) -> None:
         super().__init__(folder)
         self.vocabulary = vocabulary_size(folder)
-        chosen = choose(folder, self.info, engine, tokens_per_pass)
+        chosen = choose(folder, self.info, engine, tokens_per_pass, make=make)
         self._long: TorchForward | None = None
         """For texts that the proof of a graph does not reach: its scores would take memory with their square."""
         self.forward: GraphForward | TorchForward

@@ -35,7 +35,7 @@ OTHER_FORMATS = ("onnx/*", "openvino/*")
 
 
 def open_folder(folder: Path, engine: EngineName = "torch") -> Engine | SentenceTransformers:
-    """A model folder of ours, by an engine of ours, or of sentence-transformers.
+    """A model folder of ours, by an engine that has its files already, or of sentence-transformers.
 
     Raises:
         RunError: it is neither, or cannot be loaded.
@@ -43,7 +43,7 @@ def open_folder(folder: Path, engine: EngineName = "torch") -> Engine | Sentence
     from f2llm_ray.engine.engine import Engine
 
     if (folder / INFO_FILE).is_file():
-        return Engine(folder, engine=engine)
+        return Engine(folder, engine=engine, make=False)
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")

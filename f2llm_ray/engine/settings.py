@@ -22,7 +22,8 @@ class Compute(Section):
     """Torch threads of a worker on CPU."""
     engine: Neutral[EngineName] = "auto"
     """What computes vectors outside training: `torch`; `onnx` or `openvino`, on CPU; or `auto`: torch on a GPU,
-    and on a CPU the fastest installed one that gives torch's vectors there."""
+    and on a CPU the fastest installed one that gives torch's vectors there. Serving and bulk embedding make the
+    files that it needs; with `auto` the steps of a run take them where they are there."""
     max_failures: Neutral[int] = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 

@@ -78,7 +78,7 @@ class VectorWriter:
         torch.set_num_threads(threads)
         self.unit, self.dim = unit, dim
         with model.as_local() as folder:
-            self.engine = Engine(folder, engine=engine)
+            self.engine = Engine(folder, engine=engine, make=False)
         self._open = ExitStack()  # a copy of a store that is not local lives as long as this object
         self.store = TokenStore(self._open.enter_context(tokens.as_local()))
 

@@ -104,6 +104,17 @@ def test_auto_takes_the_fastest_that_holds_and_says_so(
         assert ("making its files" in said) is (fastest == "onnx")  # once, whatever CPU shares the cache
 
 
+def test_steps_of_a_run_make_no_files_unasked(
+    tiny: Path, empty_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Engine(tiny, engine="auto", make=False).engine == "torch"
+    assert "no files for other engines were made" in capsys.readouterr().out
+    assert not empty_cache.exists()
+    Engine(tiny, engine="onnx")
+    Engine(tiny, engine="auto", make=False)
+    assert "no files" not in capsys.readouterr().out
+
+
 def test_a_graph_that_is_wrong_is_refused_by_its_golden_texts(
     tiny: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

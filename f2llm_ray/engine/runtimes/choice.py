@@ -35,7 +35,7 @@ class Choice(NamedTuple):
     """Why torch."""
 
 
-def choose(folder: Path, info: ModelInfo, engine: EngineName, tokens_per_pass: int) -> Choice:
+def choose(folder: Path, info: ModelInfo, engine: EngineName, tokens_per_pass: int, *, make: bool) -> Choice:
     """Opens what computes the forward pass; files that a runtime needs are made where there are none.
 
     Args:
@@ -43,6 +43,7 @@ def choose(folder: Path, info: ModelInfo, engine: EngineName, tokens_per_pass: i
         info: its facts.
         engine: what is asked for. With `auto`, what does not hold is passed over, and the reason is in the choice.
         tokens_per_pass: most tokens of a pass.
+        make: whether `auto` makes files; else it takes those that are there.
 
     Raises:
         RunError: the engine that is asked for cannot run the model, or the files in its folder are damaged.
@@ -56,7 +57,7 @@ def choose(folder: Path, info: ModelInfo, engine: EngineName, tokens_per_pass: i
     if torch.cuda.is_available() and not is_quantized(folder):
         return Choice(None, "on a GPU")
     try:
-        return _fastest(folder, info, tokens_per_pass)
+        return _fastest(folder, info, tokens_per_pass, make=make)
     except F2LLMError as error:
         if not has_weights(folder):
             raise
@@ -72,7 +73,7 @@ def _asked_for(folder: Path, info: ModelInfo, name: GraphName, tokens_per_pass: 
     return _kept(folder, info, name, tokens_per_pass, (place, facts))
 
 
-def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int) -> Choice:
+def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int, *, make: bool) -> Choice:
     """The fastest of the installed runtimes whose proof holds; torch where it is faster than they are."""
     there = installed()
     if not there:
@@ -84,10 +85,12 @@ def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int) -> Choice:
         }
         seconds = pace(graphs, Golden.load(folder)) if len(graphs) > 1 else dict.fromkeys(graphs, 0.0)
         return Choice(graphs[min(graphs, key=seconds.__getitem__)])
+    if not make and not store.there(folder, info):
+        return Choice(None, "no files for other engines were made of it yet")
     if not is_quantized(folder):  # those are refused with their own reason
         _refuse_large(folder)
     place, facts = store.entry(folder, info, there, torch.get_num_threads())
-    proven = store.proven(facts)
+    proven = [name for name in store.proven(facts) if name in there]
     seconds = facts["pace"][cpu_name()]
     if not proven:
         return Choice(None, "; ".join(facts["runtimes"][name]["refused"] for name in there))

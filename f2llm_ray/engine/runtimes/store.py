@@ -76,6 +76,11 @@ def entry(folder: Path, info: ModelInfo, wanted: Sequence[GraphName], threads: i
     return place, facts
 
 
+def there(folder: Path, info: ModelInfo) -> bool:
+    """Whether a model has an entry."""
+    return (cache_root() / model_key(folder, info) / FACTS_FILE).is_file()
+
+
 def forget(place: Path) -> None:
     """Removes an entry."""
     shutil.rmtree(place, ignore_errors=True)
