@@ -3,7 +3,8 @@
 Rows: each shape, one thread and two, single texts, short texts and texts of natural lengths. Our engines are
 torch, auto, onnx and openvino. The peers take the files of `f2llm export` as sentence-transformers would (by
 length, 32 texts at a time, padded to the longest), and sentence-transformers itself. All take turns in one
-process; of its rounds the least time counts, of CPU time with one thread, of the clock with two. The last line is JSON:
+process; of its rounds the least time counts, of CPU time with one thread, of the clock with two. The last line is
+JSON:
 
 - `worst_ratio_peer`: auto's rate over that of the best peer in float32, in the worst row;
 - `ratio_torch`: auto's rate over that of our torch engine for short texts of the first shape, one thread.
@@ -19,6 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,8 +160,7 @@ def rates_of(embeds: dict[str, Embed], load: Workload, rounds: int, *, cpu_time:
 
 def peers(folder: Path, export: Path, threads: int) -> dict[str, Embed]:
     """The runtimes by themselves, in float32 and int8, and sentence-transformers."""
-    import onnxruntime
-    import openvino
+    onnxruntime, openvino = import_module("onnxruntime"), import_module("openvino")
     from sentence_transformers import SentenceTransformer
     from tokenizers import Tokenizer
 
