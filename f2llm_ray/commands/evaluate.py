@@ -43,7 +43,7 @@ def on_mteb(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         say(f"{output}: would run those without a result of {', '.join(task.metadata.name for task in tasks)}")
         return
-    engine = recipe_of(arguments).compute.engine if has_run else "auto"
+    engine = recipe_of(arguments).compute.engine if has_run else "torch"
     scores = run_mteb(model, tasks, output, workers=arguments.workers, engine=engine)
     say(json.dumps({"results": output, "scores": scores}, indent=2))
 

@@ -84,7 +84,7 @@ def run_mteb(
     output: str,
     *,
     workers: int | None = None,
-    engine: EngineName = "auto",
+    engine: EngineName = "torch",
 ) -> dict[str, float]:
     """Runs the tasks that have no result yet.
 

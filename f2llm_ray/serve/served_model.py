@@ -47,7 +47,7 @@ class Arguments(Access, Limits):
     name: str | None = None
     """What clients put in `model`; the name in the model folder when unset."""
     engine: EngineName | None = None
-    """What computes the vectors (`engine.settings.Compute.engine`); the run's when unset, `auto` without one."""
+    """What computes the vectors (`engine.settings.Compute.engine`); the run's when unset, torch without one."""
     aliases: tuple[str, ...] = ()
     """Other names that clients may use, such as that of a model that this one replaces."""
     corpus: str | None = None
@@ -75,7 +75,7 @@ class Report(BaseModel):
 
     models: list[ReportModel] = Field(min_length=1)
     serving: Serving = Serving()
-    engine: EngineName = "auto"
+    engine: EngineName = "torch"
     created: datetime | None = None
 
 
@@ -106,7 +106,7 @@ def find_model(args: Arguments) -> ServedModel:
         RunError: the arguments name no finished run or no model folder.
     """
     settings, entry, created = Serving(), None, None
-    engine: EngineName = "auto"
+    engine: EngineName = "torch"
     folder = Folder.at(args.model or args.root or "")
     if args.root is not None:
         report = _report(folder)

@@ -46,7 +46,7 @@ class EmbedJob:
     dtype: Dtype = "float32"
     prompt_name: str | None = None
     """The model's prompt for passages when unset."""
-    engine: EngineName = "auto"
+    engine: EngineName = "torch"
     """What computes the vectors (`engine.settings.Compute.engine`)."""
     shard_rows: int = 16_384
     """Rows of a shard: what is lost when a worker dies, and the share of work that a worker takes at a time."""
