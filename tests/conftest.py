@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from importlib.util import find_spec
 
 from hypothesis import settings
@@ -12,3 +14,6 @@ settings.load_profile("patient")
 
 # mteb needs Python 3.11.
 collect_ignore = [] if find_spec("mteb") else ["evaluate/test_mteb.py", "export/test_leaderboard.py"]
+# Graph files that engines make of tiny models go there, for all tests of a run and the processes that they start.
+_cache = tempfile.TemporaryDirectory(prefix="f2llm-cache-")
+os.environ["XDG_CACHE_HOME"] = _cache.name

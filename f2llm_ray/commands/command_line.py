@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from f2llm_ray.base.errors import F2LLMError, plain_error
 from f2llm_ray.base.progress import say
+from f2llm_ray.engine.names import ENGINES
 
 if TYPE_CHECKING:
     from f2llm_ray.pipeline.walk import Pipeline
@@ -47,6 +48,16 @@ def job_parser(description: str, *, run_required: bool = True) -> argparse.Argum
         "--dry-run", action="store_true", help="only say which stages are there, which would run, and why"
     )
     return parser
+
+
+def engine_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flag `--engine` of commands that embed; `default` says what is taken without it."""
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        help="what computes the vectors; auto: torch on a GPU, else the fastest installed one that gives torch's "
+        f"vectors (default: {default})",
+    )
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

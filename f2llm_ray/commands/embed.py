@@ -7,7 +7,7 @@ from typing import Any
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.progress import say
-from f2llm_ray.commands.command_line import job_parser, recipe_of
+from f2llm_ray.commands.command_line import engine_option, job_parser, recipe_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("error", "skip"),
         help="stop at a row without text, or leave it out and count it",
     )
+    engine_option(parser, "the recipe's, or torch")
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per CPU core)")
     return parser
 
@@ -62,7 +63,10 @@ def run(arguments: argparse.Namespace) -> None:
         *("dtype", "prompt_name", "shard_rows", "batch_rows", "on_bad_row"),
     )
     keep = tuple(name for name in arguments.keep_columns.split(",") if name)
-    job = EmbedJob(model=_model(arguments), keep=keep, **{name: getattr(arguments, name) for name in names})
+    engine = arguments.engine or ("torch" if arguments.recipe is None else recipe_of(arguments).compute.engine)
+    job = EmbedJob(
+        model=_model(arguments), keep=keep, engine=engine, **{name: getattr(arguments, name) for name in names}
+    )
     if arguments.dry_run:
         found = bulk.survey(job)
         say(f"{found.job.output}: {len(found.waiting)} of {len(found.units)} shards would be made")
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         f" ({done['startup_seconds']} s to start, then {done['rows_per_second']} rows/s,"
         f" {done['tokens_per_second']} tokens/s);"
         f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
-        f"{_counted(done)}"
+        f"{_counted(done)}; by {', '.join(done['engines'])}"
     )
 
 

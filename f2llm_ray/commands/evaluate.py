@@ -7,7 +7,7 @@ import json
 
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.progress import say
-from f2llm_ray.commands.command_line import dry_run, job_parser, pipeline_of
+from f2llm_ray.commands.command_line import dry_run, job_parser, pipeline_of, recipe_of
 from f2llm_ray.pipeline import jobs
 
 
@@ -48,7 +48,8 @@ def on_mteb(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         say(f"{output}: would run those without a result of {', '.join(task.metadata.name for task in tasks)}")
         return
-    scores = run_mteb(model, tasks, output, workers=arguments.workers, prompts=arguments.prompts)
+    engine = recipe_of(arguments).compute.engine if has_run else "torch"
+    scores = run_mteb(model, tasks, output, workers=arguments.workers, prompts=arguments.prompts, engine=engine)
     say(json.dumps({"results": output, "scores": scores}, indent=2))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
+from f2llm_ray.commands.command_line import engine_option
 
 APPLICATION = "embeddings"
 
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "--root", metavar="URI", help="a finished run, whose recipe says which of its models is served"
     )
     parser.add_argument("--name", help="what clients put in `model` (default: the name in the model folder)")
+    engine_option(parser, "the run's, or torch")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument(
         "--host",
@@ -61,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     from f2llm_ray.serve.app import application
     from f2llm_ray.serve.served_model import Arguments, checked, find_model
 
-    given = {name: getattr(arguments, name) for name in ("model", "root", "name", "corpus")}
+    given = {name: getattr(arguments, name) for name in ("model", "root", "name", "engine", "corpus")}
     keys = arguments.keys and str(Path(arguments.keys).absolute())
     given = {name: value for name, value in {**given, "keys": keys}.items() if value is not None}
     served = checked(lambda: find_model(Arguments.model_validate(given)))

@@ -3,10 +3,10 @@
 In one process both take turns at Python's lock: torch asks for it after every operation, while the event loop
 holds it to read and answer. With short texts the engine then stood still for a fifth of the time.
 
-The other process is `python -m f2llm_ray.engine.engine_process FOLDER TOKENS_PER_PASS`. When ready it writes a
-line of JSON, `{"device", "vocabulary"}` or `{"error"}`. A request is two uint32, n and the sum of lengths, then
-the n lengths, then the token ids. An answer is two int32, n and d, then the vectors as float32; or -1 and a size,
-then a message of that size. All little-endian. It ends when its input does.
+The other process is `python -m f2llm_ray.engine.engine_process FOLDER TOKENS_PER_PASS ENGINE`. When ready it
+writes a line of JSON, `{"device", "engine"}` or `{"error"}`. A request is two uint32, n and the sum of lengths,
+then the n lengths, then the token ids. An answer is two int32, n and d, then the vectors as float32; or -1 and a
+size, then a message of that size. All little-endian. It ends when its input does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
 from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.engine.text_engine import TextEngine
+from f2llm_ray.model.checkpoint import vocabulary_size
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 FAILED = -1
@@ -36,10 +38,11 @@ class EngineProcess(TextEngine):
         RunError: the folder is not a model folder, or its calibration is damaged.
     """
 
-    def __init__(self, folder: Path, *, tokens_per_pass: int) -> None:
+    def __init__(self, folder: Path, *, tokens_per_pass: int, engine: EngineName = "torch") -> None:
         super().__init__(folder)
+        self.vocabulary = vocabulary_size(folder)
         self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
-            [sys.executable, "-m", "f2llm_ray.engine.engine_process", str(folder), str(tokens_per_pass)],
+            [sys.executable, "-m", "f2llm_ray.engine.engine_process", str(folder), str(tokens_per_pass), engine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Ray has put the code that a job ships onto this process's path only.
@@ -55,7 +58,7 @@ class EngineProcess(TextEngine):
         if "error" in ready:
             raise RunError(ready["error"])
         self.device: str = ready["device"]
-        self.vocabulary: int = ready["vocabulary"]
+        self.engine: str = ready["engine"]
 
     def embed_tokens(self, tokens: Sequence[Tokens], *, dim: int | None = None) -> Vectors:
         """Unit vectors [n, dim] (the whole d when unset) of token lists, in the given order.
@@ -91,12 +94,13 @@ def main() -> None:
     from f2llm_ray.engine.engine import Engine
 
     try:
-        engine = Engine(Path(sys.argv[1]), tokens_per_pass=int(sys.argv[2]))
+        name = cast(EngineName, sys.argv[3])  # of the caller's own
+        engine = Engine(Path(sys.argv[1]), tokens_per_pass=int(sys.argv[2]), engine=name)
     except F2LLMError as error:
         answers.write(json.dumps({"error": str(error)}).encode() + b"\n")
         answers.flush()
         return
-    ready = {"device": engine.device, "vocabulary": int(engine.backbone.config.vocab_size)}
+    ready = {"device": engine.device, "engine": engine.engine}
     answers.write(json.dumps(ready).encode() + b"\n")
     answers.flush()
     while tokens := read_tokens(sys.stdin.buffer):

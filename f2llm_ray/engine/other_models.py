@@ -23,6 +23,7 @@ from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.engine.engine import Engine
+    from f2llm_ray.engine.names import EngineName
 
 TEXTS_PER_REQUEST = 64
 REQUESTS = 4
@@ -33,8 +34,12 @@ OTHER_FORMATS = ("onnx/*", "openvino/*")
 """Folders of a model on the hub that hold its weights once more."""
 
 
-def open_folder(folder: Path, layers: int | None = None) -> Engine | SentenceTransformers:
+def open_folder(
+    folder: Path, engine: EngineName = "torch", layers: int | None = None
+) -> Engine | SentenceTransformers:
     """A model folder of ours, all of it or its first `layers`, or of sentence-transformers.
+
+    Ours is run by an engine that has its files already.
 
     Raises:
         RunError: it is neither, or cannot be loaded.
@@ -42,7 +47,7 @@ def open_folder(folder: Path, layers: int | None = None) -> Engine | SentenceTra
     from f2llm_ray.engine.engine import Engine
 
     if (folder / INFO_FILE).is_file():
-        return Engine(folder, layers=layers)
+        return Engine(folder, engine=engine, make=False, layers=layers)
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
     raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")

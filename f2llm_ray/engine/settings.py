@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from f2llm_ray.base.section import Neutral, Section
+from f2llm_ray.engine.names import EngineName
 
 
 class Compute(Section):
@@ -19,6 +20,10 @@ class Compute(Section):
     gpus_per_worker: Neutral[float] = Field(default=0.0, ge=0)
     threads_per_worker: Neutral[int] = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
+    engine: Neutral[EngineName] = "torch"
+    """What computes vectors outside training: `torch`; `onnx` or `openvino`, on CPU; or `auto`: torch on a GPU,
+    and on a CPU the fastest installed one that gives torch's vectors there. Serving and bulk embedding make the
+    files that it needs; with `auto` the steps of a run take them where they are there."""
     max_failures: Neutral[int] = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 

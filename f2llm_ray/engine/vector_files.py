@@ -21,6 +21,7 @@ from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
     from f2llm_ray.data.tokens.store import Tokens
+    from f2llm_ray.engine.names import EngineName
 
 Halves = np.ndarray[Any, np.dtype[np.float16]]
 
@@ -54,13 +55,21 @@ class VectorWriter:
     Args:
         model: a model folder.
         tokens: a token store made with the model's tokenizer.
-        threads: torch threads on CPU.
+        threads: threads on CPU.
+        engine: what computes the vectors (`settings.Compute.engine`).
         unit: unit vectors; else as they are before normalisation.
         dim: their first dims; all when unset.
     """
 
     def __init__(
-        self, model: Folder, tokens: Folder, threads: int, *, unit: bool = True, dim: int | None = None
+        self,
+        model: Folder,
+        tokens: Folder,
+        threads: int,
+        *,
+        engine: EngineName = "torch",
+        unit: bool = True,
+        dim: int | None = None,
     ) -> None:
         import torch
 
@@ -69,7 +78,7 @@ class VectorWriter:
         torch.set_num_threads(threads)
         self.unit, self.dim = unit, dim
         with model.as_local() as folder:
-            self.engine = Engine(folder)
+            self.engine = Engine(folder, engine=engine, make=False)
         self._open = ExitStack()  # a copy of a store that is not local lives as long as this object
         self.store = TokenStore(self._open.enter_context(tokens.as_local()))
 

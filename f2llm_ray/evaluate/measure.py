@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.engine.other_models import on_disk, open_folder
 from f2llm_ray.evaluate.metrics.scores import LanguageGroups, Measured, columns, dims_of, rounded
 from f2llm_ray.evaluate.tasks.registry import main_metric, read_task
@@ -85,6 +86,7 @@ def measure_folder(
     sets: Mapping[str, Folder],
     divisors: Sequence[int],
     out: Mapping[str, Folder] | None = None,
+    engine: EngineName = "torch",
     layers: int | None = None,
 ) -> dict[str, Any]:
     """`measure` for a model folder, or the name of a model on the hub, inside a Ray task with one thread.
@@ -92,19 +94,22 @@ def measure_folder(
     With `layers` it is cut to its first so many, in memory; that takes a folder of ours.
 
     Returns:
-        `results`, `TaskScores` by set; `seconds` of the whole.
+        `results`, `TaskScores` by set; `seconds` of the whole; the `engine` that answered.
 
     Raises:
         RunError: neither we nor sentence-transformers can load the folder, or the hub has no such model.
     """
     import torch
 
+    from f2llm_ray.engine.engine import Engine
+
     started = time.time()
     torch.set_num_threads(1)
     with on_disk(model) as path:
-        encoder = open_folder(path, layers)
+        encoder = open_folder(path, engine, layers)
         results = measure(encoder, sets, divisors, out)
-    return {"results": results, "seconds": round(time.time() - started, 2)}
+    answered = encoder.engine if isinstance(encoder, Engine) else "sentence-transformers"
+    return {"results": results, "seconds": round(time.time() - started, 2), "engine": answered}
 
 
 def measure_mixed(
@@ -144,14 +149,14 @@ def _as_taught(folder: Path) -> Embedder:
     return Engine(folder)
 
 
-def query_ms_of(model: Folder, found: Folder) -> float:
+def query_ms_of(model: Folder, found: Folder, engine: EngineName) -> float:
     """`query_ms` of a model folder over queries of a set, inside a Ray task with one thread."""
     import torch
 
     torch.set_num_threads(1)
     task = read_task(found)
     with model.as_local() as path:
-        encoder = open_folder(path)
+        encoder = open_folder(path, engine)
         return query_ms(encoder, as_queries(encoder, task.screened().asked, task.instruction))
 
 

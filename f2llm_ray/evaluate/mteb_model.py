@@ -24,6 +24,7 @@ from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.language import UNKNOWN, iso639_3
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.evaluate.vectors import as_documents, as_queries
 from f2llm_ray.model.checkpoint import fingerprint, load_backbone, load_info
 from f2llm_ray.model.dims import Vectors
@@ -141,9 +142,10 @@ class MtebEncoder(AbsEncoder):
         folder: Path,
         embed: Callable[[Sequence[str]], Vectors] | None = None,
         prompts: Prompts | None = None,
+        engine: EngineName = "torch",
     ) -> None:
         self.info = load_info(folder)
-        self.embed = Engine(folder).embed if embed is None else embed
+        self.embed = Engine(folder, engine=engine).embed if embed is None else embed
         self.mteb_model_meta = model_meta(folder)
         self.prompts_dict = None if prompts is None else dict(prompts)
 

@@ -32,6 +32,8 @@ from f2llm_ray.run.folder import Folder
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
+    from f2llm_ray.engine.names import EngineName
+
 PIECE = 1024
 """Texts that are encoded together; their vectors do not depend on who does it."""
 PROMPTS_FILE, OWN = "prompts.json", "own"
@@ -93,7 +95,13 @@ def _cut(task: AbsTask, languages: Sequence[str]) -> bool:
 
 
 def run_mteb(
-    model: str, tasks: Sequence[AbsTask], output: str, *, workers: int | None = None, prompts: str | None = None
+    model: str,
+    tasks: Sequence[AbsTask],
+    output: str,
+    *,
+    workers: int | None = None,
+    prompts: str | None = None,
+    engine: EngineName = "torch",
 ) -> dict[str, float]:
     """Runs the tasks that have no result yet.
 
@@ -103,6 +111,7 @@ def run_mteb(
         output: folder for the results, one that every node writes to.
         workers: actors that encode; by default one per GPU, else one per CPU core.
         prompts: name of a table of instructions by task (`mteb_model.PROMPTS`); the tasks' own where unset.
+        engine: what computes the vectors (`engine.settings.Compute.engine`).
 
     Returns:
         mteb's main score of each task, also of those that were there already.
@@ -127,7 +136,7 @@ def run_mteb(
     gpus = int(ray.cluster_resources().get("GPU", 0))
     size = max(1, workers or gpus or int(ray.cluster_resources()["CPU"]))
     encoder = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0)(_Encoder)
-    encoders = [encoder.remote(model) for _ in range(size)]
+    encoders = [encoder.remote(model, engine) for _ in range(size)]
     # Tasks book no core: nearly all of their time they wait for vectors.
     remote = ray.remote(num_cpus=0)(_Worker)
     runners = min(size, len(tasks))
@@ -175,13 +184,13 @@ def _keep_prompts(output: Path, prompts: str | None) -> None:
 class _Encoder:
     """An actor with the model in memory."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, engine: EngineName) -> None:
         import torch
 
         from f2llm_ray.engine.engine import Engine
 
         torch.set_num_threads(1)
-        self.engine = Engine(Path(model))
+        self.engine = Engine(Path(model), engine=engine)
 
     def embed(self, texts: list[str], file: Path) -> Vectors:
         """The vectors of a piece, which are kept in the file."""

@@ -19,15 +19,16 @@ from f2llm_ray.base.checksum import sha256_of
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
 from f2llm_ray.base.progress import say
-from f2llm_ray.export import gguf_file, onnx_file, openvino_file
-from f2llm_ray.export.golden import Golden, check_tokens, make_golden
-from f2llm_ray.export.source import Source
-from f2llm_ray.model.checkpoint import OWN, ModelInfo, load_info
+from f2llm_ray.engine.runtimes import onnx_file, openvino_file
+from f2llm_ray.engine.runtimes.golden import Golden, check_tokens, make_golden
+from f2llm_ray.engine.runtimes.own import EXPORT_FILE, model_key
+from f2llm_ray.engine.runtimes.source import Source
+from f2llm_ray.export import gguf_file
+from f2llm_ray.model.checkpoint import CALIBRATION_FILE, OWN, ModelInfo, load_info
 from f2llm_ray.model.dense import WEIGHTS_FILE
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.run.folder import Folder
 
-FACTS_FILE = f"{OWN}/export.json"
 Facts = dict[str, Any]
 
 
@@ -73,7 +74,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
         DataError: a package is missing.
     """
     info = admit(model, out, targets)
-    from f2llm_ray.export.graph import export_backbone
+    from f2llm_ray.engine.runtimes.graph import export_backbone
 
     source = Source(model, info, export_backbone(model))
     golden = make_golden(model, source.backbone)
@@ -85,6 +86,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
             TARGETS[name].write(source, folder)
         facts: Facts = {
             "name": info.name,
+            "model": model_key(model, info),
             "made_by": f"f2llm_ray {__version__}",
             "targets": list(dict.fromkeys(targets)),
             "dims": list(info.dims),
@@ -97,7 +99,7 @@ def export(model: Path, out: Path, targets: Sequence[str]) -> Facts:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        Folder.at(str(folder / OWN)).write_json(Path(FACTS_FILE).name, facts)
+        Folder.at(str(folder / OWN)).write_json(Path(EXPORT_FILE).name, facts)
     return facts
 
 
@@ -135,14 +137,14 @@ def check(folder: Path) -> Facts:
         DataError: a package is missing.
     """
     place = Folder.at(str(folder))
-    if not place.exists(FACTS_FILE):
-        raise RunError(f"{folder}: not an export: it has no {FACTS_FILE}")
-    facts = place.read_json(FACTS_FILE)
+    if not place.exists(EXPORT_FILE):
+        raise RunError(f"{folder}: not an export: it has no {EXPORT_FILE}")
+    facts = place.read_json(EXPORT_FILE)
     try:
         files = {name: (said["bytes"], said["sha256"]) for name, said in facts["files"].items()}
         targets = [name for name in facts["targets"] if _require(name)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder}/{FACTS_FILE}: not the facts of an export: {error}") from None
+        raise RunError(f"{folder}/{EXPORT_FILE}: not the facts of an export: {error}") from None
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
@@ -198,8 +200,9 @@ def _copy_texts_side(model: Path, folder: Path) -> None:
     if outside:
         raise RunError(f"{model / MODULES_FILE}: found path {outside[0]!r}, expected a folder beside it")
     names = [path.name for path in model.glob("*.json") if not path.name.endswith(".index.json")]
-    names += [f"{place}/{name}" for place in places for name in (CONFIG_FILE, WEIGHTS_FILE)] + ["README.md"]
-    for name in (*places, *names):
+    names += [f"{place}/{name}" for place in places for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    names += ["README.md", CALIBRATION_FILE]
+    for name in (*places, OWN, *names):
         if (model / name).is_dir():
             (folder / name).mkdir()
         elif (model / name).is_file():

@@ -24,8 +24,8 @@ from f2llm_ray.model.families import Pooling, kv_heads
 from f2llm_ray.run.folder import Folder
 
 if TYPE_CHECKING:
-    from f2llm_ray.export.golden import Golden
-    from f2llm_ray.export.source import Source
+    from f2llm_ray.engine.runtimes.golden import Golden
+    from f2llm_ray.engine.runtimes.source import Source
     from f2llm_ray.model.dims import Vectors
 
 PACKAGES = ("gguf",)

@@ -25,6 +25,7 @@ from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.engine.vector_files import VectorWriter, shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
@@ -83,7 +84,9 @@ def mine(
         for name in sources
         for shard in _missing(out / "vectors" / name, plans[name]["texts"], layout.texts, shard_name)
     ]
-    make = partial(_EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker)
+    make = partial(
+        _EncodeShard, model, prepared / "tokens", out, layout, compute.threads_per_worker, compute.engine
+    )
     # No name for the actors: they must be gone when the search starts.
     workers = min(compute.workers, len(vectors))
     encoded = list(each_on_actors("mine: encode", vectors, start_actors(make, workers, **compute.per_worker)))
@@ -159,8 +162,10 @@ def _plan(item: Item, *, prepared: Folder, out: Folder, query: str) -> Item:
 class _EncodeShard:
     """Writes the vectors of shards of a source's texts; made once per actor."""
 
-    def __init__(self, model: Folder, tokens: Folder, out: Folder, layout: Layout, threads: int) -> None:
-        self.encoder = VectorWriter(model, tokens, threads)
+    def __init__(
+        self, model: Folder, tokens: Folder, out: Folder, layout: Layout, threads: int, engine: EngineName
+    ) -> None:
+        self.encoder = VectorWriter(model, tokens, threads, engine=engine)
         self.out, self.layout = out, layout
 
     def __call__(self, item: Item) -> Item:

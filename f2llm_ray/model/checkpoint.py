@@ -274,6 +274,30 @@ def _load_dense(folder: str, backbone: PreTrainedModel) -> None:
     put_dense(backbone, read_linear(said, path, backbone.dtype))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder holds weights; an export for another runtime does not."""
+    return any(folder.glob("*.safetensors"))
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Token ids that a model folder has embeddings for.
+
+    Raises:
+        RunError: its config.json does not say.
+    """
+    size = Folder.at(str(folder)).read_json(CONFIG_FILE).get("vocab_size")
+    if not isinstance(size, int):
+        raise RunError(f"{folder}/{CONFIG_FILE}: found vocab_size {size!r}, expected a number")
+    return size
+
+
+def float_bytes(folder: Path) -> int:
+    """Bytes of a model folder's weights in float32."""
+    config = Folder.at(str(folder)).read_json(CONFIG_FILE)
+    half = str(config.get("dtype") or config.get("torch_dtype")).endswith("16")
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) * (2 if half else 1)
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Keeps transformers' log to errors meanwhile."""

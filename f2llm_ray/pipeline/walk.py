@@ -139,11 +139,12 @@ class Pipeline:
             elif not is_endpoint(others.get(name, "")):
                 model, layers = self.graph.exits.get(name, (name, None))
                 folder = baseline_place(others[name]) if name in others else self._folder_of(model)
-                pending[of_folder.remote(folder, found, divisors, out, layers)] = name
+                pending[of_folder.remote(folder, found, divisors, out, self.recipe.compute.engine, layers)] = name
         while pending:
             (done,), _ = ray.wait(list(pending))
             name = pending.pop(done)
-            self._measured(name, waiting[name], ray.get(done)["results"], started)
+            found = ray.get(done)
+            self._measured(name, waiting[name], found["results"], started, found.get("engine"))
         for name in (name for name in waiting if is_endpoint(others.get(name, ""))):
             started, sets = time.time(), waiting[name]
             found = {other: self.run.folder(self.graph.sets[other]) for other in sets}
@@ -157,10 +158,18 @@ class Pipeline:
             if cost is not None:
                 say(f"evaluate bm25: the index of {name}'s {cost}; evaluation.bm25=false leaves it out")
 
-    def _measured(self, name: str, sets: Mapping[str, Stage], results: Mapping[str, Any], started: float) -> None:
+    def _measured(
+        self,
+        name: str,
+        sets: Mapping[str, Stage],
+        results: Mapping[str, Any],
+        started: float,
+        engine: str | None = None,
+    ) -> None:
         for other, stage in sets.items():
             self.run.finish(stage, started=started, result=results[other], seconds=results[other]["seconds"])
-        say(f"evaluate {name}: finished in {sum(result['seconds'] for result in results.values()):.0f} s")
+        by = "" if engine is None else f", by {engine}"
+        say(f"evaluate {name}: finished in {sum(result['seconds'] for result in results.values()):.0f} s{by}")
 
     def _folder_of(self, model: str) -> Folder:
         return self.run.folder(self.graph.models[model].stage) / "model"
@@ -175,6 +184,7 @@ class Pipeline:
             Folder.at(model),
             self.set_folders(),
             self.recipe.evaluation.divisors,
+            engine=self.recipe.compute.engine,
             compute=self.recipe.compute,
         )
         return {name: result["scores"] for name, result in found["results"].items()}

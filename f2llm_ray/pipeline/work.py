@@ -69,7 +69,7 @@ def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -
     """How long a model takes to embed one query of a set, with nothing else running here."""
     from f2llm_ray.evaluate.measure import query_ms_of
 
-    return {"query_ms": on_worker(query_ms_of, model, found, compute=compute)}
+    return {"query_ms": on_worker(query_ms_of, model, found, compute.engine, compute=compute)}
 
 
 def measure_mixed(

@@ -273,6 +273,8 @@ class Info(Body):
     """nDCG@10 of shorter and smaller vectors, by retrieval set of the run, dim and vector type."""
     limits: Serving
     device: str
+    engine: str
+    """What computes the vectors: torch, onnx or openvino."""
     version: str
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -103,7 +104,8 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
     output.write_json(SETTINGS, found.settings)
     count, ready = _embed_units(found.job, waiting, len(units), workers)
     seconds, working = time.time() - started, time.time() - ready
-    facts = {"shards": len(units), **asdict(_totals(output, units))}
+    total, engines = _totals(output, units)
+    facts = {"shards": len(units), "engines": engines, **asdict(total)}
     manifest = {**facts, **output.read_json(SETTINGS), "code_version": __version__}
     output.write_json(MANIFEST, manifest)
     for name in output.files():
@@ -261,10 +263,11 @@ def _outcomes(job: EmbedJob, units: list[Unit], workers: int | None) -> Iterator
         yield json.loads(row["outcome"])
 
 
-def _totals(output: Folder, units: list[Unit]) -> EmbedCount:
-    """Counts over all the shards, also those of earlier runs."""
-    total = EmbedCount()
+def _totals(output: Folder, units: list[Unit]) -> tuple[EmbedCount, dict[str, int]]:
+    """Counts over all the shards, also those of earlier runs, and how many of them each engine made."""
+    total, engines = EmbedCount(), Counter[str]()
     for unit in units:
         metadata = pq.read_metadata(f"{output.path}/{unit.shard}", filesystem=output.filesystem).metadata
         total += EmbedCount(**json.loads(metadata[b"f2llm"]))
-    return total
+        engines[metadata.get(b"engine", b"torch").decode()] += 1  # earlier versions had torch alone
+    return total, dict(sorted(engines.items()))

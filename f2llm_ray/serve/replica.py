@@ -45,7 +45,7 @@ class Replica:
         self.policy = RequestPolicy(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
-            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens)
+            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, engine=served.engine)
         if self.engine.calibration is not None:
             self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info
@@ -96,6 +96,7 @@ class Replica:
             types=self.card.types,
             limits=self.settings,
             device=self.engine.device,
+            engine=self.engine.engine,
             version=__version__,
         )
 

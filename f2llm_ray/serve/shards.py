@@ -20,6 +20,7 @@ from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.data.reading.base import BadRow
 from f2llm_ray.data.tokens.store import Tokens, cut
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE
 from f2llm_ray.model.dims import Vectors, quantize_vectors
 from f2llm_ray.run.folder import Folder
@@ -45,6 +46,8 @@ class EmbedJob:
     dtype: Dtype = "float32"
     prompt_name: str | None = None
     """The model's prompt for passages when unset."""
+    engine: EngineName = "torch"
+    """What computes the vectors (`engine.settings.Compute.engine`)."""
     shard_rows: int = 16_384
     """Rows of a shard: what is lost when a worker dies, and the share of work that a worker takes at a time."""
     batch_rows: int = 1024
@@ -93,7 +96,7 @@ class ShardWriter:
         self.reader = UnitReader(job.column, job.id_column, job.keep, job.on_bad_row)
         self.output = Folder.at(job.output)
         with Folder.at(job.model).as_local() as folder:
-            self.engine = Engine(folder)
+            self.engine = Engine(folder, engine=job.engine)
         info = self.engine.info
         self.dim = job.dimensions or info.dims[-1]
         self.prompt = info.prompts.get(job.prompt_name or "document", "")
@@ -142,7 +145,7 @@ class ShardWriter:
                 rows = {name: values.slice(start, len(vectors_nd)) for name, values in columns.items()}
                 writer.write_table(pa.table({**rows, "embedding": self._stored(vectors_nd)}, schema=schema))
                 count += spent
-            writer.add_key_value_metadata({"f2llm": json.dumps(asdict(count))})
+            writer.add_key_value_metadata({"f2llm": json.dumps(asdict(count)), "engine": self.engine.engine})
         return count
 
     def _stored(self, vectors_nd: Vectors) -> pa.FixedSizeListArray:

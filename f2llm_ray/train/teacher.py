@@ -126,7 +126,7 @@ def teach(
         make = partial(ChunkEncoder, found.texts, tokens, vectors, threads, dims, known)
     else:
         assert isinstance(teacher, Folder)  # noqa: S101 - what reads tokens is a model folder
-        make = partial(PieceEncoder, teacher, tokens, vectors, threads, dims, known)
+        make = partial(PieceEncoder, teacher, tokens, vectors, threads, dims, compute.engine, known)
     gpus = compute.gpus_per_worker if found.local else 0
     start = partial(start_actors, make, compute.workers, num_cpus=compute.cpus_per_worker, num_gpus=gpus)
     # They load the model while the batches are made, where that leaves a core to make them with.

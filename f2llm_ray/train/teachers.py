@@ -21,6 +21,7 @@ from f2llm_ray.data.keys import Keys
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.store import TokenStore, text_of
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
+from f2llm_ray.engine.names import EngineName
 from f2llm_ray.engine.other_models import RemoteModel, SentenceTransformers
 from f2llm_ray.engine.vector_files import Halves, VectorWriter, halves
 from f2llm_ray.model.checkpoint import INFO_FILE, load_info, prompts_of
@@ -137,9 +138,10 @@ class PieceEncoder:
         vectors: Folder,
         threads: int,
         dims: int,
+        engine: EngineName,
         earlier: Folder | None = None,
     ) -> None:
-        self.encoder = VectorWriter(teacher, tokens, threads, unit=False, dim=dims)
+        self.encoder = VectorWriter(teacher, tokens, threads, engine=engine, unit=False, dim=dims)
         self.vectors, self.earlier = vectors, Earlier(earlier, dims)
 
     def __call__(self, item: Item) -> Item:

@@ -22,10 +22,11 @@ from f2llm_ray.commands.export import parser
 from f2llm_ray.commands.export import run as job
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.engine import Engine
-from f2llm_ray.export import onnx_file, openvino_file
-from f2llm_ray.export.export import FACTS_FILE, check, export
-from f2llm_ray.export.golden import LONGEST, TENSORS_FILE, Golden, text_of_length
-from f2llm_ray.export.proof import FLOAT, SIZES, Bounds, Ints, Run, padded, plan, prove
+from f2llm_ray.engine.runtimes import onnx_file, openvino_file
+from f2llm_ray.engine.runtimes.golden import LONGEST, TENSORS_FILE, Golden, text_of_length
+from f2llm_ray.engine.runtimes.own import EXPORT_FILE
+from f2llm_ray.engine.runtimes.proof import FLOAT, SIZES, Bounds, Ints, Run, padded, plan, prove
+from f2llm_ray.export.export import check, export
 from f2llm_ray.model.checkpoint import load_info, matryoshka_dims, save_model
 from f2llm_ray.model.families import POOLINGS, Pooling
 from f2llm_ray.shrink.quantize import save_quantized
@@ -138,7 +139,7 @@ def test_int8_weights_and_float_activations(made: Path) -> None:
     assert not {kind for kind in kinds if "Quantize" in kind}
     large = {weight.name: weight.data_type for weight in graph.initializer if np.prod(weight.dims) > 400}
     assert set(large.values()) == {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-    said = json.loads((made / FACTS_FILE).read_text())["proofs"][onnx_file.INT8_FILE]
+    said = json.loads((made / EXPORT_FILE).read_text())["proofs"][onnx_file.INT8_FILE]
     assert said["least"] < 0.999999  # it is another file than the float one
 
 
@@ -292,10 +293,10 @@ def _not_onnx(folder: Path) -> None:
 def _sums(folder: Path, name: str) -> None:
     import hashlib
 
-    facts = json.loads((folder / FACTS_FILE).read_text())
+    facts = json.loads((folder / EXPORT_FILE).read_text())
     content = (folder / name).read_bytes()
     facts["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / FACTS_FILE).write_text(json.dumps(facts))
+    (folder / EXPORT_FILE).write_text(json.dumps(facts))
 
 
 @pytest.mark.parametrize(
@@ -305,8 +306,8 @@ def _sums(folder: Path, name: str) -> None:
         (lambda folder: _flip(folder / "gguf/tiny-F16.gguf"), "tiny-F16.gguf: found another content"),
         (lambda folder: (folder / TENSORS_FILE).write_bytes(b""), "golden.safetensors: found 0 bytes, expected"),
         (lambda folder: (folder / openvino_file.FILE).unlink(), "openvino_model.xml: it is missing"),
-        (lambda folder: (folder / FACTS_FILE).unlink(), "not an export: it has no f2llm/export.json"),
-        (lambda folder: (folder / FACTS_FILE).write_text("{}"), "export.json: not the facts of an export"),
+        (lambda folder: (folder / EXPORT_FILE).unlink(), "not an export: it has no f2llm/export.json"),
+        (lambda folder: (folder / EXPORT_FILE).write_text("{}"), "export.json: not the facts of an export"),
         (_other_weights, r"model.onnx: the vector of '.*' \(a batch of 1, padded right\) has cosine"),
         (_other_tokenizer, "tokenizer.json: "),
         (_not_onnx, "model.onnx: ONNX Runtime does not load it"),

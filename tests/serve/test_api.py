@@ -228,7 +228,7 @@ def test_token_ids_are_the_text(tmp_path: Path) -> None:
     engine = Engine(tiny_model(tmp_path / "model"))
     texts = ["The cat sat.", "猫が眠る", "Кошка"]
     with_eos = [[int(token) for token in ids] for ids in engine.tokenize(texts)]
-    vocabulary, eos = engine.backbone.config.vocab_size, with_eos[0][-1]
+    vocabulary, eos = engine.vocabulary, with_eos[0][-1]
     for given in (with_eos, [ids[:-1] for ids in with_eos]):
         tokens = limits.check_ids(given, LIMITS, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
         np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))

@@ -29,20 +29,22 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(scope="module")
 def tokens(engine: Engine) -> list[Tokens]:
     generator = np.random.default_rng(0)
-    vocabulary = engine.backbone.config.vocab_size
+    vocabulary = engine.vocabulary
     return [generator.integers(0, vocabulary, length).astype(np.uint32) for length in LENGTHS]
 
 
 @pytest.fixture(scope="module")
 def alone(engine: Engine, tokens: list[Tokens]) -> np.ndarray:
     """The slow reference: transformers' own attention, one text at a time, no padding anywhere."""
-    engine.backbone.set_attn_implementation("eager")
+    engine.forward.backbone.set_attn_implementation("eager")
     with torch.no_grad():
         rows = [
-            engine.backbone(input_ids=torch.from_numpy(text.astype(np.int64))[None]).last_hidden_state[0, -1]
+            engine.forward.backbone(input_ids=torch.from_numpy(text.astype(np.int64))[None]).last_hidden_state[
+                0, -1
+            ]
             for text in tokens
         ]
-    engine.backbone.set_attn_implementation("f2llm_varlen")
+    engine.forward.backbone.set_attn_implementation("f2llm_varlen")
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1).numpy()
 
 

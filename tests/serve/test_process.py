@@ -43,7 +43,7 @@ def test_it_gives_the_engines_vectors(folder: Path, apart: EngineProcess) -> Non
     np.testing.assert_allclose(apart.embed(texts, dim=8), engine.embed(texts, dim=8), atol=1e-6)
     many = [f"{line} {number}" for number in range(500) for line in LINES]
     np.testing.assert_allclose(apart.embed(many), engine.embed(many), atol=1e-5)
-    assert apart.vocabulary == engine.backbone.config.vocab_size
+    assert apart.vocabulary == engine.vocabulary
     assert apart.device == engine.device
 
 

@@ -10,27 +10,28 @@ import logging
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
-from f2llm_ray.export.proof import FLOAT, INT8, Ints, Run, prove
+from f2llm_ray.engine.runtimes.proof import FLOAT, INT8, Ints, Run, prove
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.families import Pooling, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from f2llm_ray.export.golden import Golden
-    from f2llm_ray.export.source import Source
+    from f2llm_ray.engine.runtimes.golden import Golden
+    from f2llm_ray.engine.runtimes.source import Source
     from f2llm_ray.model.checkpoint import ModelInfo
 
 PACKAGES = ("onnx", "onnxruntime", "onnx_ir")
 """The last is what ONNX Runtime's quantization needs."""
 INPUTS = ("input_ids", "attention_mask")
-OUTPUTS = ("last_hidden_state", "sentence_embedding")
+Output = Literal["last_hidden_state", "sentence_embedding"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 FLOAT_FILE = "onnx/model.onnx"
 INT8_FILE = "onnx/model_quantized.onnx"
 OPSET = 17
@@ -48,7 +49,7 @@ def write_float(backbone: PreTrainedModel, pooling: Pooling, folder: Path) -> No
     """Writes the float32 file into an export's folder."""
     import torch
 
-    from f2llm_ray.export.graph import Graph
+    from f2llm_ray.engine.runtimes.graph import Graph
 
     onnx = require("onnx", extra="export")
     texts = {0: "batch", 1: "sequence"}
@@ -136,7 +137,7 @@ def _int8_table(model: Any, name: str) -> None:
         graph.node.insert(place + number, entry)
 
 
-def open_onnx(path: Path, *, threads: int = 0) -> Run:
+def open_onnx(path: Path, *, threads: int = 0, output: Output = "sentence_embedding") -> Run:
     """An ONNX file as ONNX Runtime runs it on CPU; threads 0: as many as there are cores.
 
     Raises:
@@ -156,8 +157,8 @@ def open_onnx(path: Path, *, threads: int = 0) -> Run:
         raise RunError(f"{path}: found {inputs} and {outputs}, expected {list(INPUTS)} and {list(OUTPUTS)}")
 
     def run(ids_nt: Ints, mask_nt: Ints) -> Vectors:
-        (vectors_nd,) = session.run([OUTPUTS[1]], dict(zip(INPUTS, (ids_nt, mask_nt), strict=True)))
-        return np.asarray(vectors_nd)
+        (values,) = session.run([output], dict(zip(INPUTS, (ids_nt, mask_nt), strict=True)))
+        return np.asarray(values)
 
     return run
 

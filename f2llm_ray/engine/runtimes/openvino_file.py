@@ -10,13 +10,14 @@ import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.optional import require
-from f2llm_ray.export import onnx_file
-from f2llm_ray.export.proof import FLOAT, Ints, Run, prove
+from f2llm_ray.engine.runtimes import onnx_file
+from f2llm_ray.engine.runtimes.onnx_file import Output
+from f2llm_ray.engine.runtimes.proof import FLOAT, Ints, Run, prove
 from f2llm_ray.model.dims import Vectors
 
 if TYPE_CHECKING:
-    from f2llm_ray.export.golden import Golden
-    from f2llm_ray.export.source import Source
+    from f2llm_ray.engine.runtimes.golden import Golden
+    from f2llm_ray.engine.runtimes.source import Source
     from f2llm_ray.model.checkpoint import ModelInfo
 
 PACKAGES = ("openvino", "onnx")
@@ -35,7 +36,7 @@ def write(source: Source, folder: Path) -> None:
         openvino.save_model(openvino.convert_model(onnx), folder / FILE, compress_to_fp16=False)
 
 
-def open_openvino(path: Path, *, threads: int = 0) -> Run:
+def open_openvino(path: Path, *, threads: int = 0, output: Output = "sentence_embedding") -> Run:
     """The file as OpenVINO runs it on CPU in float32; threads 0: as many as there are cores.
 
     Its default takes bf16 where the CPU has it, which is further from the model than the proof allows.
@@ -56,7 +57,7 @@ def open_openvino(path: Path, *, threads: int = 0) -> Run:
 
     def run(ids_nt: Ints, mask_nt: Ints) -> Vectors:
         request.infer(dict(zip(onnx_file.INPUTS, (ids_nt, mask_nt), strict=True)))
-        return np.array(request.get_tensor(onnx_file.OUTPUTS[1]).data)
+        return np.array(request.get_tensor(output).data)
 
     return run
 

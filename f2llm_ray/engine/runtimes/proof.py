@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.tokens.store import Tokens
-from f2llm_ray.export.golden import Golden, shown
+from f2llm_ray.engine.runtimes.golden import Golden, shown
 from f2llm_ray.model.dims import Vectors, cut_dims
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Run = Callable[[Ints, Ints], Vectors]
-"""A runtime: ids and mask [n, t] in, unit vectors [n, d] out."""
+"""A runtime: ids and mask [n, t] in, one output out: unit vectors [n, d], or hidden states [n, t, d]."""
 Side = Literal["right", "left"]
+SIDES: tuple[Side, ...] = get_args(Side)
+"""That a batch is padded on."""
 
 SIZES = (1, 2, 7, 32)
 """Texts of a batch."""
@@ -44,7 +46,16 @@ INT8 = Bounds(0.998, 0.9993, every_dim=False)
 """Of int8 weights with float32 activations."""
 
 
-def prove(run: Run, golden: Golden, dims: Sequence[int], bounds: Bounds, place: str) -> dict[str, Any]:
+def prove(
+    run: Run,
+    golden: Golden,
+    dims: Sequence[int],
+    bounds: Bounds,
+    place: str,
+    *,
+    sizes: Sequence[int] = SIZES,
+    sides: Sequence[Side] = SIDES,
+) -> dict[str, Any]:
     """Runs the golden texts and compares, in float32 at every dim.
 
     Returns:
@@ -60,7 +71,7 @@ def prove(run: Run, golden: Golden, dims: Sequence[int], bounds: Bounds, place: 
     cosines = {dim: list[float]() for dim in dims}
     same, batches = 1.0, 0
     asked = dims if bounds.every_dim else dims[-1:]
-    for chosen, side in plan(tokens):
+    for chosen, side in plan(tokens, sizes, sides):
         found_nd = run(*padded([tokens[i] for i in chosen], side))
         batches += 1
         said = f"(a batch of {len(chosen)}, padded {side})"
@@ -108,16 +119,17 @@ def prove(run: Run, golden: Golden, dims: Sequence[int], bounds: Bounds, place: 
     }
 
 
-def plan(tokens: Sequence[Tokens]) -> Iterator[tuple[list[int], Side]]:
-    """Batches of texts, each of mixed lengths and padded on both sides; every text comes alone first."""
-    for size in SIZES:
+def plan(
+    tokens: Sequence[Tokens], sizes: Sequence[int] = SIZES, sides: Sequence[Side] = SIDES
+) -> Iterator[tuple[list[int], Side]]:
+    """Batches of texts, each of mixed lengths and padded on all sides; every text comes alone first (size 1)."""
+    for size in sizes:
         fitting = [i for i, ids in enumerate(tokens) if size == 1 or size * len(ids) <= TOKENS]
         order = np.random.default_rng(size).permutation(fitting).tolist()
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
-            yield chosen, "right"
-            if size > 1:
-                yield chosen, "left"
+            for side in sides if size > 1 else sides[:1]:
+                yield chosen, side
 
 
 def padded(tokens: Sequence[Tokens], side: Side) -> tuple[Ints, Ints]:
