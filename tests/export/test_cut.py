@@ -52,7 +52,7 @@ def test_every_loader_gives_the_vectors_of_the_exit(
     whole = Engine(made)
     tokens = whole.tokenize(LINES)
     with torch.no_grad():
-        of_both = encode(whole.backbone, tokens, pooling="last", tokens_per_pass=512, exits=(1,))
+        of_both = encode(whole.forward.backbone, tokens, pooling="last", tokens_per_pass=512, exits=(1,))
     raw_nd = of_both[:, 32:] if layers == 1 else of_both[:, :32]
     expected = normalize(raw_nd[:, :dims], dim=1).numpy()
     engine = Engine(tmp_path / "cut")

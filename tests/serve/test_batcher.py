@@ -53,9 +53,9 @@ def alone(engine: Engine, tokens: list[Tokens]) -> np.ndarray:
 def test_a_vector_never_depends_on_its_batch(
     engine: Engine, tokens: list[Tokens], alone: np.ndarray, places: list[int], budget: int
 ) -> None:
-    whole, engine.tokens_per_pass = engine.tokens_per_pass, budget
+    whole, engine.forward.tokens_per_pass = engine.forward.tokens_per_pass, budget
     found = engine.embed_tokens([tokens[place] for place in places])
-    engine.tokens_per_pass = whole
+    engine.forward.tokens_per_pass = whole
     np.testing.assert_allclose(found, alone[places], rtol=0, atol=1e-5)
 
 
