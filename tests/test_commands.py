@@ -119,6 +119,7 @@ def test_built_in_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str
     import yaml
 
     assert load_recipe(yaml.safe_load(shown)) == load_recipe("f2llm-v2-80m", ["seed=7"])
+    assert "*id" not in shown, "each place says its own"
 
 
 @pytest.mark.parametrize(

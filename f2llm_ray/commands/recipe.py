@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from f2llm_ray.base.errors import RecipeError
@@ -73,7 +74,8 @@ def _show(arguments: argparse.Namespace) -> None:
     from f2llm_ray.recipe.files import load_recipe, resolved
 
     load_recipe(arguments.recipe, arguments.set)  # refuses what is no recipe
-    settings = resolved(arguments.recipe, arguments.set)
+    # Through JSON, so that what a recipe says once and uses twice (`&engine`) stands in both places.
+    settings = json.loads(json.dumps(resolved(arguments.recipe, arguments.set)))
     say(yaml.safe_dump(settings, allow_unicode=True, sort_keys=False, width=110).rstrip())
 
 

@@ -83,7 +83,7 @@ def test_the_folder_says_what_it_is(made: Path, tmp_path: Path) -> None:
     front = card.split("---")[1]
     assert "- de" in front
     assert "- code" in front
-    assert publish(out, "team/cut", "mit").url is None
+    assert publish(out, "team/cut", "mit").address is None
     only_dims = tmp_path / "dims"
     cut(made, only_dims, dims=16)
     ranges = Engine(only_dims).ranges
