@@ -155,7 +155,7 @@ def test_two_workers_score_as_one_and_go_on_within_a_task(folder: Path, tmp_path
     vectors_nd = np.zeros_like(np.load(piece))
     np.save(piece, vectors_nd)
     texts = ["not what these vectors are of"] * len(vectors_nd)
-    np.testing.assert_array_equal(_Encoder(str(folder)).embed(texts, piece), vectors_nd)
+    np.testing.assert_array_equal(_Encoder(str(folder), "torch").embed(texts, piece), vectors_nd)
 
 
 def test_a_published_table_of_instructions_is_mtebs_own(folder: Path) -> None:

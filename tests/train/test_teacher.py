@@ -278,7 +278,7 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     """A store of all the teacher's dims, written in this process."""
     shutil.copytree(made.out / "vectors", folder, ignore=shutil.ignore_patterns("*-*", "store.json"))
     out, store = Folder.at(str(folder)), TeacherStore(made.out / "vectors")
-    work = PieceEncoder(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN)
+    work = PieceEncoder(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN, "torch")
     files = [folder / teacher_store.NAMES[0].format(shard) for shard in range(store.shards)]
     counts = {shard: np.load(file).shape[1] for shard, file in enumerate(files)}
     for shard, piece, texts in teacher_store.pieces(counts):
@@ -565,7 +565,7 @@ def test_vectors_too_long_for_float16_are_refused(made: Made, tmp_path: Path) ->
 
 def test_the_projection_is_trained_and_begins_as_the_first_dims(made: Made) -> None:
     engine = Engine(made.model)
-    student = Student(engine.backbone, "last", 4096, projected_dims=40)
+    student = Student(engine.forward.backbone, "last", 4096, projected_dims=40)
     tokens = engine.tokenize(["one", "and another"])
     both = student(tokens)
     assert both.shape == (2, HIDDEN + 40)
