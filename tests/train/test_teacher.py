@@ -257,7 +257,7 @@ def test_the_store_has_the_teachers_vectors_of_all_texts_in_the_batches(made: Ma
 def test_what_was_encoded_is_not_encoded_again(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_teaching(made.pipeline)
+    run_teaching(Pipeline(made.recipe, made.pipeline.run.root.uri))
     assert "taught-distilled: finished before, skipped" in capsys.readouterr().out
     out = shutil.copytree(made.out, tmp_path / "cut off")
     pieces = sorted((out / "vectors").glob("*-*.npy"))
