@@ -278,7 +278,9 @@ def whole_vectors(made: Made, folder: Path) -> Path:
     """A store of all the teacher's dims, written in this process."""
     shutil.copytree(made.out / "vectors", folder, ignore=shutil.ignore_patterns("*-*", "store.json"))
     out, store = Folder.at(str(folder)), TeacherStore(made.out / "vectors")
-    work = PieceEncoder(Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN, "torch")
+    work = PieceEncoder(
+        Folder.at(str(made.model)), Folder.at(str(made.prepared / "tokens")), out, 1, HIDDEN, "torch"
+    )
     files = [folder / teacher_store.NAMES[0].format(shard) for shard in range(store.shards)]
     counts = {shard: np.load(file).shape[1] for shard, file in enumerate(files)}
     for shard, piece, texts in teacher_store.pieces(counts):
