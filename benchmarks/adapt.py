@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.experiment import ndcg, retrieval_sources, train_until
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.flow import part_file
@@ -53,11 +54,7 @@ TIMED, ROUNDS = 512, 3
 def recipe_of(given: argparse.Namespace, steps: Mapping[str, int]) -> Recipe:
     """The recipe on a corpus, with so many steps of the stages that are named."""
     backbone, corpus, heldout, queries = given.backbone, given.corpus, given.heldout, given.queries
-    sources = {}
-    for file in sorted(corpus.glob("*.parquet")):
-        if pq.ParquetFile(file).read_row_group(0, ["task_type"])["task_type"][0].as_py() == "retrieval":
-            columns = {name: name for name in ("query", "passage", "language", "passage_language")}
-            sources[file.stem] = {"format": "parquet", "paths": [str(file)], "columns": columns, "cap": CAP}
+    sources = retrieval_sources(corpus, CAP)
     sets = {folder.name: {"folder": str(folder), "max_queries": queries} for folder in sorted(heldout.iterdir())}
     changes = [
         f"backbone.path={backbone}",
@@ -85,15 +82,7 @@ class Adapting:
 
     def find_steps(self, stage: str) -> None:
         """How many steps of a stage fit into its share of the minutes, by a probe of some."""
-        probe = self.pipeline(**{stage: PROBE_STEPS})
-        measured = probe.graph.measurements
-        for made in (one for one in probe.graph.stages() if one not in measured):
-            probe.stage(made)
-            if made is probe.graph.model(stage).stage:
-                break
-        folder = probe.run.folder(probe.graph.model(stage).stage)
-        done = folder.read_json("training.json")
-        each = done["tokens"] / done["tokens_per_second"] / PROBE_STEPS
+        each = train_until(self.pipeline(**{stage: PROBE_STEPS}), stage) / PROBE_STEPS
         self.steps[stage] = max(PROBE_STEPS + 1, round(60 * self.given.minutes * SHARES[stage] / each))
         say(f"{stage}: {each:.2f} s a step, {self.steps[stage]} steps")
 
@@ -197,7 +186,7 @@ def summary(pipeline: Pipeline, out: Path, corpus: Path) -> dict[str, Any]:
     gained = compare(pipeline, ["untrained", "tuned"])
     beside = compare(pipeline, [peer, "tuned"])
     sets = list(pipeline.graph.sets)
-    full = {name: {key: _full(of[key]) for key in sets} for name, of in scores.items()}
+    full = {model["name"]: {name: ndcg(model, name) for name in sets} for model in report["models"]}
     of_peer = {row["set"]: full["tuned"][row["set"]] - row["difference"] for row in beside}
     folders = {
         name: Path(str(pipeline.run.folder(pipeline.graph.model(name).stage).local)) / "model"
@@ -214,16 +203,11 @@ def summary(pipeline: Pipeline, out: Path, corpus: Path) -> dict[str, Any]:
         "gains": {row["set"]: [row["difference"], row["low"], row["high"]] for row in gained},
         "beside_st": {row["set"]: [row["difference"], row["low"], row["high"]] for row in beside},
         "scores": scores,
-        "bm25": {name: _full(of) for name, of in report["baselines"][0]["scores"].items()},
+        "bm25": {name: ndcg(report["baselines"][0], name) for name in report["baselines"][0]["scores"]},
         "texts_per_second": rates,
         "bytes": {model["name"]: model["bytes"] for model in report["models"]},
         "parameters": {model["name"]: model["parameters"] for model in report["models"]},
     }
-
-
-def _full(of_set: Mapping[str, Any]) -> float:
-    """nDCG@10 at the largest dim."""
-    return float(of_set[max(of_set, key=int)]["ndcg@10"])
 
 
 def main() -> None:

@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from benchmarks.experiment import retrieval_sources
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
 from f2llm_ray.evaluate.measure import measure_folder
@@ -37,11 +36,6 @@ CAP = 2_000
 
 def recipe_of(given: argparse.Namespace, seed: int) -> Recipe:
     """Both trainings of a seed, each from the same untrained model."""
-    sources = {}
-    for file in sorted(given.corpus.glob("*.parquet")):
-        if pq.ParquetFile(file).read_row_group(0, ["task_type"])["task_type"][0].as_py() == "retrieval":
-            columns = {name: name for name in ("query", "passage", "language", "passage_language")}
-            sources[file.stem] = {"format": "parquet", "paths": [str(file)], "columns": columns, "cap": CAP}
     stage = {
         "model": "untrained",
         "tasks": ["retrieval"],
@@ -61,7 +55,7 @@ def recipe_of(given: argparse.Namespace, seed: int) -> Recipe:
         {
             "name": "elastic-depth",
             "seed": seed,
-            "sources": sources,
+            "sources": retrieval_sources(given.corpus, CAP),
             "data": {"max_chars": 500, "max_tokens": 32},
             "tokenizer": {"train_vocab": 16_000},
             "backbone": {"shape": shape},
@@ -82,10 +76,8 @@ def recipe_of(given: argparse.Namespace, seed: int) -> Recipe:
 def scores_of(given: argparse.Namespace, seed: int) -> dict[str, dict[str, float]]:
     """nDCG@10 of both models by set and depth, such as "plain@4", and the mean over the sets."""
     pipeline = Pipeline(recipe_of(given, seed), str(given.out / f"seed{seed}"))
-    measured = {*pipeline.graph.evaluations.values(), *pipeline.graph.speeds.values()}
-    for stage in pipeline.graph.stages():
-        if stage not in measured:
-            pipeline.stage(stage)
+    for stage in pipeline.graph.making():
+        pipeline.stage(stage)
     found: dict[str, dict[str, float]] = {}
     sets = pipeline.set_folders()
     for name in ("plain", "elastic"):

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from benchmarks.experiment import ndcg, retrieval_sources, train_until
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
 from f2llm_ray.evaluate.settings import baseline_name
@@ -47,13 +48,11 @@ ALONE = "alone"
 def sources_of(corpus: Path, cap: int) -> tuple[dict[str, Any], list[int]]:
     """The sources of short texts, so many rows of each, and how many rows each has."""
     sources, rows = {}, []
-    for path in sorted(corpus.glob("*.parquet")):
-        file = pq.ParquetFile(path)
-        some = next(file.iter_batches(LOOKED_AT, columns=["task_type", "query", "passage"]))
-        lengths = [pc.mean(pc.utf8_length(some[side])).as_py() for side in ("query", "passage")]
-        if some["task_type"][0].as_py() == "retrieval" and sum(lengths) <= SHORT:
-            columns = {name: name for name in ("query", "passage", "language", "passage_language")}
-            sources[path.stem] = {"format": "parquet", "paths": [str(path)], "columns": columns, "cap": cap}
+    for name, source in retrieval_sources(corpus, cap).items():
+        file = pq.ParquetFile(source["paths"][0])
+        some = next(file.iter_batches(LOOKED_AT, columns=["query", "passage"]))
+        if sum(pc.mean(pc.utf8_length(some[side])).as_py() for side in ("query", "passage")) <= SHORT:
+            sources[name] = source
             rows.append(file.metadata.num_rows)
     return sources, rows
 
@@ -104,16 +103,11 @@ class Teaching:
     def trained(self, recipe: Recipe, stage: str) -> tuple[float, float, dict[str, Any]]:
         """Makes a stage of a recipe: seconds of its training and of its teacher's pass, and the facts of that."""
         pipeline = Pipeline(recipe, self.root)
-        for made in pipeline.graph.stages():
-            if made not in pipeline.graph.measurements:
-                pipeline.stage(made)
-            if made is pipeline.graph.model(stage).stage:
-                break
+        seconds = train_until(pipeline, stage)
         manifests = [pipeline.run.manifest(found) for found in pipeline.graph.stages()]
         teaching = [manifest["teaching"] for manifest in manifests if manifest and "teaching" in manifest]
-        done = pipeline.run.folder(pipeline.graph.model(stage).stage).read_json("training.json")
         passes = sum(facts["seconds"]["encode"] for facts in teaching)
-        return done["tokens"] / done["tokens_per_second"], passes, teaching[0] if teaching else {}
+        return seconds, passes, teaching[0] if teaching else {}
 
 
 def _teacher_of(stage: str) -> str:
@@ -138,12 +132,6 @@ def plan(teaching: Teaching) -> tuple[int, dict[str, int], int]:
     without = max(PROBE_STEPS + 1, round(seconds * PROBE_STEPS / alone))
     say(f"{cap:,} rows a source, {steps} steps, {without} without a teacher")
     return cap, steps, without
-
-
-def full(entry: Mapping[str, Any], name: str) -> float:
-    """nDCG@10 at the largest dim."""
-    of_set = entry["scores"][name]
-    return float(of_set[max(of_set, key=int)]["ndcg@10"])
 
 
 def main() -> None:
@@ -176,14 +164,14 @@ def main() -> None:
     name = baseline_name(str(given.teacher))
     teacher = next(entry for entry in report["baselines"] if entry["name"] == name)
     result = {
-        "share_of_teacher": min(full(student, of) / full(teacher, of) for of in given.sets),
-        "over_no_teacher": min(full(student, of) / full(other, of) for of in given.sets),
-        "mixed_share": min(full(student["mixed"], of) / full(teacher, of) for of in given.sets),
+        "share_of_teacher": min(ndcg(student, of) / ndcg(teacher, of) for of in given.sets),
+        "over_no_teacher": min(ndcg(student, of) / ndcg(other, of) for of in given.sets),
+        "mixed_share": min(ndcg(student["mixed"], of) / ndcg(teacher, of) for of in given.sets),
         "ndcg@10": {
-            **{model["name"]: {of: full(model, of) for of in given.sets} for model in report["models"]},
-            "mixed": {of: full(student["mixed"], of) for of in given.sets},
-            ALONE: {of: full(other, of) for of in given.sets},
-            name: {of: full(teacher, of) for of in given.sets},
+            **{model["name"]: {of: ndcg(model, of) for of in given.sets} for model in report["models"]},
+            "mixed": {of: ndcg(student["mixed"], of) for of in given.sets},
+            ALONE: {of: ndcg(other, of) for of in given.sets},
+            name: {of: ndcg(teacher, of) for of in given.sets},
         },
         "parameters": student["parameters"],
         "non_embedding_parameters": student["non_embedding_parameters"],

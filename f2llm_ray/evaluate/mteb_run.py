@@ -13,8 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,10 +126,11 @@ def run_mteb(
     # Workers run in other working directories, and mteb reads and writes files.
     model, output = (_on_disk(place) for place in (model, output))
     load_info(Path(model))
+    table: Mapping[str, str] | None = None
     if prompts is not None:
         from f2llm_ray.evaluate.mteb_model import prompts_of
 
-        prompts_of(prompts)
+        table = prompts_of(prompts)
     _keep_prompts(Path(output), prompts)
     connect()
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -140,7 +140,7 @@ def run_mteb(
     # Tasks book no core: nearly all of their time they wait for vectors.
     remote = ray.remote(num_cpus=0)(_Worker)
     runners = min(size, len(tasks))
-    pool = ActorPool([remote.remote(model, output, encoders, prompts) for _ in range(runners)])
+    pool = ActorPool([remote.remote(model, output, encoders, table) for _ in range(runners)])
     progress, scores, failed = Progress("mteb", len(tasks), "tasks"), {}, []
     found = pool.map_unordered(lambda actor, task: actor.run.remote(task), list(tasks))
     for done, (name, score, error) in enumerate(found, start=1):
@@ -197,23 +197,22 @@ class _Encoder:
         if file.is_file():
             return np.load(file, allow_pickle=False)
         vectors_nd = self.engine.embed(texts)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
-            np.save(part, vectors_nd)
-        Path(part.name).replace(file)
+        Folder.at(str(file.parent)).write_array(file.name, vectors_nd)
         return vectors_nd
 
 
 class _Worker:
     """An actor that runs tasks, and asks others for vectors."""
 
-    def __init__(self, model: str, output: str, encoders: Sequence[Any], prompts: str | None) -> None:
+    def __init__(
+        self, model: str, output: str, encoders: Sequence[Any], prompts: Mapping[str, str] | None
+    ) -> None:
         import mteb
 
-        from f2llm_ray.evaluate.mteb_model import MtebEncoder, prompts_of
+        from f2llm_ray.evaluate.mteb_model import MtebEncoder
 
-        table = None if prompts is None else prompts_of(prompts)
         self.encoders, self.turn = list(encoders), 0
-        self.model = MtebEncoder(Path(model), self._embed, table)
+        self.model = MtebEncoder(Path(model), self._embed, prompts)
         self.cache = mteb.ResultCache(Path(output))
         self.pieces = self.vectors = Path(output) / "vectors" / str(self.model.mteb_model_meta.revision)
 

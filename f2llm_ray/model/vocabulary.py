@@ -60,6 +60,21 @@ def remap(tokens: Sequence[Tokens], table: TokenMap | None) -> list[Tokens]:
     return np.split(new, ends[texts[:-1] - 1])
 
 
+def composed(before: TokenMap | None, after: TokenMap) -> TokenMap:
+    """The map of a model whose vocabulary was pruned twice, from the prepared tokens to its own.
+
+    A token that either map cannot spell has no tokens.
+    """
+    if before is None:
+        return after
+    lengths = np.diff(before.first)
+    owner, spelt = np.repeat(np.arange(len(lengths)), lengths), np.diff(after.first)[before.ids]
+    taken = np.bincount(owner, weights=spelt == 0, minlength=len(lengths))[owner] == 0
+    (ids,) = remap([before.ids[taken].astype(np.uint32)], after)
+    lengths = np.bincount(owner[taken], weights=spelt[taken], minlength=len(lengths)).astype(np.int64)
+    return TokenMap(np.cumsum([0, *lengths], dtype=np.int64), ids.astype(np.int64))
+
+
 def save_map(table: TokenMap, folder: Path) -> None:
     """Writes the map into a model folder."""
     from safetensors.numpy import save_file
@@ -77,14 +92,19 @@ def load_map(folder: Path) -> TokenMap | None:
     return TokenMap(**load_file(path)) if path.is_file() else None
 
 
-def count_tokens(store: Path, vocabulary: int) -> Ids:
-    """How often each token stands in the distinct texts of a token store [V]."""
-    counts = np.zeros(vocabulary, np.int64)
+def count_tokens(store: Path, vocabulary: int, table: TokenMap | None = None) -> Ids:
+    """How often each token of a vocabulary stands in the distinct texts of a token store [V].
+
+    The store is read through the model's map, where it has one.
+    """
+    counts = np.zeros(vocabulary if table is None else len(table.first) - 1, np.int64)
     for path in sorted(store.glob("*.bin")):
         tokens = np.memmap(path, dtype="<u4", mode="r") if path.stat().st_size else np.empty(0, "<u4")
         for first in range(0, len(tokens), COUNTED_AT_ONCE):
-            counts += np.bincount(tokens[first : first + COUNTED_AT_ONCE], minlength=vocabulary)
-    return counts
+            counts += np.bincount(tokens[first : first + COUNTED_AT_ONCE], minlength=len(counts))
+    if table is None:
+        return counts
+    return np.bincount(table.ids, np.repeat(counts, np.diff(table.first)), vocabulary).astype(np.int64)
 
 
 class Vocabulary:

@@ -39,7 +39,7 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
     """
     inputs = StageInputs(run)
     data = DataStages(recipe, run, inputs, rescreen=rescreen)
-    models = ModelStages(recipe, run, inputs, data)
+    models, exits = ModelStages(recipe, run, inputs, data), _exits(recipe)
     return Graph(
         recipe=recipe,
         prepare=data.prepare,
@@ -47,15 +47,19 @@ def declare(recipe: Recipe, run: Run, *, rescreen: bool = False) -> Graph:
         models=models.models,
         sets=data.sets,
         overlaps=data.overlaps,
-        evaluations=_evaluations(recipe, inputs, models.models, data.sets),
-        exits=_exits(recipe),
+        evaluations=_evaluations(recipe, inputs, models.models, exits, data.sets),
+        exits=exits,
         speeds=_speeds(recipe, run, models.models, data.sets),
         mixed=_mixed(recipe, run, models, data.sets),
     )
 
 
 def _evaluations(
-    recipe: Recipe, inputs: StageInputs, models: Mapping[str, Model], sets: Mapping[str, Stage]
+    recipe: Recipe,
+    inputs: StageInputs,
+    models: Mapping[str, Model],
+    exits: Mapping[str, tuple[str, int]],
+    sets: Mapping[str, Stage],
 ) -> dict[tuple[str, str], Stage]:
     """Of every model, exit, baseline and BM25 on every set that it can be scored on."""
     divisors = {"divisors": list(recipe.evaluation.divisors)}
@@ -72,7 +76,7 @@ def _evaluations(
     for model, made in models.items():
         for name, of_set in sets.items():
             found[model, name] = _evaluation(model, name, divisors, {"model": made.stage, "set": of_set})
-    for cut, (model, layers) in _exits(recipe).items():
+    for cut, (model, layers) in exits.items():
         for name, of_set in sets.items():
             parents = {"model": models[model].stage, "set": of_set}
             found[cut, name] = _evaluation(cut, name, {**divisors, "layers": layers}, parents)

@@ -64,15 +64,21 @@ class Graph:
     def stages(self) -> list[Stage]:
         """All stages, each after those that it needs."""
         ends = (self.prepare, *(model.stage for model in self.models.values()))
-        ends = (*ends, *self.overlaps.values(), *self.evaluations.values(), *self.speeds.values())
-        ends = (*ends, *(found.stage for found in self.mixed.values()))
+        ends = (*ends, *self.overlaps.values(), *self.measurements)
         return list({found.folder_name: found for end in ends for found in (*end.before(), end)}.values())
 
     @property
-    def measurements(self) -> set[Stage]:
+    def measurements(self) -> tuple[Stage, ...]:
         """The stages that measure models, which no other stage needs."""
-        mixed = {found.stage for found in self.mixed.values()}
-        return {*self.evaluations.values(), *self.speeds.values(), *mixed}
+        mixed = (found.stage for found in self.mixed.values())
+        return (*self.evaluations.values(), *self.speeds.values(), *mixed)
+
+    def making(self, end: Stage | None = None) -> list[Stage]:
+        """The stages that measure nothing, each after those that it needs; up to one of them where it is given."""
+        measured = {stage.folder_name for stage in self.measurements}
+        making = {name: stage for stage in self.stages() if (name := stage.folder_name) not in measured}
+        last = len(making) if end is None else list(making).index(end.folder_name) + 1
+        return list(making.values())[:last]
 
     def of_job(self, job: str) -> list[Stage]:
         """The stages that a job makes, in their order.

@@ -44,10 +44,8 @@ class Pipeline:
 
     def make(self) -> None:
         """Makes and evaluates every model of the recipe."""
-        last = self.graph.measurements
-        for stage in self.graph.stages():
-            if stage not in last:
-                self._make(stage)
+        for stage in self.graph.making():
+            self._make(stage)
         self.evaluate()
 
     def job(self, job: str, only: str | None = None) -> None:

@@ -76,11 +76,11 @@ def measure_mixed(
     model: Folder,
     teacher: Folder,
     found: Folder,
+    out: Folder,
     *,
     divisors: Sequence[int],
     document: str | None,
     compute: Compute,
-    out: Folder,
 ) -> Facts:
     """Scores a model's queries against the passages of the teacher in whose space it ends."""
     from f2llm_ray.evaluate.measure import measure_mixed

@@ -102,16 +102,23 @@ class Recipe(Section):
         """Tokens of the longest text that the run's models take."""
         return self.backbone.max_tokens or self.data.max_tokens
 
+    def lineage(self, model: str) -> list[str]:
+        """A model, the one it is made from, and so on to the backbone.
+
+        It ends before a name that comes again: recipes are asked this before a model that is made from itself is
+        refused.
+        """
+        parents, found = self.made_from(), list[str]()
+        name: str | None = model
+        while name is not None and name not in found:
+            found.append(name)
+            name = parents.get(name)
+        return found
+
     def prunes_of(self, model: str) -> list[Prune]:
         """The pruning steps between the backbone and a model, the first one first."""
-        steps, parents, found = self.steps(), self.made_from(), []
-        name: str | None = model
-        while name is not None:
-            step = steps.get(name)
-            if isinstance(step, Prune):
-                found.append(step)
-            name = parents.get(name)
-        return found[::-1]
+        steps = [self.steps().get(name) for name in reversed(self.lineage(model))]
+        return [step for step in steps if isinstance(step, Prune)]
 
     def reference(self) -> str | None:
         """What smaller models are compared with: the first teacher of the run, else the first model pruned.
@@ -126,14 +133,9 @@ class Recipe(Section):
 
     def measured_exits(self) -> dict[str, tuple[int, ...]]:
         """The exits that are measured, numbers of layers by model: of each chain's last model that has some."""
-        steps, parents = self.steps(), self.made_from()
-        elastic = {n: step.exits for n, step in steps.items() if isinstance(step, TrainStage) and step.exits}
-        before = set[str | None]()
-        for name in elastic:
-            parent = parents[name]
-            while parent is not None:
-                before.add(parent)
-                parent = parents[parent]
+        steps = self.steps().items()
+        elastic = {name: step.exits for name, step in steps if isinstance(step, TrainStage) and step.exits}
+        before = {parent for name in elastic for parent in self.lineage(name)[1:]}
         return {name: exits for name, exits in elastic.items() if name not in before}
 
     def stage_sources(self, stage: TrainStage) -> list[str]:

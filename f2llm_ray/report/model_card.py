@@ -27,7 +27,7 @@ from f2llm_ray.report.read_scores import (
     by_language,
     dim_cell,
     interval,
-    layer_cells,
+    layer_tables,
     main_metric,
     metrics_of,
     mixed_entry,
@@ -104,11 +104,7 @@ def model_card(report: RunReport, model: ModelEntry, info: ModelInfo, *, mapped:
             for metric in [main_metric([model], name)]
             for of, dim, facts in _scored(report, model, name)
         ],
-        layers=[
-            (name, main_metric([model], name), cells)
-            for name in sets_of([model])
-            if (cells := layer_cells(model, name))
-        ],
+        layers=layer_tables(model),
         weakest=[_weakest(model, name) for name in sets_of([model]) if by_language(model, name)],
         sources=source_cells({name: sources[name] for name in model.get("sources") or () if name in sources}),
     )
@@ -159,11 +155,7 @@ def _scored(report: RunReport, model: ModelEntry, name: str) -> Iterator[tuple[s
     """
     for dim, facts in by_dim(model, name).items():
         yield "this model", dim, facts
-    mixed = mixed_entry(model, "its queries")
-    if mixed is not None:
-        for dim, facts in list(by_dim(mixed, name).items())[:1]:
-            yield str(mixed["name"]), dim, facts
-    for entry in report.get("baselines") or []:
+    for entry in filter(None, [mixed_entry(model, "its queries"), *(report.get("baselines") or [])]):
         for dim, facts in list(by_dim(entry, name).items())[:1]:
             yield str(entry.get("name")), dim, facts
 

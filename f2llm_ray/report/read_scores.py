@@ -104,6 +104,12 @@ def layer_cells(model: ModelEntry, name: str) -> Cells:
     return [["layers", *(f"{formatting.count(dim)} dims" for dim in dims)], *rows]
 
 
+def layer_tables(model: ModelEntry) -> list[tuple[str, str, Cells]]:
+    """Of each set that exits of a model were measured on: its name, the main metric, and `layer_cells`."""
+    found = ((name, layer_cells(model, name)) for name in sets_of([model]))
+    return [(name, main_metric([model], name), cells) for name, cells in found if cells]
+
+
 def by_language(model: ModelEntry, name: str) -> Mapping[str, Metrics]:
     """A model's scores at its full dim by language."""
     found = (model.get("languages") or {}).get(name) or {}

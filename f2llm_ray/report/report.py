@@ -5,7 +5,7 @@ The report's dict may lack any part: a run that has not measured something says 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from f2llm_ray.base import formatting
@@ -26,7 +26,7 @@ from f2llm_ray.report.read_scores import (
     enough,
     interval,
     is_shrunk,
-    layer_cells,
+    layer_tables,
     main_metric,
     megabytes,
     metrics_of,
@@ -80,10 +80,9 @@ def render(report: RunReport, plots: Plots) -> str:
         open_failures=FAILURES_OPEN,
         matryoshka=plots.matryoshka,
         layers=[
-            (f"{model.get('name')} on {name}: {main_metric([model], name)}", cells)
+            (f"{model.get('name')} on {name}: {metric}", cells)
             for model in models
-            for name in sets_of([model])
-            if (cells := layer_cells(model, name))
+            for name, metric, cells in layer_tables(model)
         ],
         types=[entry for model in of_served for entry in _types(model)],
         type_plots=dict(plots.types),
@@ -166,7 +165,7 @@ def _clean(models: Sequence[ModelEntry], name: str) -> list[Mapping[str, float]]
     return found if any(found) else []
 
 
-def _on(entries: Sequence[ModelEntry], name: str) -> list[ModelEntry]:
+def _on(entries: Iterable[ModelEntry], name: str) -> list[ModelEntry]:
     """Those that were scored on a set."""
     return [entry for entry in entries if by_dim(entry, name)]
 
@@ -178,10 +177,14 @@ def _quality(report: RunReport, reference: ModelEntry | None, name: str) -> tupl
     """
     models = list(report.get("models") or [])
     clean, rows = _clean(models, name), []
-    for entry in _on(report.get("baselines") or [], name):
-        full, scores = next(iter(by_dim(entry, name).items()))
-        row = [str(entry.get("name")), dim_cell(full), *_scores_cells(models, name, scores)]
-        rows.append([*row, *([""] if clean else []), *([] if reference is None else [""])])
+
+    def beside(entries: Iterable[ModelEntry]) -> None:
+        for entry in _on(entries, name):
+            full, scores = next(iter(by_dim(entry, name).items()))
+            row = [str(entry.get("name")), dim_cell(full), *_scores_cells(models, name, scores)]
+            rows.append([*row, *([""] if clean else []), *([] if reference is None else [""])])
+
+    beside(report.get("baselines") or [])
     for place, model in enumerate(models):
         dim, facts = next(iter(by_dim(model, name).items()), (None, {}))
         row = [str(model.get("name")), formatting.count(dim), *_scores_cells(models, name, facts)]
@@ -191,10 +194,7 @@ def _quality(report: RunReport, reference: ModelEntry | None, name: str) -> tupl
             share = formatting.share(at_full(model, name), at_full(reference, name))
             row.append(share if is_shrunk(models, model) else "")
         rows.append(row)
-        mixed = mixed_entry(model)
-        for full, scores in [] if mixed is None else list(by_dim(mixed, name).items())[:1]:
-            row = [str(mixed and mixed["name"]), formatting.count(full), *_scores_cells(models, name, scores)]
-            rows.append([*row, *([""] if clean else []), *([] if reference is None else [""])])
+        beside(filter(None, [mixed_entry(model)]))
     return [*_scores_head(models, name), *(["clean"] if clean else [])], rows
 
 

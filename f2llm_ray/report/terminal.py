@@ -12,8 +12,7 @@ from f2llm_ray.report.read_scores import (
     ModelEntry,
     RunReport,
     by_dim,
-    layer_cells,
-    main_metric,
+    layer_tables,
     metrics_of,
     mixed_sentences,
     sets_of,
@@ -59,11 +58,9 @@ def _by_layers(models: Sequence[ModelEntry]) -> list[str]:
     """For each model with exits and each set, a table of the main metric by layers and dims."""
     lines = []
     for model in models:
-        for name in sets_of([model]):
-            cells = layer_cells(model, name)
-            if cells:
-                lines += ["", f"{model.get('name')} on {name}: {main_metric([model], name)} by layers and dims"]
-                lines += _aligned([list(column) for column in zip(*cells, strict=True)])
+        for name, metric, cells in layer_tables(model):
+            lines += ["", f"{model.get('name')} on {name}: {metric} by layers and dims"]
+            lines += _aligned([list(column) for column in zip(*cells, strict=True)])
     return lines
 
 

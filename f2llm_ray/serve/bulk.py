@@ -21,7 +21,7 @@ from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.reading.paths import find_files
-from f2llm_ray.data.reading.tables import SUFFIXES, TableFile, no_column
+from f2llm_ray.data.reading.tables import SUFFIXES, TableFile, require_columns
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, ModelInfo, fingerprint, load_info
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.inputs import InputFile, InputIndex
@@ -77,10 +77,7 @@ def survey(job: EmbedJob) -> Survey:
 def _check_columns(job: EmbedJob, file: TableFile) -> None:
     if file.file.local is None or not file.file.filesystem.get_file_info(file.file.path).size:
         return
-    names = file.names()
-    for column in filter(None, (job.column, job.id_column, *job.keep)):
-        if column.partition(".")[0] not in names and column not in names:
-            raise no_column(file.place, column, names)
+    require_columns(filter(None, (job.column, job.id_column, *job.keep)), file.names(), file.place)
 
 
 def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:

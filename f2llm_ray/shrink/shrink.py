@@ -21,7 +21,7 @@ from f2llm_ray.model.dense import dense_of
 from f2llm_ray.model.families import family_of
 from f2llm_ray.model.prune import Kept, choose, prune
 from f2llm_ray.model.settings import Prune
-from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, save_map
+from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, composed, count_tokens, load_map, remap, save_map
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import part_scores
 
@@ -46,7 +46,9 @@ def score_parts(
     Returns:
         Facts for the manifest: the calibration's texts and tokens, and a summary of the scores.
     """
-    calibration = calibration_tokens(sources, seed, prepared, settings.calibration_rows)
+    with parent.as_local() as folder:
+        table = load_map(folder)
+    calibration = remap(calibration_tokens(sources, seed, prepared, settings.calibration_rows), table)
     say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
     importance = part_scores.score(parent, calibration, settings, compute, seed=seed)
     facts = {
@@ -73,13 +75,15 @@ def shrink(
     """
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
+        table = load_map(folder)
     with scored.as_local() as folder:
         stays = family_of(backbone.config).first_layer_stays
         kept = choose(part_scores.load(folder), settings, first_layer_stays=stays, place=place)
-    table: TokenMap | None = None
     if settings.vocabulary is not None:
         wanted = settings.vocabulary if isinstance(settings.vocabulary, int) else None
-        kept, tokenizer, table = _fewer_tokens(kept, tokenizer, prepared, backbone.config.vocab_size, wanted)
+        kept, tokenizer, table = _fewer_tokens(
+            kept, tokenizer, table, prepared, backbone.config.vocab_size, wanted
+        )
     small = prune(backbone, kept)
     mapped = dense_of(small) is not None
     dims = info.dims if mapped else matryoshka_dims(len(kept.hidden), info.dims[0])
@@ -96,15 +100,18 @@ def shrink(
 
 
 def _fewer_tokens(
-    kept: Kept, tokenizer: Tokenizer, prepared: Folder, rows: int, wanted: int | None
+    kept: Kept, tokenizer: Tokenizer, table: TokenMap | None, prepared: Folder, rows: int, wanted: int | None
 ) -> tuple[Kept, Tokenizer, TokenMap]:
-    """Adds the tokens that stay, and gives their tokenizer and the map from the parent's."""
+    """Adds the tokens that stay, and gives their tokenizer and the map from the prepared tokens.
+
+    The parent's vocabulary has so many rows, and its own map where it was pruned before.
+    """
     with (prepared / "tokens").as_local() as store:
-        counts = count_tokens(store, rows)
+        counts = count_tokens(store, rows, table)
     vocabulary = Vocabulary(tokenizer)
     ids = vocabulary.choose(counts, wanted)
-    small, table = vocabulary.cut(ids)
-    return replace(kept, vocabulary=tuple(ids.tolist())), small, table
+    small, after = vocabulary.cut(ids)
+    return replace(kept, vocabulary=tuple(ids.tolist())), small, composed(table, after)
 
 
 def calibration_tokens(sources: Sequence[str], seed: int, prepared: Folder, rows: int) -> list[Tokens]:

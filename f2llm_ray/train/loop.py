@@ -157,7 +157,7 @@ class Worker:
         self._export(exported)
 
     def time(self, seconds: float) -> None:
-        """Times steps and a validation and writes `PACE_FILE`; after so many seconds, no further step."""
+        """Times steps and a validation and writes `PACE_FILE`; after so many timed seconds, no further step."""
         import torch
 
         from f2llm_ray.train.objective import mean_over_ranks
@@ -168,12 +168,11 @@ class Worker:
                 torch.tensor([own], dtype=torch.float64, device=self.engine.device), self.world
             )[0]
 
-        spent, timed = 0.0, list[float]()
+        timed = list[float]()
         for step in range(self.steps):
             took = all_ranks(self._step(step))
-            spent += took
             timed += [took] if step >= WARM else []
-            if timed and spent > seconds:
+            if sum(timed) > seconds:
                 break
         if not timed:  # fewer steps than are warmed up with
             timed = [took]

@@ -38,11 +38,11 @@ def merge_models(settings: Soup, models: list[Folder], name: str, out: Folder) -
     from f2llm_ray.model.merge import average, slerp
 
     first, *others = models
-    info = load_info(first)
-    for other in others:
-        found = load_info(other)
-        _check(info, first, found, other)
-        info = replace(info, exits=tuple(layers for layers in info.exits if layers in found.exits))
+    info, *found = (load_info(model) for model in models)
+    for other, facts in zip(others, found, strict=True):
+        _check(info, first, facts, other)
+    exits = tuple(layers for layers in info.exits if all(layers in facts.exits for facts in found))
+    space = info.space if all(facts.space == info.space for facts in found) else None  # between two lies neither
     with ExitStack() as stack:
         path, *paths = (stack.enter_context(model.as_local()) for model in models)
         states = [load_backbone(other).state_dict() for other in paths]
@@ -61,10 +61,8 @@ def merge_models(settings: Soup, models: list[Folder], name: str, out: Folder) -
                 return slerp(versions[0], versions[1], settings.shares[1])
             return average(versions, settings.shares)
 
-        spaces = {load_info(model).space for model in models}
-        space = info.space if len(spaces) == 1 else None  # between two spaces lies neither
         with (out / "model").writing() as folder:
-            write_reweighted(path, folder, replace(info, name=name, space=space), merged)
+            write_reweighted(path, folder, replace(info, name=name, exits=exits, space=space), merged)
     shares = dict(zip((model.uri for model in models), settings.shares, strict=True))
     return {"merging": {"method": settings.method, "shares": shares}}
 

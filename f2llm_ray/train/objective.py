@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from f2llm_ray.data.schema import SourceFacts
+from f2llm_ray.data.schema import SourceFacts, Task
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.encode import encode, passes_of
 from f2llm_ray.model.checkpoint import matryoshka_dims
@@ -120,24 +120,27 @@ class StageLoss:
         own = v[:, : models * self.hidden].split(self.hidden, dim=1)
         width = self.projected_dims
         matched = own if width is None else v[:, models * self.hidden :].split(width, dim=1)
-        teacher_nD = None if self.teacher is None else self.teacher(batch).to(v.device)
-        found = [self._of_model(v_nd, m_nD, teacher_nD, batch) for v_nd, m_nD in zip(own, matched, strict=True)]
+        arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
+        shared = TermInputs(
+            v_nd=own[0],
+            places=TextPlaces(*(torch.from_numpy(array.copy()).to(v.device) for array in arrays)),
+            settings=self.settings,
+            scores_bk=None if batch.scores is None else torch.from_numpy(batch.scores.copy()).to(v),
+            teacher_nD=None if self.teacher is None else self.teacher(batch).to(v.device),
+        )
+        task = self.sources[batch.source].task
+        each = (
+            replace(shared, v_nd=v_nd, matched_nD=None if shared.teacher_nD is None else matched_nD)
+            for v_nd, matched_nD in zip(own, matched, strict=True)
+        )
+        found = [self._of_model(inputs, task) for inputs in each]
         losses = torch.stack([loss for loss, _ in found])
         by_exit = dict(zip(self.settings.exits, losses[1:].detach(), strict=True))
         return losses.mean(), replace(mean_parts([parts for _, parts in found]), by_exit=by_exit)
 
-    def _of_model(
-        self, v_nd: torch.Tensor, matched_nD: torch.Tensor, teacher_nD: torch.Tensor | None, batch: TrainBatch
-    ) -> tuple[torch.Tensor, Parts]:
-        """Loss and parts of one model, from its vectors, what is to match the teacher's, and these."""
-        task = self.sources[batch.source].task
-        arrays = (batch.query, batch.passage, batch.negative, batch.passage_id, batch.query_id)
-        places = TextPlaces(*(torch.from_numpy(array.copy()).to(v_nd.device) for array in arrays))
-        loss, parts = contrastive(v_nd, places, self.settings, task, self.dims)
-        scores = None if batch.scores is None else torch.from_numpy(batch.scores.copy()).to(v_nd)
-        inputs = TermInputs(v_nd=v_nd, places=places, settings=self.settings, scores_bk=scores)
-        if teacher_nD is not None:
-            inputs = replace(inputs, matched_nD=matched_nD, teacher_nD=teacher_nD)
+    def _of_model(self, inputs: TermInputs, task: Task) -> tuple[torch.Tensor, Parts]:
+        """Loss and parts of one model."""
+        loss, parts = contrastive(inputs.v_nd, inputs.places, self.settings, task, self.dims)
         added, terms = added_terms(inputs)
         return loss + added, replace(parts, terms=terms)
 

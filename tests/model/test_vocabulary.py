@@ -14,7 +14,15 @@ from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.model.checkpoint import load_backbone, load_info, save_model
 from f2llm_ray.model.prune import Kept, prune
-from f2llm_ray.model.vocabulary import TokenMap, Vocabulary, count_tokens, load_map, remap, save_map
+from f2llm_ray.model.vocabulary import (
+    TokenMap,
+    Vocabulary,
+    composed,
+    count_tokens,
+    load_map,
+    remap,
+    save_map,
+)
 from tests.encoders import KINDS, tokenizer_of
 from tests.tiny import LINES, tiny_model
 
@@ -185,3 +193,30 @@ def test_tokens_are_counted_over_all_pieces(tmp_path: Path) -> None:
     for name, tokens in (("000000", [1, 1, 2]), ("000001", []), ("000002", [2, 4])):
         (tmp_path / f"{name}.bin").write_bytes(np.array(tokens, "<u4").tobytes())
     assert count_tokens(tmp_path, 6).tolist() == [0, 2, 2, 0, 1, 0]
+
+
+@pytest.mark.parametrize("wanted", [None, 300])
+def test_a_vocabulary_is_pruned_twice(parent: Path, tmp_path: Path, wanted: int | None) -> None:
+    tokenizer = load_tokenizer(parent)
+    texts = [*CORPUS, *OTHERS]
+    before = tokenize(tokenizer, texts)
+    (tmp_path / "000000.bin").write_bytes(np.concatenate(before).astype("<u4").tobytes())
+    first, table = Vocabulary(tokenizer).cut(Vocabulary(tokenizer).choose(counts_of(parent, texts), 330))
+    counts = count_tokens(tmp_path, 330, table)
+    assert counts.tolist() == np.bincount(np.concatenate(remap(before, table)), minlength=330).tolist()
+    second = Vocabulary(first)
+    small, after = second.cut(second.choose(counts, wanted))
+    both = composed(table, after)
+    for text, twice in zip(texts, remap(remap(before, table), after), strict=True):
+        (once,) = remap([tokenize(tokenizer, [text])[0]], both)
+        assert once.tolist() == twice.tolist()
+        assert small.decode(once.tolist()) == text
+    assert composed(None, after) is after
+
+
+def test_a_token_that_either_map_cannot_spell_is_gone() -> None:
+    table = composed(
+        TokenMap(np.array([0, 1, 1, 3, 5]), np.array([0, 1, 2, 2, 0])),
+        TokenMap(np.array([0, 2, 2, 3]), np.array([7, 8, 9])),
+    )
+    assert (table.first.tolist(), table.ids.tolist()) == ([0, 2, 2, 2, 5], [7, 8, 9, 7, 8])

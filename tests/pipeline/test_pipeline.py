@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.served_model import Arguments, find_model
 from f2llm_ray.train import checkpoints
 from tests.corpus import write_corpus, write_recipe
+from tests.jobs import start_job
 
 REPO = Path(__file__).parents[2]
 OUTPUT_STAYS = [
@@ -73,17 +73,6 @@ def ray_here() -> Iterator[None]:
     ray.shutdown()
 
 
-def job(name: str, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(REPO / "jobs" / f"{name}.py"), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-
-
 def seals(root: Path) -> set[Path]:
     """The sealed parts that the second worker has written to stage 1's checkpoints."""
     return set(root.glob("stage1-*/ray_train/checkpoint_*/part-00001-of-00002.json"))
@@ -119,13 +108,13 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 def finished(folder: Path, recipe: Path) -> dict[str, Any]:
     """A run that was killed in stage 1 and started again, and then lost one of its workers."""
     root = folder / "root"
-    first = job("pipeline", "--recipe", recipe, "--root", root)
+    first = start_job("pipeline", "--recipe", recipe, "--root", root)
     until_another_checkpoint(root, first)
     os.killpg(first.pid, signal.SIGKILL)
     killed = first.communicate()[0]
     time.sleep(2)
     left = shutil.copytree(next(root.glob("stage1-*")), folder / "left" / next(root.glob("stage1-*")).name)
-    second = job("pipeline", "--recipe", recipe, "--root", root)
+    second = start_job("pipeline", "--recipe", recipe, "--root", root)
     until_another_checkpoint(root, second)
     os.kill(workers_of(second)[-1], signal.SIGKILL)
     output = second.communicate(timeout=400)[0]
@@ -380,7 +369,7 @@ def test_other_worker_counts_prepare_the_same_bytes(
 
 
 def refused(folder: Path, recipe: Path, *arguments: object) -> str:
-    process = job("prepare", "--recipe", recipe, "--root", folder / "bad", *arguments)
+    process = start_job("prepare", "--recipe", recipe, "--root", folder / "bad", *arguments)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 1, output
     assert "Traceback" not in output
@@ -400,7 +389,7 @@ def test_bad_input_gets_one_clear_message(folder: Path, recipe: Path, ray_here: 
 
 
 def test_jobs_say_what_must_run_first(folder: Path, recipe: Path) -> None:
-    process = job("prune", "--recipe", recipe, "--root", folder / "empty")
+    process = start_job("prune", "--recipe", recipe, "--root", folder / "empty")
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 1
     assert "is not finished; run `f2llm " in output

@@ -23,6 +23,7 @@ from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.model.checkpoint import fingerprint, load_backbone, load_info
 from f2llm_ray.model.dense import dense_of
+from f2llm_ray.model.vocabulary import load_map
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
@@ -117,6 +118,10 @@ def test_models_say_where_they_end(made: Made) -> None:
     smaller, contrast = (load_info(made.model(name)) for name in ("smaller", "contrast"))
     assert (smaller.space, smaller.dims) == (None, (DIMS,))
     assert Engine(made.model("smaller")).embed(["one"]).shape == (1, DIMS)
+    maps = [load_map(made.model(name)) for name in ("trimmed", "smaller")]
+    assert maps[0] is not None
+    assert maps[1] is not None, "the tokens of a trimmed model are read through its map, whatever is pruned after"
+    assert (maps[0].first.tolist(), maps[0].ids.tolist()) == (maps[1].first.tolist(), maps[1].ids.tolist())
     step = TrainStage(instructions=False)
     training = Training(
         stage="on", model_name="on", run_name="r", settings=step, sources=SOURCES, seed=0, compute=Compute()

@@ -208,6 +208,7 @@ def _engine_step(rank: int, zero_stage: int, *, cache: bool) -> dict[str, torch.
     """
     import deepspeed
 
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as `start_engine`: nothing is compiled
     stage = TrainStage(global_batch=8, clip=1e9, engine=EngineSettings(zero_stage=zero_stage, precision="fp32"))
     config = deepspeed_config(stage, 2)
     # All parameters in parts, as those of a real model; by default none of this size would be.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.train.pace import Pace, steps_in
 from tests.corpus import write_corpus, write_recipe
+from tests.jobs import start_job
 
 REPO = Path(__file__).parents[2]
 times = st.floats(0.001, 50)
@@ -86,14 +85,7 @@ def manifest(root: Path, stage: str) -> dict[str, Any]:
 def killed(recipe: Path) -> dict[str, Any]:
     """A run that was killed after the first checkpoint of its stage, and what it had fixed by then."""
     root = recipe.parent / "root"
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / "jobs" / "pipeline.py"), "--recipe", str(recipe), "--root", str(root)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    process = start_job("pipeline", "--recipe", recipe, "--root", root)
     end = time.monotonic() + 250
     while not list(root.glob("stage1-*/ray_train/checkpoint_*/part-00001-of-00002.json")):
         assert process.poll() is None, process.communicate()[0]

@@ -16,7 +16,7 @@ from f2llm_ray.data.reading.base import BadRow, Piece
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
 from f2llm_ray.data.reading.paths_source import PathsSource
-from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, no_column
+from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, require_columns
 from f2llm_ray.run.folder import Folder
 
 QUERIES = ("query", "anchor", "question")
@@ -70,19 +70,16 @@ class FilesSource(PathsSource):
         if self._file_format == "json" and (file.size or 0) > SMALL_BYTES:
             return f"{table.place}: its columns are checked when it is read, since it is one large array"
         try:
-            names, schema = table.names(), table.schema()
+            schema = table.schema()
+            names = table.names() if schema is None else schema.names
         except DataError as error:
             if table.file.local is not None:
                 raise
             return f"{error}; its columns are checked when it is read"
         columns = self._layout(names)
         if schema is None:  # rows of JSON may lack what a template names
-            kinds = {
-                column: kind for column, kind in columns.kinds(names).items() if column not in columns.joined()
-            }
-            for root in (column.partition(".")[0] for column in kinds if column not in names):
-                if root not in names:
-                    raise no_column(table.place, root, names)
+            kinds = (column for column in columns.kinds(names) if column not in {*columns.joined(), *names})
+            require_columns((column.partition(".")[0] for column in kinds), names, table.place)
         else:
             check_columns(schema, columns.kinds(names).items(), table.place)
         return None

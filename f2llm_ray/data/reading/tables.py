@@ -368,6 +368,13 @@ def check_columns(schema: pa.Schema, columns: Iterable[tuple[str, ColumnKind]], 
         check_type(schema.field(column).type, column, kind, place)
 
 
+def require_columns(columns: Iterable[str], names: Sequence[str], place: str) -> None:
+    """Raises DataError for the first column that a table has neither by its name nor as the begin of a path."""
+    for column in columns:
+        if column not in names and column.partition(".")[0] not in names:
+            raise no_column(place, column, names)
+
+
 def no_column(place: str, column: str, names: Sequence[str]) -> DataError:
     """The error of a column that a table does not have; it lists those that are there, and the one most alike."""
     near = difflib.get_close_matches(column, names, n=1)

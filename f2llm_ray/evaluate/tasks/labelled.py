@@ -18,7 +18,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
-from f2llm_ray.data.reading.tables import TableFile, no_column
+from f2llm_ray.data.reading.tables import TableFile, require_columns
 from f2llm_ray.data.reading.values import TYPES, ColumnKind
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.metrics.intervals import Values
@@ -149,10 +149,8 @@ class LabelledSet(ABC):
         """
         for table, uri in files.items():
             file = TableFile.at(Folder.at(uri))
-            names = file.names() if file.file.local is not None else list(cls.columns[table])
-            for column in cls.columns[table]:
-                if column not in names:
-                    raise no_column(file.place, column, names)
+            if file.file.local is not None:
+                require_columns(cls.columns[table], file.names(), file.place)
 
     def values(self, column: str = "text") -> list[Any]:
         """A column of the test table."""

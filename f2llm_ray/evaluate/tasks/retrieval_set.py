@@ -31,7 +31,7 @@ from f2llm_ray.evaluate.metrics.ranking import METRICS, Judgements, K, chance, m
 from f2llm_ray.evaluate.metrics.scores import NO_DIM, Measured, measured, rounded, units_table
 from f2llm_ray.evaluate.tables import LANGUAGE, SCORE, TITLE, UNKNOWN_LANGUAGE, by_id, read_table
 from f2llm_ray.evaluate.tasks.task import SetSection
-from f2llm_ray.evaluate.vectors import Embedder, as_documents, as_queries, embed_distinct, joined
+from f2llm_ray.evaluate.vectors import DistinctVectors, Embedder, as_documents, as_queries, embed_distinct, joined
 from f2llm_ray.run.folder import Folder
 
 # How the layouts in use spell a column, most usual first.
@@ -117,18 +117,12 @@ class RetrievalSet:
 
     def measure(self, encoder: Embedder, divisors: Sequence[int]) -> Measured:
         """As `Task.measure`: exact search. Queries carry the instruction."""
-        from f2llm_ray.engine.nearest import top_positions
-
         queries = as_queries(encoder, self.query_texts, self.instruction)
         passages = as_documents(encoder, self.corpus_texts)
         encoded = embed_distinct(encoder, [*queries, *passages])
         query_q, corpus_c = encoded.of(queries), encoded.of(passages)
-        judged, found = self.judgements, dict[int, Ints]()
-        full_ud = next(encoded.at_dims(divisors))[1]
-        for dim, cut_ud in encoded.at_dims(divisors):
-            found[dim] = top_positions(
-                cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=encoder.device
-            )
+        judged, full_ud = self.judgements, next(encoded.at_dims(divisors))[1]
+        found = _found(encoded, query_q, corpus_c, judged, divisors, encoder.device)
         scored = self._scored(found, encoded.tokens)
         scored.scores["types"] = by_type(
             encoded.vectors_ud, query_q, corpus_c, judged, encoder.info.dims, encoder.ranges, encoder.device
@@ -151,19 +145,13 @@ class RetrievalSet:
         Raises:
             RunError: the two have vectors of different dims, or one returns NaN or infinity.
         """
-        from f2llm_ray.engine.nearest import top_positions
-
         queries = as_queries(encoder, self.query_texts, self.instruction)
         prompt = teacher.info.prompts.get("document", "") if document is None else document
         passages = [prompt + text for text in self.corpus_texts]
         asked, held = embed_distinct(encoder, queries), embed_distinct(teacher, passages)
         together = joined(asked, held, encoder.info.name, teacher.info.name)
         query_q, corpus_c = asked.of(queries), held.of(passages) + len(asked.vectors_ud)
-        left_out_q, found = self.judgements.own_q, dict[int, Ints]()
-        for dim, cut_ud in together.at_dims(divisors):
-            found[dim] = top_positions(
-                cut_ud, query_q, corpus_c, k=K, left_out_q=left_out_q, device=encoder.device
-            )
+        found = _found(together, query_q, corpus_c, self.judgements, divisors, encoder.device)
         return self._scored(found, together.tokens)
 
     def measure_bm25(self) -> Measured:
@@ -207,6 +195,23 @@ class RetrievalSet:
         """As `Task.read`."""
         facts = folder.read_json("set.json")
         return read_beir(folder.uri, name=facts["name"], instruction=facts["instruction"])
+
+
+def _found(
+    vectors: DistinctVectors,
+    query_q: Ints,
+    corpus_c: Ints,
+    judged: Judgements,
+    divisors: Sequence[int],
+    device: str,
+) -> dict[int, Ints]:
+    """The nearest passages [q, K] of the queries by dim, largest first; an exact search."""
+    from f2llm_ray.engine.nearest import top_positions
+
+    return {
+        dim: top_positions(cut_ud, query_q, corpus_c, k=K, left_out_q=judged.own_q, device=device)
+        for dim, cut_ud in vectors.at_dims(divisors)
+    }
 
 
 def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None = None) -> RetrievalSet:
