@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("error", "skip"),
         help="stop at a row without text, or leave it out and count it",
     )
-    engine_option(parser, "the recipe's, or torch")
+    engine_option(parser, "serving.engine of the recipe, or auto")
     parser.add_argument("--workers", type=int, help="actors (default: one per GPU, else one per CPU core)")
     return parser
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         *("dtype", "prompt_name", "shard_rows", "batch_rows", "on_bad_row"),
     )
     keep = tuple(name for name in arguments.keep_columns.split(",") if name)
-    engine = arguments.engine or ("torch" if arguments.recipe is None else recipe_of(arguments).compute.engine)
+    engine = arguments.engine or ("auto" if arguments.recipe is None else recipe_of(arguments).serving.engine)
     job = EmbedJob(
         model=_model(arguments), keep=keep, engine=engine, **{name: getattr(arguments, name) for name in names}
     )

@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "--root", metavar="URI", help="a finished run, whose recipe says which of its models is served"
     )
     parser.add_argument("--name", help="what clients put in `model` (default: the name in the model folder)")
-    engine_option(parser, "the run's, or torch")
+    engine_option(parser, "serving.engine of the run, or auto")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument(
         "--host",

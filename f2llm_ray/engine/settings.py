@@ -21,9 +21,9 @@ class Compute(Section):
     threads_per_worker: Neutral[int] = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     engine: Neutral[EngineName] = "torch"
-    """What computes vectors outside training: `torch`; `onnx` or `openvino`, on CPU; or `auto`: torch on a GPU,
-    and on a CPU the fastest installed one that gives torch's vectors there. Serving and bulk embedding make the
-    files that it needs; with `auto` the steps of a run take them where they are there."""
+    """What computes the vectors of a run's own steps outside training: evaluation, mining, cached teachers.
+    `torch`; `onnx` or `openvino`, on CPU; or `auto`, which takes the files of those where they are there and makes
+    none."""
     max_failures: Neutral[int] = Field(default=3, ge=0)
     """Times a stage goes on from its last checkpoint after losing a worker."""
 

@@ -68,7 +68,6 @@ def collect(graph: Graph, run: Run) -> dict[str, Any]:
             for name, stage in graph.overlaps.items()
             if (facts := run.manifest(stage)) is not None
         },
-        "engine": recipe.compute.engine,
         "serving": {**recipe.serving.model_dump(mode="json"), "model": served},
         "commands": {"serve": _serve_command(run.root)},
     }

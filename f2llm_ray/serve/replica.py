@@ -45,7 +45,9 @@ class Replica:
         self.policy = RequestPolicy(served.access)
         self.settings, self.card, self.names = served.settings, served.card, served.names
         with Folder.at(served.uri).as_local() as folder:
-            self.engine = EngineProcess(folder, tokens_per_pass=self.settings.batch_tokens, engine=served.engine)
+            self.engine = EngineProcess(
+                folder, tokens_per_pass=self.settings.batch_tokens, engine=self.settings.engine
+            )
         if self.engine.calibration is not None:
             self_check(self.engine, self.engine.calibration, served.uri)
         self.model_info = self.engine.info

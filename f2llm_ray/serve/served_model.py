@@ -13,7 +13,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ray.serve.exceptions import RayServeException
 
 from f2llm_ray.base.errors import F2LLMError, RunError
-from f2llm_ray.engine.names import EngineName
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.model.dims import EMBEDDING_TYPES
 from f2llm_ray.run.folder import Folder
@@ -46,8 +45,6 @@ class Arguments(Access, Limits):
     """A model folder."""
     name: str | None = None
     """What clients put in `model`; the name in the model folder when unset."""
-    engine: EngineName | None = None
-    """What computes the vectors (`engine.settings.Compute.engine`); the run's when unset, torch without one."""
     aliases: tuple[str, ...] = ()
     """Other names that clients may use, such as that of a model that this one replaces."""
     corpus: str | None = None
@@ -75,7 +72,6 @@ class Report(BaseModel):
 
     models: list[ReportModel] = Field(min_length=1)
     serving: Serving = Serving()
-    engine: EngineName = "torch"
     created: datetime | None = None
 
 
@@ -89,7 +85,6 @@ class ServedModel:
     access: Access
     card: ModelCard
     """Its entry in GET /v1/models."""
-    engine: EngineName
     corpus: str | None = None
     """Folder of the demo page's corpus."""
 
@@ -106,11 +101,10 @@ def find_model(args: Arguments) -> ServedModel:
         RunError: the arguments name no finished run or no model folder.
     """
     settings, entry, created = Serving(), None, None
-    engine: EngineName = "torch"
     folder = Folder.at(args.model or args.root or "")
     if args.root is not None:
         report = _report(folder)
-        settings, engine, created = report.serving, report.engine, report.created
+        settings, created = report.serving, report.created
         entries = {known.name: known for known in report.models}
         wanted = settings.model or report.models[-1].name
         if wanted not in entries:
@@ -133,7 +127,7 @@ def find_model(args: Arguments) -> ServedModel:
         corpus_rows=0 if args.corpus is None else check_corpus(Folder.at(args.corpus), folder, info),
     )
     corpus = None if args.corpus is None else Folder.at(args.corpus).uri
-    return ServedModel(folder.uri, settings, args, card, args.engine or engine, corpus)
+    return ServedModel(folder.uri, settings, args, card, corpus)
 
 
 def with_limits(settings: Serving, given: Limits) -> Serving:

@@ -7,13 +7,14 @@ from typing import Literal
 from pydantic import Field
 
 from f2llm_ray.base.section import Neutral, Section
+from f2llm_ray.engine.names import EngineName
 
 LongText = Literal["refuse", "truncate", "chunk"]
 """What is done with a text of too many tokens: 422, its first tokens alone, or the mean of its parts' vectors."""
 
 
 class Limits(Section):
-    """Limits of requests and batches."""
+    """Limits of requests and batches, and what computes the vectors."""
 
     max_inputs: Neutral[int] = Field(default=2048, ge=1)
     """Texts per request."""
@@ -28,6 +29,9 @@ class Limits(Section):
     """For texts of more than `max_tokens`, where a request does not say."""
     token_ids: Neutral[bool] = True
     """Whether inputs may be token ids; some clients send those of another model's tokenizer unless told not to."""
+    engine: Neutral[EngineName] = "auto"
+    """What computes the vectors that are served, or written by `f2llm embed`. `torch`; `onnx` or `openvino`, on
+    CPU; or `auto`: torch on a GPU, and on a CPU the fastest installed one that gives torch's vectors there."""
 
 
 class Serving(Limits):

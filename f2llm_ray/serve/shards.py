@@ -46,8 +46,8 @@ class EmbedJob:
     dtype: Dtype = "float32"
     prompt_name: str | None = None
     """The model's prompt for passages when unset."""
-    engine: EngineName = "torch"
-    """What computes the vectors (`engine.settings.Compute.engine`)."""
+    engine: EngineName = "auto"
+    """What computes the vectors (`serve.settings.Limits.engine`)."""
     shard_rows: int = 16_384
     """Rows of a shard: what is lost when a worker dies, and the share of work that a worker takes at a time."""
     batch_rows: int = 1024
