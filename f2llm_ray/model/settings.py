@@ -67,6 +67,10 @@ class Keep(Section):
         return self
 
 
+PAIRS = "pairs"
+"""In `embeddings_from`: the run's own training pairs."""
+
+
 class Backbone(Section):
     """The model that training starts from: a checkpoint, or a random one of a given shape."""
 
@@ -75,8 +79,10 @@ class Backbone(Section):
     sentence-transformers, or a model folder of ours."""
     shape: Shape | None = None
     embeddings_from: Content[str | None] = None
-    """Folder of a model, such as the teacher, whose input embeddings a model of `shape` starts from, cut to its
-    hidden size by their main directions. The run's tokenizer is that model's (`tokenizer.path`)."""
+    """Where a model of `shape` has its first input embeddings from, in place of random ones. `pairs`: the training
+    rows, of which pairs each token stands in (latent semantic indexing); with pooling mean it finds by them before
+    any training. Else the folder of a model, such as the teacher (./pairs is a folder): its embeddings, cut to the
+    hidden size by their main directions; the run's tokenizer is then that model's (`tokenizer.path`)."""
     pooling: Output[Pooling | None] = None
     """How a vector comes of a text's tokens: the last one, their mean, or the first one ("cls"). The backbone's
     own where unset, else that of its family: last for decoders, mean for encoders."""

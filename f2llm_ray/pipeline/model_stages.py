@@ -12,7 +12,7 @@ from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Effect
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.model.checkpoint import check_family
-from f2llm_ray.model.settings import PARTS, Prune, Soup
+from f2llm_ray.model.settings import PAIRS, PARTS, Prune, Soup
 from f2llm_ray.pipeline import jobs, work
 from f2llm_ray.pipeline.data_stages import DataStages
 from f2llm_ray.pipeline.graph import Kind, Model
@@ -89,7 +89,9 @@ class ModelStages:
     def _untrained(self) -> Stage:
         recipe, path = self.recipe, self.recipe.backbone.path
         sought = {} if path is None else {"backbone": Sought(path, partial(_model_files, "backbone.path", path))}
-        table = recipe.backbone.embeddings_from
+        table, settings = recipe.backbone.embeddings_from, recipe.backbone.identity()
+        if table == PAIRS:
+            table, settings = None, {**settings, "embeddings_from": PAIRS}
         if table is not None:
             sought["embeddings"] = Sought(table, partial(_model_files, "backbone.embeddings_from", table))
         inputs, backbone = self.inputs.find(UNTRAINED, sought), recipe.backbone
@@ -100,7 +102,7 @@ class ModelStages:
         return Stage(
             name=UNTRAINED,
             job=jobs.TRAIN,
-            settings=backbone.identity(),
+            settings=settings,
             inputs=inputs,
             places=places(sought),
             parents={"prepared": self.prepare},
@@ -110,6 +112,8 @@ class ModelStages:
                     work.make_untrained,
                     backbone,
                     recipe.seed,
+                    sources=[n for n, source in recipe.sources.items() if source.task == "retrieval"]
+                    or list(recipe.sources),
                     model_name=self._model_name(UNTRAINED),
                     max_tokens=recipe.model_tokens,
                     prepared=self.run.folder(self.prepare),

@@ -12,12 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.base.progress import say
 from f2llm_ray.data.settings import Data, Decontamination
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.evaluate.settings import EvaluationSet, SourceSet
 from f2llm_ray.evaluate.tasks.retrieval_set import RetrievalSet
 from f2llm_ray.evaluate.tasks.task import Task
-from f2llm_ray.model.settings import PARTS, Backbone, Prune
+from f2llm_ray.model.settings import PAIRS, PARTS, Backbone, Prune
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.stage import Facts
 
@@ -128,13 +129,23 @@ def check_backbone(
 
 
 def make_untrained(
-    backbone: Backbone, seed: int, *, model_name: str, max_tokens: int, prepared: Folder, out: Folder
+    backbone: Backbone,
+    seed: int,
+    *,
+    sources: Sequence[str] = (),
+    model_name: str,
+    max_tokens: int,
+    prepared: Folder,
+    out: Folder,
 ) -> Facts:
     """Writes the model that the first step starts from: the backbone, or random weights, with the tokenizer.
+
+    The sources are those whose pairs `embeddings_from: pairs` reads.
 
     Raises:
         RunError: the backbone cannot be loaded or trained, or has fewer entries than the tokenizer.
     """
+    from f2llm_ray.data.drawn import pair_tokens
     from f2llm_ray.data.tokens.build import read_prompts
     from f2llm_ray.data.tokens.tokenizer import load_tokenizer
     from f2llm_ray.model.checkpoint import (
@@ -148,6 +159,7 @@ def make_untrained(
     from f2llm_ray.model.dense import vector_dims
     from f2llm_ray.model.embeddings import take_embeddings
     from f2llm_ray.model.int8 import is_quantized
+    from f2llm_ray.model.pair_embeddings import MOST_PAIRS, put_pair_embeddings
     from f2llm_ray.model.sizes import random_backbone
 
     path, brought, prompts = backbone.path, check_backbone(backbone, max_tokens), read_prompts(prepared)
@@ -156,7 +168,11 @@ def make_untrained(
     vocabulary = tokenizer.get_vocab_size()
     if backbone.shape is not None:
         model = random_backbone(backbone.shape, vocabulary, seed)
-        if backbone.embeddings_from is not None:
+        if backbone.embeddings_from == PAIRS:
+            queries, passages = pair_tokens(sources, seed, prepared, MOST_PAIRS)
+            say(f"{model_name}: token vectors of {len(queries):,} pairs")
+            put_pair_embeddings(model, queries, passages, seed)
+        elif backbone.embeddings_from is not None:
             take_embeddings(model, backbone.embeddings_from, prepared / "tokenizer")
     else:
         if is_quantized(str(path)):
@@ -197,10 +213,10 @@ def finish_model(
 def _calibrate(model: Folder, prepared: Folder, sources: Sequence[str], seed: int) -> None:
     import torch
 
+    from f2llm_ray.data.drawn import calibration_tokens
     from f2llm_ray.engine.engine import Engine
     from f2llm_ray.engine.text_engine import calibrate, save_calibration
     from f2llm_ray.model.vocabulary import load_map, remap
-    from f2llm_ray.shrink.shrink import calibration_tokens
 
     torch.set_num_threads(1)
     with model.as_local() as path:

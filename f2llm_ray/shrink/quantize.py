@@ -13,6 +13,7 @@ import torch
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import say
+from f2llm_ray.data.drawn import calibration_tokens
 from f2llm_ray.data.tokens.store import Tokens
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import INFO_FILE, load_backbone, load_info
@@ -20,7 +21,6 @@ from f2llm_ray.model.dims import Vectors
 from f2llm_ray.model.int8 import WEIGHTS_FILE, is_quantized, quantize
 from f2llm_ray.model.vocabulary import MAP_FILE, load_map, remap
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.shrink.shrink import calibration_tokens
 
 ROWS, ROUNDS = 256, 3
 """Training rows whose texts are encoded by both models, and how often, in turn; the facts give medians."""

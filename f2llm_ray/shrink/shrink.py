@@ -6,14 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-
 from f2llm_ray.base.progress import say
-from f2llm_ray.data.language import UNKNOWN
-from f2llm_ray.data.ragged import Ints, numbered
-from f2llm_ray.data.schema import key_numbers, rng
-from f2llm_ray.data.tokens.store import Tokens, TokenStore
+from f2llm_ray.data.drawn import calibration_tokens
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import load_backbone, load_info, matryoshka_dims, save_model
@@ -112,35 +106,3 @@ def _fewer_tokens(
     ids = vocabulary.choose(counts, wanted)
     small, after = vocabulary.cut(ids)
     return replace(kept, vocabulary=tuple(ids.tolist())), small, composed(table, after)
-
-
-def calibration_tokens(sources: Sequence[str], seed: int, prepared: Folder, rows: int) -> list[Tokens]:
-    """Distinct token lists of queries (with instructions) and passages of training rows, evenly drawn.
-
-    Each source gives as many rows, and in it each language in turn, so that the few rows of a small language are
-    among them.
-    """
-    share = -(-rows // len(sources))
-    keys = []
-    for source in sources:
-        columns = ["instructed_key", "passage_key", "language"]
-        table = (prepared / "table").read_table(f"{source}.parquet", columns)
-        drawn = by_turns(_codes(table["language"]), rng(seed, "calibration", source))[:share]
-        keys += [key_numbers(table[column].take(drawn)) for column in columns[:2]]
-    distinct = np.unique(np.concatenate(keys), axis=0)
-    with (prepared / "tokens").as_local() as store:
-        # Copied, since the store may be a temporary copy of a remote one.
-        return [text.copy() for text in TokenStore(store).lookup(distinct)]
-
-
-def _codes(languages: pa.ChunkedArray) -> Ints:
-    return languages.combine_chunks().fill_null(UNKNOWN).dictionary_encode().indices.to_numpy().astype(np.int64)
-
-
-def by_turns(groups: Ints, generator: np.random.Generator) -> Ints:
-    """All rows in random order, but so that each group has given n before one gives its n + 1-st."""
-    order = generator.permutation(len(groups))
-    by_group = order[np.argsort(groups[order], kind="stable")]
-    place = np.empty(len(groups), np.int64)
-    place[by_group] = numbered(np.bincount(groups))
-    return order[np.argsort(place[order], kind="stable")]

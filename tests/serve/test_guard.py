@@ -116,7 +116,7 @@ def test_a_large_request_holds_up_no_short_one(running: Running) -> None:
 
 def test_a_text_that_fails_is_told_and_the_replica_stays(running: Running) -> None:
     unknown = np.array([10**6], dtype=np.uint32)
-    with pytest.raises(RuntimeError, match="IndexError|out of data bounds"):
+    with pytest.raises(RuntimeError, match=r"IndexError|out of data bounds"):
         running.replica.watched.embed_tokens([unknown])
     assert running.left == []
     assert running.post("still here").status_code == 200

@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from f2llm_ray.base.errors import RunError
+from f2llm_ray.data.drawn import by_turns
 from f2llm_ray.engine.attention import use_varlen
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.settings import Compute
@@ -20,7 +21,6 @@ from f2llm_ray.model.settings import Prune
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.shrink import part_scores
 from f2llm_ray.shrink.importance import magnitude, measure, written_by_groups
-from f2llm_ray.shrink.shrink import by_turns
 from tests.model.small import DECODERS, ENCODERS, FAMILIES, TWO_WAY_GEMMA, backbone, texts
 from tests.tiny import tiny_model
 
