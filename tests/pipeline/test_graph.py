@@ -95,6 +95,9 @@ def test_a_changed_setting_changes_only_what_depends_on_it(run: Run) -> None:
     of_set = {f"evaluate-{model}-django_ui" for model in {*MODELS, "bm25"}}
     assert worded == {"set-django_ui", *of_set, *speeds}
     assert changed(run, "seed=99") >= {"prepare", *MODELS}
+    started = changed(run, "backbone.embeddings_from=null")
+    assert started >= MODELS
+    assert "prepare" not in started
     seen = changed(run, "sources.plone_ui.weight=2")
     assert seen >= {"taught-distilled", *TRAINED}
     assert not {"prepare", "untrained"} & seen, "how often a row is seen is no matter of its text"

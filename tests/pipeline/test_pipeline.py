@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -22,10 +23,17 @@ from safetensors.torch import load_file
 
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.drawn import pair_tokens
+from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.store import TokenStore
 from f2llm_ray.engine.engine import Engine
+from f2llm_ray.model.checkpoint import load_backbone
+from f2llm_ray.model.pair_embeddings import MOST_PAIRS, pair_embeddings
+from f2llm_ray.model.settings import Backbone
+from f2llm_ray.model.sizes import Shape
 from f2llm_ray.model.vocabulary import load_map, remap
 from f2llm_ray.pipeline.walk import Pipeline
+from f2llm_ray.pipeline.work import make_untrained
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.serve.served_model import Arguments, find_model
@@ -154,6 +162,32 @@ def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str,
     assert types[24]["float"] == pytest.approx(scores["held"]["24"]["ndcg@10"], abs=2e-6)
     assert all("ci" in facts for by_dim in scores.values() for facts in by_dim.values())
     assert scores
+
+
+def test_a_random_model_may_start_from_the_pairs_that_it_is_trained_on(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    prepared, out = Folder.at(str(next(finished["root"].glob("prepare-*")))), Folder.at(str(tmp_path))
+    queries, passages = pair_tokens(["pairs", "labels"], 3, prepared, 10_000)
+    rows = pa.concat_tables(
+        pq.read_table(Path(prepared.path) / "table" / f"{name}.parquet") for name in ("pairs", "labels")
+    )
+    trained = rows.filter(pc.invert(rows["validation"]))
+    assert 0 < trained.num_rows < rows.num_rows
+    store = TokenStore(Path(prepared.path) / "tokens")
+    expected = zip(
+        *(store.lookup(key_numbers(trained[name])) for name in ("query_key", "passage_key")), strict=True
+    )
+    found = [(a.tolist(), b.tolist()) for a, b in zip(queries, passages, strict=True)]
+    assert sorted(found) == sorted((a.tolist(), b.tolist()) for a, b in expected)
+    shape = Shape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn=16)
+    backbone, names = Backbone(shape=shape, embeddings_from="pairs"), ["pairs", "labels"]
+    make_untrained(backbone, 3, sources=names, model_name="m", max_tokens=64, prepared=prepared, out=out)
+    table_vd = load_backbone(tmp_path / "model").get_input_embeddings().weight.detach()
+    queries, passages = pair_tokens(names, 3, prepared, MOST_PAIRS)
+    vectors_vd = pair_embeddings(queries, passages, *table_vd.shape, seed=3).float()
+    some_v = vectors_vd.any(dim=1)
+    torch.testing.assert_close(torch.nn.functional.normalize(table_vd, dim=1)[some_v], vectors_vd[some_v])
 
 
 def test_the_best_checkpoint_is_exported_where_it_is_asked_for(finished: dict[str, Any]) -> None:
