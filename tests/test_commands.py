@@ -137,7 +137,7 @@ def test_built_in_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str
         ("stages.trained.warmup_ratio", ["stages.NAME.warmup_steps", "not as a share"]),
         (
             "evaluation.sets",
-            ["evaluation.sets.NAME (kind: sts)", "folder*", "source*, max_queries", "must be set"],
+            ["evaluation.sets.NAME (kind: sts)", "folder*", "source*, passages, max_queries", "must be set"],
         ),
         (
             "evaluation.sets.held.source.columns.query",
@@ -376,7 +376,19 @@ def test_a_dry_run_says_what_is_read_how_long_it_trains_and_where_it_goes(
     assert "query from 'question', passage from 'answer'" in told
     assert "trains trained: 7 steps of 16 rows" in told
     assert f"writes {root}/report.html, and the model to serve to {root}/trained-" in told
-    assert "measures on nothing" in told
+    assert "measures on heldout" in told
+
+
+def test_passages_are_held_out_of_the_only_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, output = write(tmp_path / "faq.csv", ROWS), tmp_path / "r.yaml"
+    assert f2llm("recipe", "new", table, "--output", output) == 0
+    count = int(len(ROWS) * 0.1)
+    told = f"held out of {table}, and never trained on: {count} passages and their queries"
+    assert told in capsys.readouterr().out
+    recipe = load_recipe(str(output))
+    found = recipe.evaluation.sets["heldout"]
+    assert (found.passages, found.screen) == (count, True)
+    assert found.source.paths == recipe.sources["faq"].paths
 
 
 def test_held_out_pairs_become_a_set_and_what_was_guessed_stands_in_the_recipe(
@@ -489,8 +501,7 @@ def test_the_wheel_is_enough(tmp_path: Path) -> None:
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
     work.mkdir()
     articles = renamed(title="question", body="answer")
-    write(work / "articles.csv", articles[:-8])
-    write(work / "heldout.csv", articles[-8:])
+    write(work / "articles.csv", articles)
     environment = {**os.environ, "PYTHONPATH": str(site)}
 
     def run(*arguments: str) -> str:

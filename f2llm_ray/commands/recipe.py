@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         help="a checkpoint to start from (default: a small random model that trains in minutes)",
     )
     new.add_argument(
-        "--heldout", metavar="FILE", help="pairs that are never trained on, and that models are measured on"
+        "--heldout",
+        metavar="FILE",
+        help="pairs that are never trained on, and that models are measured on (default: some of the files' own)",
     )
     return parser
 

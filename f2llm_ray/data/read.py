@@ -26,7 +26,7 @@ from f2llm_ray.data.keys import KEYS, add_keys
 from f2llm_ray.data.pairs import drop_near_positives
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.reading.base import SourceBase
-from f2llm_ray.data.schema import ROW, SCORES
+from f2llm_ray.data.schema import ROW, SCORES, seeded_key
 from f2llm_ray.data.settings import Data
 from f2llm_ray.run.folder import Folder
 
@@ -158,18 +158,31 @@ def _found(rows: pa.Table, task: Reading) -> pa.Table:
     return rows
 
 
-def read_pairs(name: str, source: SourceBase, settings: Data) -> pa.Table:
-    """All clean pairs of a held-out source; such a set is small enough for one process."""
+def read_pairs(name: str, source: SourceBase, settings: Data, passages: int | None = None) -> pa.Table:
+    """The clean pairs of a held-out source: all, or those of so many passages, which are drawn by content hash.
+
+    What is returned is small enough for one process; the source need not be where a number of passages is given.
+    """
     import ray
 
-    read = map_parts(parts_of({name: source}), partial(_pairs, source=source, settings=settings))
-    tables = list(checked(ray.get(read.to_arrow_refs())))
-    return pa.concat_tables(tables) if tables else pa.schema([ROW.field(field) for field in PAIR]).empty_table()
+    work = partial(_pairs, source=source, settings=settings, passages=passages)
+    tables = list(checked(ray.get(map_parts(parts_of({name: source}), work).to_arrow_refs())))
+    if not tables:
+        return pa.schema([ROW.field(field) for field in PAIR]).empty_table()
+    return _drawn(pa.concat_tables(tables), passages)
 
 
-def _pairs(part: Part, *, source: SourceBase, settings: Data) -> Tables:
+def _pairs(part: Part, *, source: SourceBase, settings: Data, passages: int | None) -> Tables:
     for table in _cleaned(part, source, settings):
-        yield table.filter(pc.is_null(table["drop"])).select(PAIR)
+        yield _drawn(table.filter(pc.is_null(table["drop"])).select(PAIR), passages)
+
+
+def _drawn(pairs: pa.Table, passages: int | None) -> pa.Table:
+    """The pairs of the passages whose hashes are the least: those of a whole are among those of its parts."""
+    if passages is None:
+        return pairs
+    kept = sorted(pairs["passage"].unique().to_pylist(), key=lambda text: seeded_key("held out", text))[:passages]
+    return pairs.filter(pc.is_in(pairs["passage"], pa.array(kept, pairs["passage"].type)))
 
 
 def _cleaned(part: Part, source: SourceBase, settings: Data) -> Tables:

@@ -16,12 +16,15 @@ from f2llm_ray.evaluate.tasks.task import SetSection
 
 
 class SourceSet(SetSection):
-    """A set made of the pairs of a source that is never trained on."""
+    """A set made of the pairs of a source. Training rows that hold one of its texts are left out (`screen`)."""
 
     kind: Output[Literal["retrieval", "bitext"]] = "retrieval"
     """Retrieval: its queries against all its passages. Bitext: a query's passage is its translation, to be found
     among those of its language."""
     source: Source
+    passages: Output[int | None] = Field(default=None, ge=2)
+    """Only so many of its passages, drawn by content hash, and the queries that they answer: so part of a file
+    that is trained on becomes a set that is not."""
     max_queries: Output[int | None] = Field(default=None, ge=1)
     """At most this many queries, drawn by content hash; the passages of the others stay in the search."""
 

@@ -66,9 +66,9 @@ def overview(graph: Graph, run: Run) -> list[str]:
     recipe = graph.recipe
     lines = [f"reads {name}: {_read(name, source)}" for name, source in recipe.sources.items()]
     for name, found in recipe.evaluation.sets.items():
-        lines.append(
-            f"measures on {name}" + (f": {_read(name, found.source)}" if isinstance(found, SourceSet) else "")
-        )
+        read = f": {_read(name, found.source)}" if isinstance(found, SourceSet) else ""
+        some = isinstance(found, SourceSet) and found.passages
+        lines.append(f"measures on {name}{read}" + (f", {some:,} passages of them" if some else ""))
     if not recipe.evaluation.sets:
         lines.append("measures on nothing: evaluation.sets is empty, so that the report will have no scores")
     for name, step in recipe.steps().items():
@@ -103,6 +103,8 @@ def _read(name: str, source: Source) -> str:
 def _length(step: TrainStage) -> str:
     if step.max_steps is not None:
         return formatting.plural(step.max_steps, "step")
+    if step.max_minutes is not None:
+        return f"in {step.max_minutes:g} minutes as many steps as fit, each"
     return f"{formatting.plural(step.epochs, 'epoch')} in steps"
 
 

@@ -23,7 +23,9 @@ from f2llm_ray.run.folder import Folder
 ROLES = ("query", "passage", "negatives", "language", "passage_language")
 BASE, BASE_SOURCE, BASE_BATCH = "starter", "pairs", 128
 HELD_OUT = "heldout"
-"""The evaluation set of held-out files."""
+"""The evaluation set of held-out files, or of passages that are held out of the files to train on."""
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
+"""Of the rows that were looked at, at most as many passages."""
 BYTES_PER_TOKEN = 3.5
 """UTF-8 bytes of a text for each token, as a trained tokenizer of 8,000 entries had them: 3.5 of help articles in
 several languages."""
@@ -82,7 +84,8 @@ def new_recipe(
         given: columns that are known, by what they are (`guess_columns`).
         name: of the recipe; the first file's when unset.
         backbone: a model folder or a name on the hub to start from; a small random model when unset.
-        heldout: a file, folder or glob of pairs that become evaluation sets, one for each layout.
+        heldout: a file, folder or glob of pairs that become evaluation sets, one for each layout; when unset,
+            passages of the first file are held out of training.
 
     Raises:
         DataError: no such file, no table, or unclear which column is which.
@@ -103,6 +106,11 @@ def new_recipe(
     recipe = load_recipe(yaml.safe_load(text))
     told = [line for source in sources for line in _told(source)]
     told += [line for found in sets.values() for line in ("held out, and never trained on:", *_told(found))]
+    if not sets:
+        told.append(
+            f"held out of {sources[0].files[0]}, and never trained on: {_held_out(sources[0].rows)} passages and "
+            "their queries (--heldout FILE names pairs of their own)"
+        )
     told += _cut([text for source in sources for text in source.guess.texts], recipe.data.max_tokens, backbone)
     return NewRecipe(name, text, told)
 
@@ -177,7 +185,7 @@ def _lines(
     for source_name, source in sources.items():
         yield f"  {source_name}:\n"
         yield from _source_lines(source, 4)
-    rows = sum(source.rows for source in sources.values())
+    rows, first = sum(source.rows for source in sources.values()), next(iter(sources.values()))
     batch = min(BASE_BATCH, max(2, 1 << (max(rows, 4) // 2).bit_length() - 1))
     if backbone is not None:
         yield "\n"
@@ -185,14 +193,19 @@ def _lines(
     elif batch < BASE_BATCH:
         yield "\n"
         yield SMALL.format(batch=batch)
-    if sets:
-        yield "\nevaluation:\n  sets:\n"
-        for set_name, source in sets.items():
-            yield f"    {set_name}: # its texts are left out of the training rows\n      source:\n"
-            yield from _source_lines(source, 8)
-        return
-    yield "\n# Scores need texts that are never trained on, such as a file of further pairs (or --heldout FILE):\n"
-    yield "# evaluation:\n#   sets:\n#     heldout: {source: {format: csv, paths: [heldout.csv], columns: ...}}\n"
+    yield "\nevaluation:\n  sets:\n"
+    for set_name, source in sets.items():
+        yield f"    {set_name}: # its texts are left out of the training rows\n      source:\n"
+        yield from _source_lines(source, 8)
+    if not sets:
+        yield f"    {HELD_OUT}: # these passages and their queries are left out of the training rows\n"
+        yield f"      passages: {_held_out(first.rows)}\n      source:\n"
+        yield from _source_lines(first, 8)
+
+
+def _held_out(rows: int) -> int:
+    """Passages to hold out of a file of which so many rows were looked at."""
+    return max(2, min(MOST_HELD_OUT, int(rows * HELD_OUT_SHARE))) if rows < SAMPLE_ROWS else MOST_HELD_OUT
 
 
 def _source_lines(source: NewSource, indent: int) -> Iterable[str]:

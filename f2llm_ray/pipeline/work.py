@@ -48,7 +48,7 @@ def make_set(name: str, setting: EvaluationSet, settings: Data, out: Folder) -> 
     from f2llm_ray.evaluate.tasks.retrieval_set import from_pairs
 
     if isinstance(setting, SourceSet):
-        pairs = read_pairs(name, setting.source, settings)
+        pairs = read_pairs(name, setting.source, settings, setting.passages)
         make = bitext_of_pairs if setting.kind == "bitext" else from_pairs
         task: Task = make(
             pairs,

@@ -23,7 +23,7 @@ from f2llm_ray.report.standing import below
 
 MOST = 4
 FALLING = 0.01
-"""Share by which a loss falls from one validation to the next while more steps are worth trying."""
+"""Share by which the last validation's loss is below all before it while more steps are worth trying."""
 MANY_CUT = 0.05
 """Share of the texts."""
 FAR_BELOW = 0.5
@@ -68,9 +68,11 @@ def still_falling(report: RunReport) -> str | None:
     curve = [
         (step, loss) for step, loss in (training.get(stage) or {}).get("validation") or [] if loss is not None
     ]
-    if len(curve) < 2 or curve[-1][1] > curve[-2][1] * (1 - FALLING):
+    if len(curve) < 2:
         return None
-    (step, loss), (last_step, last_loss) = curve[-2:]
+    (step, loss), (last_step, last_loss) = min(curve[:-1], key=lambda point: point[1]), curve[-1]
+    if last_loss > loss * (1 - FALLING):
+        return None
     place = "distill" if stage == "distilled" else f"stages.{stage}"
     return (
         f"The validation loss of {stage} was still falling at its end ({loss:.3f} at step {step:,}, "

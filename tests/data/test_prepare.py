@@ -25,6 +25,7 @@ from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.near.find import _connect_spread
 from f2llm_ray.data.overlap import find_overlap
+from f2llm_ray.data.read import read_pairs
 from f2llm_ray.data.schema import key_numbers, text_key
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.pipeline.walk import Pipeline
@@ -190,6 +191,30 @@ def kept(prepared: Path, source: str) -> list[dict[str, Any]]:
         {**row, **{side: texts[row["row_key"]][side] for side in ("query", "passage")}}
         for row in table_of(prepared, source).to_pylist()
     ]
+
+
+def test_passages_of_a_source_are_the_same_ones_however_it_is_cut_into_files(
+    prepared: Path, tmp_path: Path
+) -> None:
+    recipe, whole = write_sources(prepared), tmp_path / "whole.jsonl"
+    rows = [json.loads(line) for file in (prepared / "labels").glob("*.jsonl") for line in file.open()]
+    rows += [{"query": f"number {n}", "passage": f"the passage of number {n % 40}"} for n in range(80)]
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for part in range(5):
+        (parts / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[part::5]))
+    found = []
+    for paths in ([str(whole)], [str(parts / "*.jsonl")]):
+        source = recipe.sources["labels"].model_copy(update={"paths": paths})
+        drawn = read_pairs("set", source, recipe.data, 7).to_pylist()
+        found.append(sorted((row["query"], row["passage"]) for row in drawn))
+        chosen = {row["passage"] for row in drawn}
+        assert len(chosen) == 7
+        assert {(r["query"], r["passage"]) for r in rows if r["passage"] in chosen} == set(found[-1]), (
+            "all queries"
+        )
+    assert found[0] == found[1]
 
 
 def test_a_set_that_comes_later_is_looked_for_in_negatives_too(prepared: Path) -> None:

@@ -62,6 +62,7 @@ def test_a_loss_that_was_still_falling() -> None:
         "more steps (stages.tuned.max_steps or epochs)."
     )
     assert told(3.0, 2.0, None, 1.5) != []
+    assert told(3.0, 2.0, 2.5, 1.99) == [], "not lower than before"
     assert told(3.0, 2.0, 1.99) == told(1.0, 2.0) == told(1.0) == told() == []
 
 
