@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict
 
 from f2llm_ray.base import formatting
+from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.progress import say
 from f2llm_ray.commands.command_line import recipe_of
 
@@ -81,6 +82,11 @@ def run(arguments: argparse.Namespace) -> None:
     from f2llm_ray.plan.table import stage_numbers, table, totals
 
     recipe = recipe_of(arguments)
+    if arguments.gpus is None and not recipe.compute.gpus_per_worker:
+        raise RecipeError(
+            f"{recipe.name} trains on CPU (compute.gpus_per_worker is 0), and this plans for GPUs: --gpus says "
+            "how many. On CPU a stage is timed as it starts: stages.NAME.max_minutes says how long it may take"
+        )
     cluster = Cluster(
         nodes=arguments.nodes,
         gpus_per_node=arguments.gpus or max(recipe.compute.workers // arguments.nodes, 1),

@@ -20,6 +20,17 @@ LENGTH_BINS = 24
 """Bin i counts texts of 2^i to 2^(i+1)-1 characters; the last takes all longer ones."""
 
 
+def told(steps: Sequence[Mapping[str, Any]]) -> str:
+    """How many rows came in and were kept, and what became of the others, the most first."""
+    left_out: Counter[str] = Counter()
+    for step in steps:
+        for reason, rows in step["dropped"].items():
+            left_out[f"{step['step']}: {reason}"] += rows
+    said = f"{steps[0]['in']:,} rows read, {steps[-1]['out']:,} kept"
+    reasons = [f"{reason} {rows:,}" for reason, rows in left_out.most_common()]
+    return f"{said}; left out: {', '.join(reasons)}" if reasons else said
+
+
 def count_by(rows: pa.Table, *columns: str) -> list[list[Any]]:
     """Rows by the values of columns: one [value, ..., rows] for each combination."""
     counted = rows.group_by(list(columns)).aggregate([([], "count_all")])

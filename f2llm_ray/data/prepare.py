@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.progress import say
-from f2llm_ray.data.account import STEPS
+from f2llm_ray.data.account import STEPS, told
 from f2llm_ray.data.decontaminate import Screened, make_screen
 from f2llm_ray.data.dedup import NEAR
 from f2llm_ray.data.flow import parts_of
@@ -148,6 +148,7 @@ def prepare(task: Preparation, folder: Folder, known: Folder) -> tuple[dict[str,
     }
     counted = account.card()
     card = {**counted, "near_dedup": near, **facts, "seconds": laps, "notes": notes}
+    say(f"prepare: {told(counted['steps'])}")
     kept = {name: {"rows": account.kept(name)} for name in task.sources}
     summary = {"rows": counted["steps"], "languages": account.languages(), "sources": kept}
     return {**summary, **facts, "step_seconds": laps}, card

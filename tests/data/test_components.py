@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from f2llm_ray.base.session import connect
+from f2llm_ray.data.account import told
 from f2llm_ray.data.near.components import EDGE, smallest, spread, stars
 from f2llm_ray.data.schema import text_key
 
@@ -93,3 +94,15 @@ def test_spread_over_shards_equals_one_process() -> None:
     )
     order = [("a", "ascending"), ("b", "ascending")]
     assert rows.sort_by(order).equals(expected.combine_chunks())
+
+
+def test_the_account_of_all_steps_in_a_line() -> None:
+    steps = [
+        {"step": "read", "in": 1_005, "out": 1_000, "dropped": {"bad row": 5}},
+        {"step": "clean", "in": 1_000, "out": 900, "dropped": {"passage too long": 90, "query is markup": 10}},
+    ]
+    assert told(steps) == (
+        "1,005 rows read, 900 kept; left out: clean: passage too long 90, clean: query is markup 10, "
+        "read: bad row 5"
+    )
+    assert told([{"step": "read", "in": 3, "out": 3, "dropped": {}}]) == "3 rows read, 3 kept"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.commands.main import main
 from f2llm_ray.model.sizes import FAMILY, VOCABULARY
 from f2llm_ray.plan.cost import cost, stage_hours
 from f2llm_ray.plan.stage_work import Cluster, TeacherWork, corpus_size, shape_of, stage_work
@@ -143,3 +144,9 @@ def test_a_plan_starts_nothing() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_for_cpus_is_planned_for_gpus_that_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "starter"]) == 1
+    assert "starter trains on CPU (compute.gpus_per_worker is 0)" in capsys.readouterr().err
+    assert main(["plan", "--recipe", "starter", "--gpus", "1"]) == 0
