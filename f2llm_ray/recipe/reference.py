@@ -61,6 +61,11 @@ def places() -> list[Place]:
     return list(dict.fromkeys(_places(Place("", Recipe))))
 
 
+def sections_at(parts: list[str]) -> list[Place]:
+    """The sections that a path leads to, given by its parts; none where it leads to a mapping or a plain value."""
+    return [place for place in places() if _fits(place.path, parts)]
+
+
 def _places(place: Place) -> Iterator[Place]:
     yield place
     for name, field in place.kind.model_fields.items():
@@ -173,10 +178,10 @@ def explain(key: str) -> list[str]:
         RecipeError: no such key; the message names the closest ones.
     """
     parts = key.split(".") if key else []
-    sections = _sections_at(parts)
+    sections = _named_sections(parts)
     if sections:
         return _joined(_section_lines(place) for place in sections)
-    above = _sections_at(parts[:-1])
+    above = _named_sections(parts[:-1])
     found = [place for place in above if parts[-1] in place.kind.model_fields]
     alias = ALIASES.get(parts[-1])
     if not found and alias is not None:
@@ -195,10 +200,9 @@ def explain(key: str) -> list[str]:
     return _joined([title, *_key_lines(place, name)] for title, place in zip(titles, ordered, strict=True))
 
 
-def _sections_at(parts: list[str]) -> list[Place]:
+def _named_sections(parts: list[str]) -> list[Place]:
     """The sections that a path leads to, or that its first part names by kind or format."""
-    known = places()
-    found = [place for place in known if _fits(place.path, parts)]
+    known, found = places(), sections_at(parts)
     if parts and not found:
         tagged = [place for place in known if parts[0] in _tags(place)]
         roots = dict.fromkeys((place.path, place.kind) for place in tagged if place.path.endswith(NAME))

@@ -62,6 +62,10 @@ class Elastic(Section):
         return self
 
 
+LENGTHS = ("epochs", "max_steps", "max_minutes")
+"""The keys of a stage that say how long it is."""
+
+
 class TrainStage(Section):
     """One contrastive stage. The defaults are those of the paper's public code."""
 
