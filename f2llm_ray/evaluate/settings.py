@@ -22,6 +22,7 @@ class SourceSet(SetSection):
     """Retrieval: its queries against all its passages. Bitext: a query's passage is its translation, to be found
     among those of its language."""
     source: Source
+    """Where the pairs are read from, as an entry of `sources`."""
     max_queries: Output[int | None] = Field(default=None, ge=1)
     """At most this many queries, drawn by content hash; the passages of the others stay in the search."""
 

@@ -68,3 +68,18 @@ ALIASES: dict[str, Alias] = {
     "report_to": Alias("tracking"),
 }
 """By their names there."""
+
+_HELD_OUT = Alias("evaluation.sets", "what is only measured on; `data.validation` holds out rows of the sources")
+
+TOPICS: dict[str, Alias] = {
+    "loss": Alias(
+        f"{_STEP}in_batch_weight",
+        "the loss is contrastive, a sum of terms; the weight of each is a key of its own",
+    ),
+    "heldout": _HELD_OUT,
+    "held_out": _HELD_OUT,
+    "dataset": Alias("sources"),
+    "optimizer": Alias(f"{_STEP}lr", "it is AdamW, with `betas`, `weight_decay` and `clip`"),
+    "threads": Alias("compute.threads_per_worker"),
+}
+"""Words that are no keys, and the key to look at."""
