@@ -504,7 +504,13 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert f2llm("serve", "--model", tmp_path) == 1
     error = capsys.readouterr().err
     assert "not a model folder" in error
+    assert "--root" not in error
     assert len(error.splitlines()) == 1
+    (tmp_path / "report.json").write_text("{}")
+    tiny_model(tmp_path / "trained-1a2b" / "model")
+    assert f2llm("serve", "--model", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert f"the model folders in it are {tmp_path}/trained-1a2b/model; --root {tmp_path} serves" in error
 
 
 # The wheel.
