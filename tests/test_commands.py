@@ -24,9 +24,9 @@ import pytest
 from f2llm_ray.commands.main import COMMANDS, main
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.engine.text_engine import Calibration, calibrate, save_calibration
-from f2llm_ray.recipe.aliases import ALIASES
+from f2llm_ray.recipe.aliases import ALIASES, TOPICS
 from f2llm_ray.recipe.files import builtin_recipes, load_recipe
-from f2llm_ray.recipe.reference import explain, places
+from f2llm_ray.recipe.reference import explain, meaning, places
 from f2llm_ray.run.folder import Folder
 from tests.ports import free_port
 from tests.tiny import LINES, tiny_model
@@ -133,7 +133,9 @@ def test_built_in_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str
         ("sources.x.weight", ["How often a row is seen", "≤ 100"]),
         ("evaluation.sets.mine", ["kind: sts", "A retrieval set on disk"]),
         ("", ["A recipe", "sources", "must be set"]),
-        ("learning_rate", ["is called stages.NAME.lr here", "default: 8.0e-06"]),
+        ("learning_rate", ["is called stages.NAME.lr here", "default: 8.0e-06, where the recipe sets no other"]),
+        ("loss", ["loss is no key; see stages.NAME.in_batch_weight: the loss is contrastive"]),
+        ("heldout", ["heldout is no key; see evaluation.sets:", "`data.validation`"]),
         ("stages.trained.warmup_ratio", ["stages.NAME.warmup_steps", "not as a share"]),
         (
             "evaluation.sets",
@@ -153,7 +155,12 @@ def test_keys_are_explained(key: str, words: list[str], capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize(
     ("key", "closest"),
-    [("max_tokens", "data.max_tokens"), ("data.maxtokens", "data.max_tokens"), ("trian", "train")],
+    [
+        ("max_tokens", "data.max_tokens"),
+        ("data.maxtokens", "data.max_tokens"),
+        ("trian", "train"),
+        ("gpu", "compute.gpus_per_worker"),
+    ],
 )
 def test_the_closest_keys_to_an_unknown_one_are_named(
     key: str, closest: str, capsys: pytest.CaptureFixture[str]
@@ -162,6 +169,37 @@ def test_the_closest_keys_to_an_unknown_one_are_named(
     told = capsys.readouterr().err
     assert told.startswith(f"error: {key}: no such key of a recipe; closest: ")
     assert closest in told
+
+
+def test_a_word_that_is_like_no_key_has_no_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert f2llm("recipe", "explain", "zygote") == 1
+    assert capsys.readouterr().err == (
+        "error: zygote: no such key of a recipe; `f2llm recipe explain` lists all\n"
+    )
+
+
+def test_the_values_of_a_recipe_stand_beside_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for key in ("learning_rate", "stages.NAME.lr", "stages.trained.lr"):
+        assert f2llm("recipe", "explain", key, "--recipe", "starter") == 0
+        told = capsys.readouterr().out
+        assert "\n  stages.trained.lr of starter: 0.002\n" in told
+        assert "default: 8.0e-06" in told
+
+
+def test_every_key_says_what_it_means() -> None:
+    silent = {
+        place.key(name)
+        for place in places()
+        for name, field in place.kind.model_fields.items()
+        if not meaning(name, field)
+    }
+    assert not silent
+
+
+def test_every_topic_leads_to_a_key() -> None:
+    keys = {place.key(name) for place in places() for name in place.kind.model_fields}
+    assert {topic.key for topic in TOPICS.values()} <= keys
+    assert not TOPICS.keys() & ALIASES.keys()
 
 
 def test_every_name_of_another_library_leads_to_a_key_of_ours() -> None:
@@ -478,7 +516,13 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert f2llm("serve", "--model", tmp_path) == 1
     error = capsys.readouterr().err
     assert "not a model folder" in error
+    assert "--root" not in error
     assert len(error.splitlines()) == 1
+    (tmp_path / "report.json").write_text("{}")
+    tiny_model(tmp_path / "trained-1a2b" / "model")
+    assert f2llm("serve", "--model", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert f"the model folders in it are {tmp_path}/trained-1a2b/model; --root {tmp_path} serves" in error
 
 
 # The wheel.

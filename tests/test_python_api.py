@@ -115,6 +115,7 @@ def test_dims_and_types(folder: Path, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ({"texts": ["a", 3]}, r"texts\[1\]: found int"),
+        ({"texts": None}, r"texts: found NoneType, expected a text or a list of texts"),
         ({"texts": "a", "prompt_name": "queri"}, "found 'queri', expected one of query, document"),
         ({"texts": "a", "dim": 12}, "found 12, expected one of 8, 16, 32"),
         ({"texts": "a", "dtype": "int4"}, "found 'int4', expected float32"),

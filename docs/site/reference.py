@@ -46,9 +46,8 @@ def recipe_page() -> str:
         ]
         lines += ["| key | type | default | |", "|---|---|---|---|"]
         for name, field in place.kind.model_fields.items():
-            lines.append(
-                f"| `{name}` | {_cell(type_text(field.annotation))} | {_default(field)} | {_meaning(field)} |"
-            )
+            type_ = _cell(type_text(field.annotation))
+            lines.append(f"| `{name}` | {type_} | {_default(field)} | {_meaning(name, field)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -72,9 +71,9 @@ def _default(field: FieldInfo) -> str:
     return "" if default is None else default if default in {"unset", "its defaults"} else _cell(f"`{default}`")
 
 
-def _meaning(field: FieldInfo) -> str:
+def _meaning(name: str, field: FieldInfo) -> str:
     bounds = bounds_text(field)
-    return _cell(" ".join(part for part in (meaning(field), f"({bounds})" if bounds else "") if part))
+    return _cell(" ".join(part for part in (meaning(name, field), f"({bounds})" if bounds else "") if part))
 
 
 def _cell(text: str) -> str:

@@ -5,7 +5,7 @@ Shapes: n and m texts, d dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -78,6 +78,8 @@ class Model:
         Raises:
             ArgumentError: no such prompt, dim or dtype, int8 without ranges, or something that is no text.
         """
+        if not isinstance(texts, Iterable):
+            raise ArgumentError(f"texts: found {type(texts).__name__}, expected a text or a list of texts")
         single = isinstance(texts, str)
         found = [texts] if isinstance(texts, str) else list(texts)
         for place, text in enumerate(found):

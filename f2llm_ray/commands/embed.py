@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.formatting import plural
 from f2llm_ray.base.progress import say
 from f2llm_ray.commands.command_line import engine_option, job_parser, recipe_of
 
@@ -72,13 +73,21 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{found.job.output}: {len(found.waiting)} of {len(found.units)} shards would be made")
         return
     done = bulk.run(job, workers=arguments.workers)
-    now = done["embedded_now"]
-    say(
-        f"{done['output_uri']}: {now['rows']} rows embedded in {done['seconds']} s"
+    say(told(done))
+
+
+def told(done: dict[str, Any]) -> str:
+    """What a run made, given the facts that `bulk.run` returns."""
+    where, in_all = done["output_uri"], f"{plural(done['rows'], 'row')} in all{_counted(done)}"
+    if done["shards_skipped"] == done["shards"]:
+        were = "was" if done["shards"] == 1 else "were"
+        return f"{where}: nothing to do: {plural(done['shards'], 'shard')} {were} there; {in_all}"
+    return (
+        f"{where}: {plural(done['embedded_now']['rows'], 'row')} embedded in {done['seconds']} s"
         f" ({done['startup_seconds']} s to start, then {done['rows_per_second']} rows/s,"
         f" {done['tokens_per_second']} tokens/s);"
-        f" {done['shards_skipped']} of {done['shards']} shards were there; {done['rows']} rows in all"
-        f"{_counted(done)}; by {', '.join(done['engines'])}"
+        f" {done['shards_skipped']} of {plural(done['shards'], 'shard')} there before; {in_all};"
+        f" by {', '.join(done['engines'])}"
     )
 
 

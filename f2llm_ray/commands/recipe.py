@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         default="",
         help="such as data.max_tokens, stages.NAME.lr, train or csv (default: all sections)",
     )
+    explain.add_argument("--recipe", metavar="NAME_OR_PATH", help="a recipe whose values are shown too")
     new = actions.add_parser(
         "new",
         help="write a recipe for your own pairs",
@@ -82,9 +83,11 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
+    from f2llm_ray.recipe.files import load_recipe
     from f2llm_ray.recipe.reference import explain
 
-    say("\n".join(explain(arguments.key)))
+    recipe = None if arguments.recipe is None else load_recipe(arguments.recipe)
+    say("\n".join(explain(arguments.key, recipe)))
 
 
 def _new(arguments: argparse.Namespace) -> None:

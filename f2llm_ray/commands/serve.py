@@ -20,6 +20,8 @@ from f2llm_ray.base.progress import say
 from f2llm_ray.commands.command_line import engine_option
 
 APPLICATION = "embeddings"
+REPORT = "report.json"
+"""What the root of a finished run has."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,13 +62,19 @@ def run(arguments: argparse.Namespace) -> None:
     from ray import serve
 
     from f2llm_ray.base.session import connect
+    from f2llm_ray.run.folder import Folder
     from f2llm_ray.serve.app import application
     from f2llm_ray.serve.served_model import Arguments, checked, find_model
 
     given = {name: getattr(arguments, name) for name in ("model", "root", "name", "engine", "corpus")}
     keys = arguments.keys and str(Path(arguments.keys).absolute())
     given = {name: value for name, value in {**given, "keys": keys}.items() if value is not None}
-    served = checked(lambda: find_model(Arguments.model_validate(given)))
+    try:
+        served = checked(lambda: find_model(Arguments.model_validate(given)))
+    except RunError as error:
+        if arguments.model is None or not Folder.at(arguments.model).exists(REPORT):
+            raise
+        raise RunError(f"{error}; --root {arguments.model} serves the one that its recipe says") from None
     name = served.card.id
     if not os.environ.get("RAY_ADDRESS"):
         _check_free(arguments.host, arguments.port)

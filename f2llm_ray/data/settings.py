@@ -51,6 +51,7 @@ class Decontamination(Section):
     ngram: Output[int] = Field(default=8, ge=1)
     """Tokens of an n-gram: words, or characters in scripts without spaces."""
     overlap: Output[float] = Field(default=0.5, gt=0, le=1)
+    """Share of a query's or passage's n-grams that a training text holds."""
     passages: Output[bool] = True
     """Look for the sets' passages too, not only for their queries."""
 

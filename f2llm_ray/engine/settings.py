@@ -17,7 +17,9 @@ class Compute(Section):
     """Elastic training: goes on with this many workers or more, up to `workers`, as nodes come and go; each change
     starts again from the last checkpoint."""
     cpus_per_worker: Neutral[float] = Field(default=1.0, gt=0)
+    """CPUs that Ray books for each worker."""
     gpus_per_worker: Neutral[float] = Field(default=0.0, ge=0)
+    """GPUs that Ray books for each worker; 0 trains on CPU."""
     threads_per_worker: Neutral[int] = Field(default=1, ge=1)
     """Torch threads of a worker on CPU."""
     engine: Neutral[EngineName] = "torch"

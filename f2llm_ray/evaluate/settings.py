@@ -22,6 +22,7 @@ class SourceSet(SetSection):
     """Retrieval: its queries against all its passages. Bitext: a query's passage is its translation, to be found
     among those of its language."""
     source: Source
+    """Where the pairs are read from, as an entry of `sources`."""
     passages: Output[int | None] = Field(default=None, ge=2)
     """Only so many of its passages, drawn by content hash, and the queries that they answer: so part of a file
     that is trained on becomes a set that is not."""

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyarrow import fs
+
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.data.schema import TextPrompts
 from f2llm_ray.data.tokens.tokenizer import save_tokenizer, template_of
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 INFO_FILE = "f2llm.json"
+MODEL = "model"
+"""Folder of the model in that of the stage which made it."""
+SHOWN = 8
+"""Model folders that an error names at most."""
 OWN = "f2llm"
 """Folder of files that other loaders must not see: vLLM takes every .safetensors beside them for weights."""
 CALIBRATION_FILE = f"{OWN}/calibration.safetensors"
@@ -165,7 +171,9 @@ def _described_info(folder: Folder) -> ModelInfo:
     """The facts of a folder of sentence-transformers."""
     said = described(lambda name: folder.read_json(name) if folder.exists(name) else None, folder.uri)
     if said is None:
-        raise RunError(f"{folder.uri}: not a model folder: it has no {INFO_FILE}, and no {MODULES_FILE}")
+        raise RunError(
+            f"{folder.uri}: not a model folder: it has no {INFO_FILE}, and no {MODULES_FILE}{_models_in(folder)}"
+        )
     check_family(folder)
     config = folder.read_json(CONFIG_FILE)
     longest = said.max_tokens or config.get("max_position_embeddings")
@@ -179,6 +187,17 @@ def _described_info(folder: Folder) -> ModelInfo:
         instructions=False,
         pooling=said.pooling,
     )
+
+
+def _models_in(folder: Folder) -> str:
+    """The model folders in the root of a run, or in the folder of one of its stages, to end an error in."""
+    if folder.filesystem.get_file_info(folder.path).type != fs.FileType.Directory:
+        return ""
+    entries = folder.filesystem.get_file_info(fs.FileSelector(folder.path))
+    names = [MODEL, *sorted(f"{entry.base_name}/{MODEL}" for entry in entries)]
+    found = [f"{folder.uri}/{name}" for name in names if folder.exists(f"{name}/{INFO_FILE}")]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f"; the model folders in it are {', '.join(found[:SHOWN])}{more}" if found else ""
 
 
 def prompts_of(info: ModelInfo, data: TextPrompts) -> TextPrompts:

@@ -21,7 +21,9 @@ class Prompts(Section):
     """
 
     query: Batches[str | None] = None
+    """What queries start with."""
     document: Batches[str | None] = None
+    """What passages start with."""
 
 
 class Keep(Section):
@@ -106,6 +108,7 @@ class Quantize(Section):
     """Int8 weights for small deployments on CPU: of each model named, one more, `<model>-int8`."""
 
     models: Neutral[tuple[str, ...]] = Field(min_length=1)
+    """Names of the run's models that get one."""
     embeddings: Output[bool] = True
     """Input embeddings too: they are most of a small model."""
 

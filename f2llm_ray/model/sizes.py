@@ -20,13 +20,21 @@ class Shape(Section):
     """A Qwen3 decoder's shape (paper.md names the eight of the family; vocabulary comes with the tokenizer)."""
 
     hidden: Output[int] = Field(ge=8)
+    """Channels of the residual stream, which is the size of the vectors."""
     layers: Output[int] = Field(ge=1)
+    """Decoder layers."""
     heads: Output[int] = Field(ge=1)
+    """Query heads of each layer."""
     kv_heads: Output[int] = Field(ge=1)
+    """Key-value heads of each layer; as many query heads share each of them."""
     head_dim: Output[int] = Field(default=128, ge=8)
+    """Channels of each head."""
     ffn: Output[int] = Field(ge=8)
+    """Channels of each layer's FFN."""
     max_positions: Output[int] = Field(default=40_960, ge=8)
+    """Tokens of the longest text that the model could take."""
     rope_theta: Output[float] = Field(default=1_000_000.0, gt=0)
+    """Base of the wavelengths of rotary position embeddings (RoFormer, arXiv 2104.09864)."""
 
     @model_validator(mode="after")
     def _groups(self) -> Shape:

@@ -30,7 +30,7 @@ BYTES_PER_TOKEN = 3.5
 """UTF-8 bytes of a text for each token, as a trained tokenizer of 8,000 entries had them: 3.5 of help articles in
 several languages."""
 BACKBONE = """\
-backbone: {{path: {path}, shape: null}}
+backbone: {{path: {path}}}
 tokenizer: {{train_vocab: null}} # the backbone's own
 stages:
   trained: # a checkpoint wants small steps, and each row once

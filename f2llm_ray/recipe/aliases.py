@@ -22,9 +22,7 @@ _LENGTH = Alias("data.max_tokens", "in tokens; longer texts are cut")
 _WARMUP = Alias(f"{_STEP}warmup_steps", "in steps, not as a share")
 _EVERY = Alias(f"{_STEP}checkpoint_every", "held-out rows are measured at each checkpoint")
 _PRECISION = Alias(f"{_STEP}engine.precision", "fp32 or bf16; bf16 needs GPUs, and there is no fp16")
-_PATH = Alias(
-    "backbone.path", "a folder or a name on the hub; with `shape: null`, `tokenizer: {train_vocab: null}`"
-)
+_PATH = Alias("backbone.path", "a folder or a name on the hub; with `tokenizer: {train_vocab: null}`")
 _SETS = Alias("evaluation.sets")
 
 ALIASES: dict[str, Alias] = {
@@ -68,3 +66,18 @@ ALIASES: dict[str, Alias] = {
     "report_to": Alias("tracking"),
 }
 """By their names there."""
+
+_HELD_OUT = Alias("evaluation.sets", "what is only measured on; `data.validation` holds out rows of the sources")
+
+TOPICS: dict[str, Alias] = {
+    "loss": Alias(
+        f"{_STEP}in_batch_weight",
+        "the loss is contrastive, a sum of terms; the weight of each is a key of its own",
+    ),
+    "heldout": _HELD_OUT,
+    "held_out": _HELD_OUT,
+    "dataset": Alias("sources"),
+    "optimizer": Alias(f"{_STEP}lr", "it is AdamW, with `betas`, `weight_decay` and `clip`"),
+    "threads": Alias("compute.threads_per_worker"),
+}
+"""Words that are no keys, and the key to look at."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,10 +17,14 @@ from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.section import Section
 from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.recipe.reference import sections_at
+from f2llm_ray.train.settings import LENGTHS
 
 Settings = dict[str, Any]
 NEAR = 3
 """Keys that an unknown one is said to be like."""
+STAGE = 2
+"""Parts of a path of a stage: `stages` and its name."""
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -60,8 +65,7 @@ def resolved(
         RecipeError: unreadable file, or an override that is none.
     """
     settings = _read(recipe, ()) if isinstance(recipe, str) else _extended(deepcopy(dict(recipe)), ())
-    for override in overrides:
-        _apply(settings, override)
+    _apply(settings, [_parsed(override) for override in overrides])
     return _merge(settings, changes or {})
 
 
@@ -112,21 +116,56 @@ def _locate(name_or_path: str, beside: Path | None) -> Path:
     )
 
 
-def _merge(base: Settings, changes: Mapping[str, Any]) -> Settings:
-    """Lays changes over a base: mappings merge key by key, everything else is replaced; null removes a key."""
+def _merge(base: Settings, changes: Mapping[str, Any], path: tuple[str, ...] = ()) -> Settings:
+    """Lays changes over a base: mappings merge key by key, everything else is replaced; null removes a key.
+
+    How long a stage is can be said in several ways, and what a backbone is too: the way that the changes take
+    replaces those of the base.
+    """
     merged = dict(base)
+    for key in _replaced(path, base, [key for key, value in changes.items() if value is not None]):
+        merged.pop(key, None)
     for key, value in changes.items():
         old = merged.get(key)
-        if value is None:
+        if value is None and (key in merged or _known(path, key)):
             merged.pop(key, None)
         elif isinstance(old, dict) and isinstance(value, dict):
-            merged[key] = _merge(old, value)
+            merged[key] = _merge(old, value, (*path, key))
         else:
-            merged[key] = value
+            merged[key] = value  # a null of no known key too, for the validation to refuse it
     return merged
 
 
-def _apply(settings: Settings, override: str) -> None:
+def _replaced(path: tuple[str, ...], base: Settings, changed: Sequence[str]) -> list[str]:
+    """Settings of a section that mean nothing any more once others of it are changed."""
+    if path == ("backbone",):
+        # A checkpoint in place of a random model, or the other way round, has a pooling of its own too.
+        other = {"path": "shape", "shape": "path"}
+        if any(key in changed and base.get(other[key]) is not None for key in other):
+            return [key for key in ("path", "shape", "embeddings_from", "pooling") if key not in changed]
+        return []
+    is_stage = path == ("distill",) or (len(path) == STAGE and path[0] == "stages")
+    new = [key for key in LENGTHS if key in changed]
+    return [key for key in LENGTHS if key not in new] if is_stage and new else []
+
+
+def _known(path: tuple[str, ...], key: str) -> bool:
+    """Whether a key may stand at a path; any name may where names of one's own stand."""
+    sections = sections_at(list(map(str, path)))
+    return not sections or any(key in place.kind.model_fields for place in sections)
+
+
+@dataclass(frozen=True)
+class _Override:
+    """One `a.b=value`."""
+
+    said: str
+    path: tuple[str, ...]
+    key: str
+    value: Any
+
+
+def _parsed(override: str) -> _Override:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -135,12 +174,40 @@ def _apply(settings: Settings, override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-    place = settings
-    for part in parts[:-1]:
-        place = place.setdefault(part, {})
-        if not isinstance(place, dict):
-            raise RecipeError(f"--set {override!r}: {part!r} holds a single value, not further keys")
-    place[parts[-1]] = value
+    return _Override(override, tuple(parts[:-1]), parts[-1], value)
+
+
+def _apply(settings: Settings, overrides: Sequence[_Override]) -> None:
+    """Overrides are one layer: of two that say how long a stage is, none replaces the other."""
+    for path in dict.fromkeys(override.path for override in overrides):
+        changed = [each.key for each in overrides if each.path == path and each.value is not None]
+        section = _section_of(settings, path)
+        for key in _replaced(path, section, changed):
+            section.pop(key, None)
+    for override in overrides:
+        place = settings
+        for depth, part in enumerate(override.path):
+            if depth == 1 and override.path[0] == "stages" and part not in place:
+                raise RecipeError(f"--set {override.said!r}: {_no_stage(part, list(place))}")
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"--set {override.said!r}: {part!r} holds a single value, not further keys")
+        place[override.key] = override.value
+
+
+def _section_of(settings: Settings, path: tuple[str, ...]) -> Settings:
+    """What stands at a path; an empty one where nothing does."""
+    place: Any = settings
+    for part in path:
+        place = place.get(part, {}) if isinstance(place, dict) else {}
+    return place if isinstance(place, dict) else {}
+
+
+def _no_stage(name: str, stages: list[str]) -> str:
+    near = difflib.get_close_matches(name, stages, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    there = f"the stages are {', '.join(stages)}" if stages else "there are no stages"
+    return f"no stage is called {name}{meant}; {there}; stages.{name}={{...}} adds one"
 
 
 def _describe(section: type[Section], details: Any) -> str:

@@ -47,8 +47,11 @@ class Recipe(Section):
     """All that a run is."""
 
     name: Neutral[str]
+    """What the run is called in its report, its models' names and its trackers."""
     seed: Output[int] = 0
+    """What all chance of the run starts from: first weights, which rows are drawn, and their order."""
     sources: dict[Name, Source]
+    """What is trained on, by name; docs/own-data.md has the formats."""
     data: Data = Data()
     tokenizer: TokenizerSection = TokenizerSection()
     backbone: Backbone

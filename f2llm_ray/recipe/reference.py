@@ -10,7 +10,7 @@ import difflib
 import inspect
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,16 +21,21 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from f2llm_ray.base.errors import RecipeError
 from f2llm_ray.base.section import Section, effect_of
 from f2llm_ray.evaluate.settings import SECTIONS as SETS
-from f2llm_ray.recipe.aliases import ALIASES
+from f2llm_ray.recipe.aliases import ALIASES, TOPICS
 from f2llm_ray.recipe.recipe import Recipe
 
 NAME = "NAME"
 TAGS = ("kind", "format")
 """Keys whose value tells the sections at one place apart."""
+TAG_MEANING = "Says which of the sections that may stand here this is."
 BOUNDS = (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
 LENGTHS = (("min_length", "at least"), ("max_length", "at most"))
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 CLOSEST = 5
+ALIKE = 0.65
+"""Least likeness, from 0 to 1, of a key that may have been meant."""
+PART = 3
+"""Least letters of a part of a key by which it is found."""
 WIDTH = 100
 
 Kind = type[Section]
@@ -59,6 +64,11 @@ class Place:
 def places() -> list[Place]:
     """All sections of a recipe, each before those inside it, in the order of their keys."""
     return list(dict.fromkeys(_places(Place("", Recipe))))
+
+
+def sections_at(parts: list[str]) -> list[Place]:
+    """The sections that a path leads to, given by its parts; none where it leads to a mapping or a plain value."""
+    return [place for place in places() if _fits(place.path, parts)]
 
 
 def _places(place: Place) -> Iterator[Place]:
@@ -123,16 +133,21 @@ def default_text(field: FieldInfo) -> str | None:
         return "its defaults"
     if value is None:
         return "unset"
+    return _yaml(to_jsonable_python(value))
+
+
+def _yaml(value: Any) -> str:
+    """A value in one line."""
     return (
-        yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, sort_keys=False, width=1000)
-        .removesuffix("\n...\n")
-        .strip()
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1000).removesuffix("\n...\n").strip()
     )
 
 
-def meaning(field: FieldInfo) -> str:
-    """The doc text of a key, in one paragraph."""
-    return paragraph(field.description or "")
+def meaning(name: str, field: FieldInfo) -> str:
+    """The doc text of a key, in one paragraph; that of the section, where it holds one and has none itself."""
+    inner = list(_kinds(field.annotation))
+    own = TAG_MEANING if name in TAGS else next((kind.__doc__ for kind in inner), None)
+    return paragraph(field.description or own or "")
 
 
 def bounds_text(field: FieldInfo) -> str:
@@ -162,43 +177,51 @@ def paragraph(text: str) -> str:
 # What `f2llm recipe explain` says.
 
 
-def explain(key: str) -> list[str]:
+def explain(key: str, recipe: Recipe | None = None) -> list[str]:
     """What a key or section means, in lines.
 
     Args:
         key: a path such as "data.max_tokens" or "stages.stage1.lr", where any name stands for NAME; "" for the
             whole recipe; or a kind of stage or format of source, such as "train", "distill.teacher" or "csv".
+        recipe: one whose values are shown beside the defaults.
 
     Raises:
         RecipeError: no such key; the message names the closest ones.
     """
     parts = key.split(".") if key else []
-    sections = _sections_at(parts)
+    sections = _named_sections(parts)
     if sections:
         return _joined(_section_lines(place) for place in sections)
-    above = _sections_at(parts[:-1])
+    above = _named_sections(parts[:-1])
     found = [place for place in above if parts[-1] in place.kind.model_fields]
     alias = ALIASES.get(parts[-1])
-    if not found and alias is not None:
-        known = f"{parts[-1]} is called {alias.key} here" + (f": {alias.note}" if alias.note else "")
-        return [*_wrapped(known), "", *explain(alias.key)]
+    target = alias or TOPICS.get(parts[-1])
+    if not found and target is not None:
+        known = f"{parts[-1]} is {'called' if alias else 'no key; see'} {target.key}" + (" here" if alias else "")
+        return [*_wrapped(known + (f": {target.note}" if target.note else "")), "", *explain(target.key, recipe)]
     if not found:
-        raise RecipeError(
-            f"{key}: no such key of a recipe; closest: {', '.join(_closest(key))}; `f2llm recipe explain` "
-            "lists all"
-        )
+        closest = _closest(key)
+        near = f"; closest: {', '.join(closest)}" if closest else ""
+        raise RecipeError(f"{key}: no such key of a recipe{near}; `f2llm recipe explain` lists all")
     # The same key of several sections, such as `weight` of all formats, is said once.
-    said = {"\n".join(_key_lines(place, parts[-1])): place for place in reversed(found)}
-    ordered = [place for place in found if place in said.values()]
-    name = parts[-1]
-    titles = [place.key(name) + (f" ({place.tag})" if place.tag and len(ordered) > 1 else "") for place in ordered]
-    return _joined([title, *_key_lines(place, name)] for title, place in zip(titles, ordered, strict=True))
+    name, said = parts[-1], dict[str, list[Place]]()
+    for place in found:
+        said.setdefault("\n".join(_key_lines(place, name)), []).append(place)
+    several = len(said) > 1
+    return _joined(
+        [
+            first.key(name) + (f" ({first.tag})" if first.tag and several else ""),
+            *_key_lines(
+                first, name, [line for place in (first, *others) for line in _values(recipe, place, name)]
+            ),
+        ]
+        for first, *others in said.values()
+    )
 
 
-def _sections_at(parts: list[str]) -> list[Place]:
+def _named_sections(parts: list[str]) -> list[Place]:
     """The sections that a path leads to, or that its first part names by kind or format."""
-    known = places()
-    found = [place for place in known if _fits(place.path, parts)]
+    known, found = places(), sections_at(parts)
     if parts and not found:
         tagged = [place for place in known if parts[0] in _tags(place)]
         roots = dict.fromkeys((place.path, place.kind) for place in tagged if place.path.endswith(NAME))
@@ -228,19 +251,39 @@ def _section_lines(place: Place) -> list[str]:
     return lines
 
 
-def _key_lines(place: Place, name: str) -> list[str]:
-    """What is said of a key, but for its path."""
+def _key_lines(place: Place, name: str, values: Sequence[str] = ()) -> list[str]:
+    """What is said of a key, but for its path; a recipe's values of it among that."""
     field = place.kind.model_fields[name]
     default, bounds = default_text(field), bounds_text(field)
-    lines = _wrapped(meaning(field))
+    lines = _wrapped(meaning(name, field))
     lines.append(f"  type:    {type_text(field.annotation)}")
-    lines.append("  must be set" if default is None else f"  default: {default}")
+    lines.append("  must be set" if default is None else f"  default: {default}, where the recipe sets no other")
+    lines += values
     if bounds:
         lines.append(f"  bounds:  {bounds}")
     effect = effect_of(field)
     if effect is not None and effect.output:
         lines.append("  another value makes the stage run again, and those after it")
     return [*lines, *_entry_lines(place, name)]
+
+
+def _values(recipe: Recipe | None, place: Place, name: str) -> Iterator[str]:
+    """The values of a key in a recipe, a line for each section of its place that the recipe has."""
+    if recipe is None or list(_kinds(place.kind.model_fields[name].annotation)):
+        return
+    sections: list[tuple[str, Any]] = [("", recipe)]
+    for part in place.path.split(".") if place.path else ():
+        inner: list[tuple[str, Any]] = []
+        for path, value in sections:
+            held = value if isinstance(value, Mapping) else dict(value)
+            inner += [
+                (f"{path}{key}.", each) for key, each in held.items() if part in (NAME, key) and each is not None
+            ]
+        sections = inner
+    for path, section in sections:
+        if type(section) is place.kind:
+            value = to_jsonable_python(getattr(section, name))
+            yield f"  {path}{name} of {recipe.name}: {'unset' if value is None else _yaml(value)}"
 
 
 def _entry_lines(place: Place, name: str) -> list[str]:
@@ -267,14 +310,14 @@ def _joined(parts: typing.Iterable[list[str]]) -> list[str]:
 
 
 def _closest(key: str) -> list[str]:
-    """Keys that may have been meant: those with the same last part, then those that read alike."""
+    """Keys that may have been meant: those that end the same, or hold the word, then those that read alike."""
     known = list(dict.fromkeys(place.key(name) for place in places() for name in place.kind.model_fields))
     last = key.rpartition(".")[2]
-    same = [path for path in known if path.rpartition(".")[2] == last]
     ends = {path: path.rpartition(".")[2] for path in known}
+    same = [path for path, end in ends.items() if end == last]
+    same += [path for path, end in ends.items() if len(last) >= PART and last in end]
     known += list(dict.fromkeys(tag for place in places() for tag in _tags(place)))
-    alike = difflib.get_close_matches(key, known, n=CLOSEST, cutoff=0.5)
-    by_end = difflib.get_close_matches(last, sorted(set(ends.values())), n=2, cutoff=0.6)
+    alike = difflib.get_close_matches(key, known, n=CLOSEST, cutoff=ALIKE)
+    by_end = difflib.get_close_matches(last, sorted(set(ends.values())), n=2, cutoff=ALIKE)
     alike += [path for path, end in ends.items() if end in by_end]
-    found = list(dict.fromkeys([*same, *alike]))[:CLOSEST]
-    return found or list(Recipe.model_fields)
+    return list(dict.fromkeys([*same, *alike]))[:CLOSEST]

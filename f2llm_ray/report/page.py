@@ -28,7 +28,7 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"plain": _plain, "count": formatting.count}
+    environment.filters |= {"plain": _plain, "count": formatting.count, "plural": formatting.plural}
     return environment.get_template(template).render(**values)
 
 

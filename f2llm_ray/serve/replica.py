@@ -96,7 +96,7 @@ class Replica:
             max_tokens=self.card.max_tokens,
             self_checked=self.engine.calibration is not None,
             types=self.card.types,
-            limits=self.settings,
+            limits=self.settings.model_copy(update={"max_tokens": self.card.max_tokens}),
             device=self.engine.device,
             engine=self.engine.engine,
             version=__version__,

@@ -21,6 +21,7 @@ class Limits(Section):
     max_tokens: Neutral[int] = Field(default=8192, ge=2)
     """Tokens per text, EOS included."""
     max_body_bytes: Neutral[int] = Field(default=10_000_000, ge=1024)
+    """Bytes of a request's body."""
     max_queued: Neutral[int] = Field(default=512, ge=1)
     """Requests waiting or running per replica; beyond it the answer is 429."""
     batch_tokens: Neutral[int] = Field(default=16_384, ge=64)

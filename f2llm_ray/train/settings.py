@@ -15,7 +15,9 @@ class EngineSettings(Section):
     """The DeepSpeed engine and the shape of the work on each worker."""
 
     zero_stage: Neutral[Literal[0, 1, 2, 3]] = 2
+    """What DeepSpeed ZeRO splits over the workers: nothing, optimizer state (1), gradients (2), weights (3)."""
     precision: Output[Literal["fp32", "bf16"]] = "bf16"
+    """Numbers that the model computes in; bf16 needs GPUs."""
     offload: Neutral[bool] = False
     """Optimizer state in host memory."""
     tokens_per_pass: Neutral[int] = Field(default=16_384, ge=64)
@@ -24,6 +26,7 @@ class EngineSettings(Section):
     """GradCache: the activations of at most this many tokens are held at a time, at the cost of a second forward
     pass; unset holds those of the whole batch."""
     gradient_checkpointing: Neutral[bool] = False
+    """Activations inside each layer are computed again in the backward pass and not kept, which saves memory."""
     compile: Neutral[bool] = False
     """torch.compile of each of the backbone's layers, for any number and length of texts."""
     loader_prefetch: Neutral[int] = Field(default=4, ge=1)
@@ -62,6 +65,10 @@ class Elastic(Section):
         return self
 
 
+LENGTHS = ("epochs", "max_steps", "max_minutes")
+"""The keys of a stage that say how long it is."""
+
+
 class TrainStage(Section):
     """One contrastive stage. The defaults are those of the paper's public code."""
 
@@ -75,6 +82,7 @@ class TrainStage(Section):
     instructions: Batches[bool] = True
     """Put each source's instruction before its queries."""
     epochs: Batches[int] = Field(default=1, ge=1)
+    """Passes over the rows of the stage."""
     max_steps: Batches[int | None] = Field(default=None, ge=1)
     """Optimizer steps of the stage, in place of `epochs`: rows come again as often as that takes, and the schedule
     is stretched over these steps."""
@@ -97,10 +105,13 @@ class TrainStage(Section):
     negatives: Batches[dict[Task, int]] = {"retrieval": 7, "clustering": 9, "classification": 1}
     """Hard negatives drawn per row and epoch."""
     temperature: Output[float] = Field(default=0.05, gt=0)
+    """What cosines are divided by in the contrastive terms: the smaller, the more the nearest negatives count."""
     temperatures: Output[dict[Task, float]] = {}
     """Another temperature for some tasks."""
     hard_negative_weight: Output[float] = Field(default=1.0, ge=0)
+    """Weight of the contrastive term of a row's own negatives."""
     in_batch_weight: Output[float] = Field(default=1.0, ge=0)
+    """Weight of the contrastive term of the other rows' passages, for retrieval."""
     passage_to_query_weight: Output[float] = Field(default=0.0, ge=0)
     """Weight of the in-batch term taken the other way: a row's passage against the queries of all rows (CLIP)."""
     same_side_negatives: Output[bool] = False
@@ -131,10 +142,15 @@ class TrainStage(Section):
     gather_gradient: Output[bool] = True
     """Gradient to other ranks' passages in the in-batch term; the paper's code has none."""
     lr: Output[float] = Field(default=8e-6, gt=0)
+    """Largest learning rate of AdamW: that after `warmup_steps`."""
     min_lr: Output[float] = Field(default=1e-7, ge=0)
+    """The learning rate of the last step; it falls to it along a cosine."""
     warmup_steps: Output[int] = Field(default=500, ge=0)
+    """First steps, in which the learning rate rises in a line."""
     weight_decay: Output[float] = Field(default=0.01, ge=0)
+    """AdamW's decay of weights."""
     betas: Output[tuple[float, float]] = (0.9, 0.98)
+    """AdamW's shares of the past in its means of the gradient and of its square."""
     clip: Output[float] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
     freeze_embeddings: Output[bool] = False
@@ -201,6 +217,7 @@ class Distill(TrainStage):
     """Weight of the KL divergence between the teacher's and the student's softmax over the cosines of a query with
     the passages of all ranks."""
     similarity_temperature: Output[float] = Field(default=0.05, gt=0)
+    """What these cosines are divided by."""
     margin_weight: Output[float] = Field(default=0.0, ge=0)
     """Weight of the MSE between the two's margins: the cosine of a query and its passage minus that with each of
     its hard negatives (Hofstätter et al. 2020, arXiv 2010.02666)."""
@@ -279,7 +296,9 @@ class Wandb(Section):
     """A Weights & Biases project; the key is read from WANDB_API_KEY."""
 
     project: Neutral[str]
+    """Name of the project."""
     entity: Neutral[str | None] = None
+    """The user or team that it belongs to; your default one when unset."""
     offline: Neutral[bool] = False
     """Write into the stage's folder, for `wandb sync` later."""
 

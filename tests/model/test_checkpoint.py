@@ -59,3 +59,19 @@ def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "f2llm.json").write_text('{"name": 1}')
     with pytest.raises(RunError, match="not the facts of a model"):
         load_info(tmp_path)
+
+
+def test_in_the_root_of_a_run_its_model_folders_are_named(tmp_path: Path) -> None:
+    for name in ("trained-1a2b/model", "prepare-3c4d", "untrained-5e6f/model"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("trained-1a2b", "untrained-5e6f"):
+        (tmp_path / name / "model" / "f2llm.json").write_text("{}")
+    (tmp_path / "report.json").write_text("{}")
+    both = f"the model folders in it are {tmp_path}/trained-1a2b/model, {tmp_path}/untrained-5e6f/model$"
+    with pytest.raises(RunError, match=both):
+        load_info(tmp_path)
+    with pytest.raises(RunError, match=f"the model folders in it are {tmp_path}/trained-1a2b/model$"):
+        load_info(tmp_path / "trained-1a2b")
+    for place in ("prepare-3c4d", "nowhere", "report.json"):
+        with pytest.raises(RunError, match=r"and no modules\.json$"):
+            load_info(tmp_path / place)

@@ -52,6 +52,65 @@ def test_extends_merges_key_by_key_and_null_removes(tmp_path: Path, small: str) 
         load_recipe(str(child))
 
 
+@pytest.mark.parametrize(
+    ("place", "key", "meant"),
+    [
+        ("stages: {stage1: {max_setps: null}}", "stages.stage1.max_setps", "max_steps"),
+        ("stages: {stage1: {engine: {presicion: null}}}", "stages.stage1.engine.presicion", "precision"),
+        ("data: {max_token: null}", "data.max_token", "max_tokens"),
+        ("evalaution: null", "evalaution", "evaluation"),
+    ],
+)
+def test_null_of_an_unknown_key_is_refused(tmp_path: Path, small: str, place: str, key: str, meant: str) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: {Path(small).name}\n{place}\n")
+    with pytest.raises(RecipeError, match=f"{key}: unknown key; did you mean {meant}"):
+        load_recipe(str(child))
+
+
+def test_null_of_a_known_key_that_is_not_set_is_its_default(tmp_path: Path, small: str) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "extends: small.yaml\nmine: null\nstages: {stage1: {lr: null, negatives: {clustering: null}}}"
+    )
+    assert load_recipe(str(child)) == load_recipe(small)
+
+
+LENGTHS = {"epochs": 3, "max_steps": 40, "max_minutes": 2.5}
+
+
+@pytest.mark.parametrize("later", LENGTHS)
+@pytest.mark.parametrize("earlier", LENGTHS)
+def test_a_later_layer_says_how_long_a_stage_is(tmp_path: Path, small: str, earlier: str, later: str) -> None:
+    Path(small).write_text(SMALL.replace("keep_best: true", f"{earlier}: 7"))
+    wanted = {key: LENGTHS[key] if key == later else None for key in LENGTHS}
+    if later != "epochs":
+        wanted["epochs"] = 1
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: small.yaml\nstages: {{stage1: {{{later}: {LENGTHS[later]}}}}}\n")
+    said = f"stages.stage1.{later}={LENGTHS[later]}"
+    changes = {"stages": {"stage1": {later: LENGTHS[later]}}}
+    for recipe in (load_recipe(str(child)), load_recipe(small, [said]), load_recipe(small, [], changes)):
+        stage = recipe.stages["stage1"]
+        assert {key: getattr(stage, key) for key in LENGTHS} == wanted
+
+
+@pytest.mark.parametrize("other", ["max_steps", "epochs"])
+def test_one_layer_says_once_how_long_a_stage_is(tmp_path: Path, small: str, other: str) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"extends: small.yaml\nstages: {{stage1: {{max_minutes: 2, {other}: 3}}}}\n")
+    said = [f"stages.stage1.{other}=3", "stages.stage1.max_minutes=2"]
+    for recipe, overrides in ((str(child), []), (small, said), (small, said[::-1])):
+        with pytest.raises(RecipeError, match=f"max_minutes: says how long the stage is, and so does {other}"):
+            load_recipe(recipe, overrides)
+
+
+def test_set_adds_a_whole_stage(small: str) -> None:
+    added = load_recipe(small, ["stages.stage2={engine: {precision: fp32}}", "stages.stage2.lr=1e-3"])
+    assert list(added.stages) == ["stage1", "stage2"]
+    assert added.stages["stage2"].lr == 1e-3
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("extends: a.yaml\n")
@@ -84,7 +143,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         ("stages.stage1.engine={precision: bf16, zero_stage: 0}", ["stages.stage1.engine.zero_stage", "use 1"]),
         ("data.validation=0", ["keep_best", "data.validation"]),
         ("backbone.shape.kv_heads=3", ["heads (2)", "kv_heads (3)"]),
-        ("backbone.path=somewhere", ["exactly one of path and shape"]),
+        ("backbone={pooling: mean}", ["exactly one of path and shape"]),
         ("tokenizer.train_vocab=null", ["tokenizer"]),
         ("tokenizer.path=somewhere", ["not both"]),
         ("prune={model: stage9, layers: 1, hidden: 8, ffn: 8}", ["prune.model", "stage9", "stage1"]),
@@ -101,6 +160,9 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         ("evaluation.divisors=[1, 0]", ["evaluation.divisors.1", "1"]),
         ("evaluation={sets: {a/b: {folder: x}}}", ["evaluation.sets.a/b", "a/b", "letters"]),
         ("sources={中: {format: jsonl, paths: [x.jsonl]}}", ["sources.中", "letters"]),
+        ("stages.stage1.max_setps=null", ["stages.stage1.max_setps: unknown key; did you mean max_steps"]),
+        ("stages.stag1.lr=1", ["no stage is called stag1; did you mean stage1?", "the stages are stage1;"]),
+        ("stages.other.engine.precision=fp32", ["no stage is called other; the stages are stage1;"]),
         ("nonsense", ["--set", "a.b=value"]),
         ("name.deep=1", ["--set", "single value"]),
     ],
@@ -125,3 +187,25 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path.write_text("- a list")
     with pytest.raises(RecipeError, match="expected a mapping"):
         load_recipe(str(path))
+
+
+def test_a_checkpoint_takes_the_place_of_a_random_model_whole(tmp_path: Path) -> None:
+    found = load_recipe("starter", ["backbone.path=some/model", "tokenizer.train_vocab=null"]).backbone
+    assert (found.path, found.max_tokens) == ("some/model", 512)
+    assert (found.shape, found.embeddings_from) == (None, None)
+    assert found.pooling is None, "the pooling of the random model is none of the checkpoint's"
+    kept = load_recipe(
+        "starter", ["backbone.path=some/model", "backbone.pooling=cls", "tokenizer.train_vocab=null"]
+    )
+    assert kept.backbone.pooling == "cls"
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        "extends: starter\nbackbone: {path: one/model, pooling: cls}\ntokenizer: {train_vocab: null}\n", "utf-8"
+    )
+    moved = load_recipe(str(base), ["backbone.path=./copy"]).backbone
+    assert (moved.path, moved.pooling) == ("./copy", "cls"), (
+        "another place of a checkpoint keeps what was said of it"
+    )
+    shape = "{hidden: 32, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn: 32}"
+    again = load_recipe(str(base), [f"backbone.shape={shape}", "tokenizer.train_vocab=400"]).backbone
+    assert (again.path, again.pooling) == (None, None)

@@ -227,6 +227,14 @@ def test_any_part_may_be_missing_and_says_so(missing: str | None) -> None:
         assert page.count("not measured") == len(HEADINGS) + 1
 
 
+def test_one_thing_is_not_several() -> None:
+    card = full_card()
+    for count, said in ((1, "instructions of 1 source<"), (2, "instructions of 2 sources<")):
+        facts = {"task": "retrieval", "licence": None, "instruction": "Find it."}
+        sources = {f"s{n}": facts for n in range(count)}
+        assert said in render(card | {"sources": sources})
+
+
 def test_steps_that_are_off_are_not_measured() -> None:
     card = full_card() | {"near_dedup": None, "language_check": [], "contamination": {}, "negatives": {}}
     assert render(card).count("not measured") == 4

@@ -66,6 +66,7 @@ def test_info_and_health(server: Server) -> None:
     assert (info["model"], info["dims"], info["max_tokens"]) == ("tiny", [8, 16, 32], MAX_TOKENS)
     # The report's limits, with the arguments before them.
     limits = info["limits"]
+    assert limits["max_tokens"] == MAX_TOKENS
     assert (limits["max_inputs"], limits["max_queued"], limits["max_body_bytes"]) == (16, MAX_QUEUED, MAX_BODY)
     health = httpx.get(f"{server.url}/health")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})

@@ -19,6 +19,7 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.commands.embed import told
 from f2llm_ray.data.reading import tables
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.engine.engine import Engine
@@ -119,7 +120,11 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
     assert table["id"].to_pylist() == ids
     expected = engine.embed(texts, prompt=engine.info.prompts["query"], dim=16)
     np.testing.assert_allclose(vectors_of(table), expected, atol=1e-5)
-    assert run(job)["embedded_now"]["rows"] == 0
+    again = run(job)
+    assert again["embedded_now"]["rows"] == 0
+    assert told(again).startswith(f"{output}: nothing to do: 4 shards were there; 250 rows in all; ")
+    assert told(manifest).startswith(f"{output}: 130 rows embedded in ")
+    assert "; 2 of 4 shards there before; 250 rows in all; " in told(manifest)
 
     # Another setting, input or model must not mix with what is there.
     for change, message in (

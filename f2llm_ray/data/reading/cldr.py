@@ -101,6 +101,7 @@ class CldrKindSource(LocalesSource):
 
     format: Output[Literal["cldr_kind"]] = "cldr_kind"
     task: Output[Task] = "classification"
+    """What the pairs are for: it decides the losses and how negatives are found."""
     kinds: Output[tuple[Kind, ...]] = Field(default=KINDS, min_length=2)
     """What the names are of."""
 

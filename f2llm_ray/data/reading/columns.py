@@ -53,6 +53,7 @@ class Columns(Section):
     """
 
     query: Output[str] = "query"
+    """The text that is searched with, or the first of two that belong together."""
     passage: Output[str] = "passage"
     """A text, or a list of texts, each of which makes a row with the query."""
     negatives: Output[str | tuple[str, ...] | None] = None

@@ -32,6 +32,7 @@ class DatasetsSource(SourceBase):
     config: Output[str | None] = None
     """Configuration (subset) of a hub dataset."""
     split: Output[str] = "train"
+    """Which split is read."""
     columns: Columns = Columns()
 
     @property

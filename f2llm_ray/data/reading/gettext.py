@@ -138,6 +138,7 @@ class GettextDomainSource(CatalogsSource):
 
     format: Output[Literal["gettext_domain"]] = "gettext_domain"
     task: Output[Task] = "clustering"
+    """What the pairs are for: it decides the losses and how negatives are found."""
     negatives: Output[int] = Field(default=2, ge=0)
     """At most this many per row."""
 

@@ -50,10 +50,13 @@ class JudgedSource(SourceBase):
     folder: Content[str | None] = None
     """A folder with queries, corpus and qrels/<split>, as BEIR and the hub have it."""
     split: Output[str] = "train"
+    """Which judgements of the folder are read: those of qrels/<split>."""
     queries: Content[str | None] = None
     """In place of a folder: the file of the queries, such as queries.train.tsv."""
     corpus: Content[str | None] = None
+    """In place of a folder: the file of the passages."""
     qrels: Content[str | None] = None
+    """In place of a folder: the file that says which passage answers which query."""
 
     @model_validator(mode="after")
     def _one_of(self) -> JudgedSource:

@@ -19,7 +19,8 @@ class PathsSource(SourceBase):
     paths: Content[tuple[str, ...]] = Field(min_length=1)
     """Files, folders or globs (*, [abc], ** over folders), local or any URI that pyarrow or fsspec opens, such as
     s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
-    A folder stands for all the files below it with the format's suffix; hidden ones are left out."""
+    A folder stands for all the files below it with the format's suffix; hidden ones are left out. Relative paths
+    start at the folder that the command runs in, not at the recipe's."""
 
     @property
     @abstractmethod

@@ -52,6 +52,7 @@ class FolderSet(SetSection):
 
     kind: Output[Literal["retrieval"]] = "retrieval"
     folder: Content[str]
+    """Its folder, in BEIR's layout; docs/evaluation.md."""
     instruction: Output[str] = DEFAULT_INSTRUCTION["retrieval"]
     """Said before each query to models trained with instructions."""
     max_queries: Output[int | None] = Field(default=None, ge=1)
