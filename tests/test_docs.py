@@ -121,6 +121,12 @@ def test_links_and_files_named_exist(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_model_folders_of_a_run_are_where_a_run_puts_them(page: Path) -> None:
+    for path in re.findall(r"runs/\w+(?:/[^\s/\"`]+)*/model\b", page.read_text(encoding="utf-8")):
+        assert re.fullmatch(r"runs/\w+/\w+-(<hash>|[0-9a-f]{8})/model", path), f"{page.name}: {path}"
+
+
 @pytest.mark.parametrize("page", ["own-data.md", "evaluation.md"])
 def test_the_csv_example_of_a_set_is_one(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.recipe.files import builtin_recipes, load_recipe
+from f2llm_ray.recipe.files import builtin_recipes, load_recipe, resolved
 
 SMALL = """
 name: small
@@ -93,6 +93,13 @@ def test_a_later_layer_says_how_long_a_stage_is(tmp_path: Path, small: str, earl
     for recipe in (load_recipe(str(child)), load_recipe(small, [said]), load_recipe(small, [], changes)):
         stage = recipe.stages["stage1"]
         assert {key: getattr(stage, key) for key in LENGTHS} == wanted
+
+
+def test_only_stages_have_a_length() -> None:
+    settings = {"distill": {"epochs": 3}, "sources": {"epochs": {"cap": 3}}}
+    changed = resolved(settings, ["distill.max_minutes=2", "sources.max_steps={cap: 4}"])
+    assert changed["distill"] == {"max_minutes": 2}
+    assert changed["sources"] == {"epochs": {"cap": 3}, "max_steps": {"cap": 4}}
 
 
 @pytest.mark.parametrize("other", ["max_steps", "epochs"])
