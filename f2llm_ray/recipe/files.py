@@ -65,8 +65,16 @@ def resolved(
         RecipeError: unreadable file, or an override that is none.
     """
     settings = _read(recipe, ()) if isinstance(recipe, str) else _extended(deepcopy(dict(recipe)), ())
+    settings = _each_its_own(settings)
     _apply(settings, [_parsed(override) for override in overrides])
     return _merge(settings, changes or {})
+
+
+def _each_its_own(value: Any) -> Any:
+    """The same with no two mappings one object, as what a YAML anchor names is: a change of one is none of others."""
+    if isinstance(value, dict):
+        return {key: _each_its_own(inner) for key, inner in value.items()}
+    return [_each_its_own(inner) for inner in value] if isinstance(value, list) else value
 
 
 def parse(section: type[SectionT], settings: Mapping[str, Any], where: str) -> SectionT:

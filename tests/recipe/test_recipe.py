@@ -216,3 +216,9 @@ def test_a_checkpoint_takes_the_place_of_a_random_model_whole(tmp_path: Path) ->
     shape = "{hidden: 32, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, ffn: 32}"
     again = load_recipe(str(base), [f"backbone.shape={shape}", "tokenizer.train_vocab=400"]).backbone
     assert (again.path, again.pooling) == (None, None)
+
+
+def test_an_override_of_what_an_anchor_names_changes_one_place() -> None:
+    found = load_recipe("quickstart", ["stages.stage1.engine.tokens_per_pass=512"])
+    stages = [*found.stages.values(), found.distill]
+    assert [stage.engine.tokens_per_pass for stage in stages if stage] == [512, 4096, 4096]
