@@ -98,6 +98,7 @@ def cut_off(recipe: Path) -> dict[str, Any]:
     return {"root": root, "output": output, "pace": manifest(root, "pace-stage1")["pace"]}
 
 
+@pytest.mark.timeout(400)
 def test_ctrl_c_in_a_training_is_told_in_one_line(cut_off: dict[str, Any]) -> None:
     lines = cut_off["output"].splitlines()
     assert lines[-1] == "interrupted; run the same command again to go on", cut_off["output"]
