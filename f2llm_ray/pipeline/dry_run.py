@@ -13,7 +13,7 @@ from f2llm_ray.evaluate.settings import SourceSet
 from f2llm_ray.evaluate.tasks.labelled import LabelledFile
 from f2llm_ray.evaluate.tasks.registry import LABELLED, files_of
 from f2llm_ray.pipeline.graph import Graph
-from f2llm_ray.pipeline.walk import reasons
+from f2llm_ray.pipeline.walk import reasons, replaced_report
 from f2llm_ray.run.root import Run
 from f2llm_ray.run.stage import Stage
 from f2llm_ray.train.settings import TrainStage
@@ -77,8 +77,10 @@ def overview(graph: Graph, run: Run) -> list[str]:
     served = graph.served()
     if all(run.manifest(stage) is not None for stage in graph.stages()):
         lines = ["all stages are there: a run would only write the report again"]
+    other = replaced_report(recipe, run)
     return [
         *lines,
+        *([] if other is None else [other]),
         f"writes {run.root.uri}/report.html, and the model to serve to {run.folder(served.stage).uri}/model",
     ]
 

@@ -38,7 +38,10 @@ class Pipeline:
         self._told: set[str] = set()
 
     def everything(self) -> dict[str, Any]:
-        """Makes and evaluates every model, and returns the report."""
+        """Makes and evaluates every model, and returns the report; says so where it replaces another run's."""
+        other = replaced_report(self.recipe, self.run)
+        if other is not None:
+            say(other)
         self.make()
         return self.report()
 
@@ -226,7 +229,12 @@ class Pipeline:
         started = time.time()
         folder = self.run.folder(stage)
         folder.create()
-        manifest = self.run.finish(stage, started=started, **stage.work(folder))
+        try:
+            facts = stage.work(folder)
+        except BaseException:
+            self.run.cut_off(stage, started=started)
+            raise
+        manifest = self.run.finish(stage, started=started, **facts)
         self._told.add(stage.folder_name)  # what this run made, it does not call finished before
         say(f"{stage.name}: finished in {manifest['seconds']:.0f} s")
 
@@ -261,6 +269,19 @@ class Pipeline:
                     f"training rows hold a text of it, {facts['queries']:,} of its {facts['of']:,} queries. "
                     "--rescreen takes those rows out, and trains again"
                 )
+
+
+def replaced_report(recipe: Recipe, run: Run) -> str | None:
+    """A line on the run whose report is in the root, where the recipe has another name; None where it has not."""
+    if not run.root.exists("report.json"):
+        return None
+    name = run.root.read_json("report.json").get("name")
+    if name == recipe.name:
+        return None
+    return (
+        f"{run.root.uri} holds the run {name!r}: the report of {recipe.name!r} replaces its report.html and "
+        "report.json, its finished stages stay; with another --root both reports are kept"
+    )
 
 
 def reasons(run: Run, stage: Stage) -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
-from f2llm_ray.base.errors import DataError
+from f2llm_ray.base.errors import DataError, RunError
 from f2llm_ray.run.folder import Folder
 
 WHOLE_BYTES = 1 << 30
@@ -142,10 +143,24 @@ def differences(before: Inputs, after: Inputs) -> list[str]:
         if list(old.values()) == list(new.values()):
             continue
         found += [f"{uri} is new" for uri in new if uri not in old]
-        found += [f"{uri} is gone" for uri in old if uri not in new]
+        found += _without([entry for entry in before.get(name, ()) if entry.uri not in new])
         found += [f"{uri} changed" for uri in new if uri in old and new[uri] != old[uri]]
         if old == new:
             found.append(f"the files of {name} come in another order")
+    return found
+
+
+def _without(entries: Sequence[KnownInput]) -> list[str]:
+    """Why inputs of before are not among those of now: a file that is not read any more may still be there."""
+    there: dict[str, set[str]] = {}
+    for place in {entry.uri.rpartition("/")[0] for entry in entries if entry.modified}:
+        with suppress(OSError, RunError):  # of a store that does not answer, or has no such scheme
+            there[place] = set(Folder.at(place or "/").files())
+    found = []
+    for entry in entries:
+        place, _, name = entry.uri.rpartition("/")
+        gone = entry.modified and place in there and name not in there[place]
+        found.append(f"{entry.uri} is gone" if gone else f"{entry.uri} is not read any more")
     return found
 
 

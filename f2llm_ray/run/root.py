@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 
@@ -17,6 +18,8 @@ from f2llm_ray.run.stage import Facts, Stage
 
 LIBRARIES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 MANIFEST = "manifest.json"
+EARLIER = "earlier.json"
+"""In the folder of a stage that is not finished: the seconds of tries that an error or Ctrl-C ended."""
 
 
 class Run:
@@ -58,15 +61,27 @@ class Run:
             )
         return self.folder(stage)
 
+    def earlier(self, stage: Stage) -> float:
+        """Seconds of the tries of a stage that an error or Ctrl-C ended; of one that was killed nobody knows."""
+        folder = self.folder(stage)
+        return float(folder.read_json(EARLIER)["seconds"]) if folder.exists(EARLIER) else 0.0
+
+    def cut_off(self, stage: Stage, *, started: float) -> None:
+        """Keeps the seconds of a try that an error or Ctrl-C has ended, for the manifest of a later one."""
+        seconds = self.earlier(stage) + time.time() - started
+        with suppress(OSError):  # as of a full disk: the error that ended the try is the one to tell
+            self.folder(stage).write_json(EARLIER, {"seconds": round(seconds, 2)})
+
     def finish(self, stage: Stage, *, started: float, **facts: object) -> Facts:
         """Writes the manifest, the last file of a stage.
 
         Args:
             stage: the stage whose output is complete.
-            started: `time.time()` when its work began.
+            started: `time.time()` when this try of its work began.
             facts: what the stage counted and measured, as JSON values; `seconds` among them where the stage took
                 less than the time since it began.
         """
+        earlier = self.earlier(stage)
         manifest = {
             "stage": stage.name,
             "hash": stage.hash,
@@ -78,10 +93,13 @@ class Run:
             "libraries": _library_versions(),
             "device": device_name(),
             "finished": round(time.time(), 2),
-            "seconds": round(time.time() - started, 2),
+            "seconds": round(earlier + time.time() - started, 2),
             **facts,
         }
-        self.folder(stage).write_json(MANIFEST, manifest)
+        folder = self.folder(stage)
+        folder.write_json(MANIFEST, manifest)
+        if folder.exists(EARLIER):
+            folder.filesystem.delete_file(f"{folder.path}/{EARLIER}")
         return manifest
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from f2llm_ray.base import formatting
 from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.train import checkpoints
@@ -106,6 +107,7 @@ class Worker:
         peak = peak_flops_per_second(settings.engine.precision)
         self.meters = TrainingMeters(None if peak is None else peak * world)
         self.first = 0
+        self._tell("workers read the model")
         written = checkpoints.listed(job.checkpoints) if rank == 0 else []
         with checkpoints.opened(written, rank=rank, world=world, say=self._say) as opened:
             self.first = 0 if opened is None else opened.step
@@ -148,11 +150,13 @@ class Worker:
 
     def run(self) -> None:
         """Trains from where it is to the end, and exports the model."""
+        self._tell(f"ready, {formatting.plural(self.steps - self.first, 'step')} to go")
         for step in range(self.first, self.steps):
             self._step(step)
             if (step + 1) % self.settings.checkpoint_every == 0 and step + 1 < self.steps:
                 self._checkpoint(step + 1)
         self._validate(self.steps)
+        self._tell("writes the model, and stores its last checkpoints")
         exported = self._back_to_best() if self.settings.keep_best else self.steps
         self._export(exported)
 
@@ -168,6 +172,7 @@ class Worker:
                 torch.tensor([own], dtype=torch.float64, device=self.engine.device), self.world
             )[0]
 
+        self._tell(f"times up to {formatting.plural(self.steps, 'step')}, and a validation")
         timed = list[float]()
         for step in range(self.steps):
             took = all_ranks(self._step(step))
@@ -249,6 +254,11 @@ class Worker:
     def _log(self, step: int, values: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(values, step)
+
+    def _tell(self, line: str) -> None:
+        """Prints a line of what the first worker begins, without waiting until it is printed."""
+        if self.rank == 0:
+            report(self.job, line)
 
     def _say(self, line: str) -> None:
         import ray

@@ -10,13 +10,17 @@ from f2llm_ray.base.errors import F2LLMError, plain_error
 from f2llm_ray.base.progress import say
 from f2llm_ray.data.tokens.build import read_prompts
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.train.checkpoints import settle
+from f2llm_ray.train.checkpoints import listed, settle
 from f2llm_ray.train.deepspeed import deepspeed_config
+from f2llm_ray.train.interrupt import interruptible
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.pace import PACE_FILE, SHARE, Pace, steps_in, timed_settings
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online, space_dims, space_of
 from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_exits, check_held_out, write_batches
 from f2llm_ray.train.watch import SCORES_FILE, watched
+
+CONFIG = "deepspeed.json"
+"""Written at the start of each try."""
 
 
 def train(
@@ -144,8 +148,11 @@ def _fit(job: TrainJob) -> None:
     workers, gpus = compute.workers, compute.gpus_per_worker
     if out.exists(FAILURE):  # of an earlier try
         out.filesystem.delete_file(f"{out.path}/{FAILURE}")
-    out.write_json("deepspeed.json", deepspeed_config(settings, workers))
+    again = out.exists(CONFIG)
+    out.write_json(CONFIG, deepspeed_config(settings, workers))
     settle(job.checkpoints, settings.keep_checkpoints)
+    if again and job.timed_seconds is None and not listed(job.checkpoints):
+        say(f"{job.label}: no checkpoint yet of the try before, starts from step 0")
     name_of_best, sign = BEST[settings.best_by]
     best = {"checkpoint_score_attribute": name_of_best, "checkpoint_score_order": "min" if sign > 0 else "max"}
     trainer = ray.train.torch.TorchTrainer(
@@ -169,9 +176,11 @@ def _fit(job: TrainJob) -> None:
             callbacks=[_stopper()],
         ),
     )
+    say(f"{job.label}: starts {formatting.plural(workers, 'worker')}")
     with watched(job):
         try:
-            trainer.fit()
+            with interruptible(trainer):
+                trainer.fit()
         except ray.train.TrainingFailedError as error:
             found = plain_error(getattr(error, "controller_failure", error))
             raise (found or error) from None

@@ -75,6 +75,11 @@ class TrainJob:
     """Set where steps are only timed (`train/pace.py`): after so many seconds no further one is."""
 
     @property
+    def label(self) -> str:
+        """What its lines begin with: the name of the stage that is being made."""
+        return self.training.stage if self.timed_seconds is None else f"pace-{self.training.stage}"
+
+    @property
     def checkpoints(self) -> Folder:
         """The folder of the checkpoints."""
         return self.out / RAY_TRAIN
@@ -140,6 +145,7 @@ def check_held_out(training: Training, batches: Folder) -> None:
 def write_batches(training: Training, *, prepared: Folder, mined: Folder | None, out: Folder) -> None:
     """Writes the batch tables of a training into a folder, unless they are there."""
     if not out.exists("validation/order.npy"):
+        say(f"{training.stage}: makes its batches")
         seed = f"{training.seed}/{training.stage}"
         plan = batch_plan(training.settings)
         epochs = build_batches(plan, training.sources, seed, prepared=prepared, mined=mined, out=out)

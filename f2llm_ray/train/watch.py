@@ -67,7 +67,7 @@ def watched(job: TrainJob) -> Iterator[None]:
         watch.print_reports()
         for task in watch.pending:
             ray.cancel(task, force=True)
-        watch.queue.shutdown()
+        watch.queue.shutdown(force=True)  # it is empty, and its own way to end may take seconds
 
 
 class _Watch:
@@ -75,7 +75,7 @@ class _Watch:
         import ray
         from ray.util.queue import Queue
 
-        self.job, self.label = job, job.training.stage
+        self.job, self.label = job, job.label
         actor = {"name": job.queue, "namespace": NAMESPACE, "get_if_exists": True, "num_cpus": 0}
         self.queue = Queue(actor_options=actor)
         self.progress: Progress | None = None

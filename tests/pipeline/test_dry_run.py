@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from f2llm_ray.pipeline.declare import declare
+from f2llm_ray.pipeline.dry_run import overview
+from f2llm_ray.pipeline.walk import replaced_report
+from f2llm_ray.recipe.files import load_recipe
+from f2llm_ray.run.root import Run
 from tests.corpus import write_corpus, write_recipe
 from tests.tiny import tiny_model
 
@@ -60,6 +65,19 @@ def test_a_job_says_what_it_would_do_and_does_nothing(
         folder / "root",
         *inputs(folder),
     }
+
+
+def test_another_run_in_the_root_is_named(folder: Path, tmp_path: Path) -> None:
+    recipe, run = load_recipe(str(folder / "recipe.yaml")), Run(str(tmp_path))
+    assert replaced_report(recipe, run) is None
+    for name in ("small", "other"):
+        run.root.write_json("report.json", {"name": name})
+        said = replaced_report(recipe, run)
+        lines = overview(declare(recipe, run), run)
+        assert (said is None) == (name == "small")
+        assert [line for line in lines if "--root" in line] == ([] if said is None else [said])
+    assert said is not None
+    assert said.startswith(f"{tmp_path} holds the run 'other': the report of 'small' replaces its report.html")
 
 
 def inputs(folder: Path) -> set[Path]:

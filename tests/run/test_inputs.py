@@ -68,6 +68,9 @@ def test_changes_are_named_by_file() -> None:
     assert differences(inputs(x="1", y="2"), inputs(x="1", y="3")) == ["y changed"]
     assert differences(inputs(x="1"), inputs(x="1", z="4")) == ["z is new"]
     assert differences(inputs(x="1", y="2"), inputs(x="1")) == ["y is gone"]
+    there = str(Path(__file__))
+    assert differences(inputs(x="1", **{there: "2"}), inputs(x="1")) == [f"{there} is not read any more"]
+    assert differences({"t": [KnownInput("hub:a/b", None, "", "a/b")]}, {}) == ["hub:a/b is not read any more"]
     assert differences(inputs(x="1"), inputs(renamed="1")) == [], "a file that was renamed holds the same"
     assert "another order" in differences(inputs(x="1", y="2"), inputs(y="2", x="1"))[0]
     assert digests(inputs(x="1", y="2")) == {"sources.a": ["1", "2"]}

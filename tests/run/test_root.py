@@ -68,6 +68,18 @@ def test_a_stage_is_finished_by_its_manifest_alone(tmp_path: Path, scheme: str) 
     assert folder.files() == ["half-done.bin", "manifest.json"]
 
 
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_the_seconds_of_tries_that_were_cut_off_count(tmp_path: Path, scheme: str) -> None:
+    run, now = Run(f"{scheme}{tmp_path}/root"), time.time()
+    stage = Stage(name="stage1", job="train", settings={})
+    for seconds in (100, 20):
+        run.cut_off(stage, started=now - seconds)
+        assert run.manifest(stage) is None
+    assert run.finish(stage, started=now - 3)["seconds"] == pytest.approx(123, abs=2)
+    assert run.folder(stage).files() == ["manifest.json"]
+    assert run.finish(stage, started=now - 3)["seconds"] == pytest.approx(3, abs=2)
+
+
 def test_folders_copy_both_ways(tmp_path: Path) -> None:
     remote = Folder.at("memory://bucket/run") / "model"
     with remote.writing() as local:

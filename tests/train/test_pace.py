@@ -59,7 +59,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("labels", "clusters"):
         del content["sources"][name]
     del content["stages"]["stage1"]["epochs"], content["prune"], content["distill"]["max_steps"]
-    # Some hundred steps: enough to be killed on the way.
+    # Some hundred steps: enough to be interrupted on the way.
     content["stages"]["stage1"] |= {"max_minutes": 0.2, "checkpoint_every": 8, "validation_rows": 16}
     content["distill"] |= {"teacher": "stage1", "model": "untrained", "max_minutes": 0.05, "validation_rows": 16}
     content["evaluation"] = {"sets": {}}
@@ -82,8 +82,8 @@ def manifest(root: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def killed(recipe: Path) -> dict[str, Any]:
-    """A run that was killed after the first checkpoint of its stage, and what it had fixed by then."""
+def cut_off(recipe: Path) -> dict[str, Any]:
+    """A run that Ctrl-C ended after the first checkpoint of its stage, and what it had fixed by then."""
     root = recipe.parent / "root"
     process = start_job("pipeline", "--recipe", recipe, "--root", root)
     end = time.monotonic() + 250
@@ -91,19 +91,30 @@ def killed(recipe: Path) -> dict[str, Any]:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    output = process.communicate()[0]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output = process.communicate(timeout=60)[0]
     assert not list(root.glob("stage1-*/manifest.json"))
+    assert process.returncode == 130, output
     return {"root": root, "output": output, "pace": manifest(root, "pace-stage1")["pace"]}
 
 
+@pytest.mark.timeout(400)
+def test_ctrl_c_in_a_training_is_told_in_one_line(cut_off: dict[str, Any]) -> None:
+    lines = cut_off["output"].splitlines()
+    assert lines[-1] == "interrupted; run the same command again to go on", cut_off["output"]
+    assert "Traceback" not in cut_off["output"]
+    for told in ("pace-stage1: starts 2 workers", "pace-stage1: times up to 23 steps, and a validation"):
+        assert told in lines
+    assert {"stage1: starts 2 workers", "stage1: workers read the model"} <= set(lines)
+
+
 @pytest.mark.timeout(600)
-def test_a_killed_run_keeps_its_steps_and_max_steps_makes_the_same_model(
-    killed: dict[str, Any], recipe: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_goes_on_keeps_its_steps_and_max_steps_makes_the_same_model(
+    cut_off: dict[str, Any], recipe: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del ray_here
-    root, pace = killed["root"], killed["pace"]
-    assert f"stage1: {pace['steps']:,} steps in 0.2 minutes" in killed["output"]
+    root, pace = cut_off["root"], cut_off["pace"]
+    assert f"stage1: {pace['steps']:,} steps in 0.2 minutes" in cut_off["output"]
     Pipeline(load_recipe(str(recipe)), str(root)).model("stage1")
     output = capsys.readouterr().out
     assert "pace-stage1: finished before, skipped" in output
@@ -122,10 +133,10 @@ def test_a_killed_run_keeps_its_steps_and_max_steps_makes_the_same_model(
 
 @pytest.mark.timeout(400)
 def test_a_distillation_teaches_the_batches_of_the_steps_that_fit(
-    killed: dict[str, Any], recipe: Path, ray_here: None
+    cut_off: dict[str, Any], recipe: Path, ray_here: None
 ) -> None:
     del ray_here
-    root = killed["root"]
+    root = cut_off["root"]
     pipeline = Pipeline(load_recipe(str(recipe)), str(root))
     for name in ("stage1", "distilled"):
         pipeline.model(name)
