@@ -71,7 +71,7 @@ def resolved(
 
 
 def _each_its_own(value: Any) -> Any:
-    """The same with no two mappings one object, as what a YAML anchor names is: a change of one is none of others."""
+    """The same with no two mappings one object, as a YAML anchor makes them: a change of one is of one place."""
     if isinstance(value, dict):
         return {key: _each_its_own(inner) for key, inner in value.items()}
     return [_each_its_own(inner) for inner in value] if isinstance(value, list) else value
