@@ -233,11 +233,15 @@ def test_a_run_gives_its_models_and_scores(ray_here: None, tmp_path: Path) -> No
 
 def test_the_examples_of_the_page_run(ray_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del ray_here
-    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    page = (
+        (Path(__file__).parent.parent / "docs" / "python.md")
+        .read_text(encoding="utf-8")
+        .replace("<hash>", "1a2b3c4d")
+    )
     recipe = write_corpus(tmp_path)
     del recipe["distill"]
     write_recipe(tmp_path, recipe | {"stages": {}, "prune": {**recipe["prune"], "model": "untrained"}})
-    tiny_model(tmp_path / "runs" / "ours" / "trained" / "model")
+    tiny_model(tmp_path / "runs" / "ours" / "trained-1a2b3c4d" / "model")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
