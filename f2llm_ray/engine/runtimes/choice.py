@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from f2llm_ray.engine.runtimes.golden import Golden
 from f2llm_ray.engine.runtimes.graph_forward import GraphForward
 from f2llm_ray.engine.runtimes.memory import free_memory
 from f2llm_ray.engine.runtimes.onnx_file import ONE_FILE
-from f2llm_ray.engine.runtimes.pace import check, cpu_name, open_forward, pace
+from f2llm_ray.engine.runtimes.pace import cpu_name, pace
 from f2llm_ray.engine.runtimes.runtimes import RUNTIMES, installed, need
 from f2llm_ray.model.checkpoint import ModelInfo, float_bytes, has_dense, has_weights
 from f2llm_ray.model.int8 import is_quantized
@@ -73,10 +72,11 @@ def choose(folder: Path, info: ModelInfo, engine: EngineName, tokens_per_pass: i
 def _asked_for(folder: Path, info: ModelInfo, name: GraphName, tokens_per_pass: int) -> GraphForward:
     if own.has(folder, info, name):
         return own.opened(folder, info, name, tokens_per_pass)
-    place, facts = store.entry(folder, info, [name], torch.get_num_threads())
+    place = store.place_of(folder, info)
+    facts = store.entry(place, folder, info, [name], torch.get_num_threads())
     if name not in store.proven(facts):
         raise RunError(facts["runtimes"][name]["refused"])
-    return _kept(folder, info, name, tokens_per_pass, (place, facts))
+    return _kept(place, facts, folder, info, name, tokens_per_pass)
 
 
 def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int, *, make: bool) -> Choice:
@@ -91,11 +91,14 @@ def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int, *, make: bool)
         }
         seconds = pace(graphs, Golden.load(folder)) if len(graphs) > 1 else dict.fromkeys(graphs, 0.0)
         return Choice(graphs[min(graphs, key=seconds.__getitem__)])
-    if not make and not store.there(folder, info):
-        return Choice(None, "no files for other engines were made of it yet")
-    if not is_quantized(folder):  # those are refused with their own reason
+    if make:
         _refuse_large(folder)
-    place, facts = store.entry(folder, info, there, torch.get_num_threads())
+    place = store.place_of(folder, info)
+    if not make:
+        if not store.there(place):
+            return Choice(None, "no files for other engines were made of it yet")
+        _refuse_large(folder)
+    facts = store.entry(place, folder, info, there, torch.get_num_threads())
     proven = [name for name in store.proven(facts) if name in there]
     seconds = facts["pace"][cpu_name()]
     if not proven:
@@ -103,35 +106,29 @@ def _fastest(folder: Path, info: ModelInfo, tokens_per_pass: int, *, make: bool)
     fastest = min(proven, key=seconds.__getitem__)
     if seconds["torch"] < seconds[fastest]:
         return Choice(None, "the fastest on this machine")
-    return Choice(_kept(folder, info, fastest, tokens_per_pass, (place, facts)))
+    return Choice(_kept(place, facts, folder, info, fastest, tokens_per_pass))
 
 
 def _kept(
-    folder: Path, info: ModelInfo, name: GraphName, tokens_per_pass: int, entry: tuple[Path, store.Facts]
+    place: Path, facts: store.Facts, folder: Path, info: ModelInfo, name: GraphName, tokens_per_pass: int
 ) -> GraphForward:
     """Opens a file of the cache; one that is damaged is made again, once."""
-    threads = torch.get_num_threads()
     try:
-        return _opened(entry, info, name, threads, tokens_per_pass)
+        return own.open_checked(place, facts["files"], info, name, tokens_per_pass)
     except RunError as error:
         say(f"{error}; made again")
-    wanted: Sequence[GraphName] = list(entry[1]["runtimes"])
-    store.forget(entry[0])
-    return _opened(store.entry(folder, info, wanted, threads), info, name, threads, tokens_per_pass)
-
-
-def _opened(
-    entry: tuple[Path, store.Facts], info: ModelInfo, name: GraphName, threads: int, tokens_per_pass: int
-) -> GraphForward:
-    place, facts = entry
-    own.check_files(place, name, facts["files"])
-    graph = open_forward(place, info, name, threads, tokens_per_pass)
-    check(graph, Golden.load(place), str(place / RUNTIMES[name].file))
-    return graph
+    store.forget(place)
+    made = store.entry(place, folder, info, list(facts["runtimes"]), torch.get_num_threads())
+    return own.open_checked(place, made["files"], info, name, tokens_per_pass)
 
 
 def _refuse_large(folder: Path) -> None:
-    """Raises RunError where making the files would take much time or more memory than is free."""
+    """Raises RunError where making the files would take much time or more memory than is free.
+
+    Int8 weights pass: they are refused later, with their own reason.
+    """
+    if is_quantized(folder):
+        return
     size = float_bytes(folder)
     if size > ONE_FILE:
         raise RunError(

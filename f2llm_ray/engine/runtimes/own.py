@@ -53,12 +53,19 @@ def has(folder: Path, info: ModelInfo, name: GraphName) -> bool:
 
 
 def opened(folder: Path, info: ModelInfo, name: GraphName, tokens_per_pass: int) -> GraphForward:
-    """Opens the file of a runtime and checks its vectors.
+    """Opens the file of a runtime in an export; see `open_checked`."""
+    return open_checked(folder, _facts(folder)["files"], info, name, tokens_per_pass)
+
+
+def open_checked(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], info: ModelInfo, name: GraphName, tokens_per_pass: int
+) -> GraphForward:
+    """Opens the file of a runtime and checks its vectors, given what was said of the folder's files.
 
     Raises:
         RunError: a file is damaged, or its vectors are not those of the golden texts.
     """
-    check_files(folder, name, _facts(folder)["files"])
+    check_files(folder, name, files)
     graph = open_forward(folder, info, name, torch.get_num_threads(), tokens_per_pass)
     check(graph, Golden.load(folder), str(folder / RUNTIMES[name].file))
     return graph

@@ -55,15 +55,18 @@ def cache_root() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "f2llm_ray" / "graphs"
 
 
-def entry(folder: Path, info: ModelInfo, wanted: Sequence[GraphName], threads: int) -> tuple[Path, Facts]:
-    """The entry of a model for these runtimes, made where it is not there; and its facts.
+def place_of(folder: Path, info: ModelInfo) -> Path:
+    """Where the entry of a model lies, there or not; all of its weights are read for that."""
+    return cache_root() / model_key(folder, info)
+
+
+def entry(place: Path, folder: Path, info: ModelInfo, wanted: Sequence[GraphName], threads: int) -> Facts:
+    """The facts of a model's entry for these runtimes, which is made at its place where it is not there.
 
     Raises:
         RunError: the model cannot be exported, or the cache cannot be written.
         DataError: the package onnx is missing.
     """
-    root = cache_root()
-    place = root / model_key(folder, info)
     with _locked(place):
         facts = _read(place, wanted)
         if facts is None:
@@ -73,12 +76,12 @@ def entry(folder: Path, info: ModelInfo, wanted: Sequence[GraphName], threads: i
             facts["pace"][cpu_name()] = _pace(place, info, facts, threads, export_backbone(folder))
             _write(place, facts)
         os.utime(place)
-    return place, facts
+    return facts
 
 
-def there(folder: Path, info: ModelInfo) -> bool:
-    """Whether a model has an entry."""
-    return (cache_root() / model_key(folder, info) / FACTS_FILE).is_file()
+def there(place: Path) -> bool:
+    """Whether an entry lies at a place."""
+    return (place / FACTS_FILE).is_file()
 
 
 def forget(place: Path) -> None:
