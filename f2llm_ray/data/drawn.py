@@ -31,14 +31,14 @@ def pair_tokens(
     sources: Sequence[str], seed: int, prepared: Folder, rows: int
 ) -> tuple[list[Tokens], list[Tokens]]:
     """Token lists of the queries (without instructions) and passages of about so many training rows."""
-    sides = []
-    drawn = list(_drawn(sources, seed, prepared, rows, ["query_key", "passage_key", "validation"]))
-    for name in ("query_key", "passage_key"):
-        keys = np.concatenate([key_numbers(table.filter(pc.invert(table["validation"]))[name]) for table in drawn])
-        distinct, places = np.unique(keys, axis=0, return_inverse=True)
-        texts = _texts(prepared, distinct)
-        sides.append([texts[place] for place in places.reshape(-1)])
-    return sides[0], sides[1]
+    columns = ["query_key", "passage_key"]
+    drawn = _drawn(sources, seed, prepared, rows, [*columns, "validation"])
+    trained = pa.concat_tables(table.filter(pc.invert(table["validation"])) for table in drawn)
+    keys = np.concatenate([key_numbers(trained[name]) for name in columns])
+    distinct, places = np.unique(keys, axis=0, return_inverse=True)
+    texts = _texts(prepared, distinct)
+    listed = [texts[place] for place in places.reshape(-1)]
+    return listed[: len(trained)], listed[len(trained) :]
 
 
 def _drawn(

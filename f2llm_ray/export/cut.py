@@ -69,7 +69,7 @@ def cut(model: Path, out: Path, *, layers: int | None = None, dims: int | None =
     before = load_calibration(model)
     with building(out) as path:
         save_model(path, small, load_tokenizer(model), named)
-        token_map = load_map(model)
+        token_map = load_map(Folder.at(str(model)))
         if token_map is not None:
             save_map(token_map, path)
         # Ranges for int8 are measured on training text: those of other layers are not known here.

@@ -64,7 +64,10 @@ def main_dims(table_vD: torch.Tensor, dims: int) -> torch.Tensor:
     # Of a table in float64, D by D: the same directions on any machine, but for their signs, which are set below.
     gram_DD = sum((part.double().T @ part.double() for part in table_vD.split(65_536)), torch.zeros(()))
     _, directions_DD = torch.linalg.eigh(gram_DD)  # the largest last
-    main_Dd = directions_DD.flip(1)[:, :dims]
-    largest_d = main_Dd.gather(0, main_Dd.abs().argmax(0, keepdim=True))
-    cut_vd = table_vD.double() @ (main_Dd * largest_d.sign())
+    cut_vd = table_vD.double() @ signed(directions_DD.flip(1)[:, :dims])
     return (cut_vd / cut_vd.square().mean().sqrt()).to(table_vD.dtype)
+
+
+def signed(directions: torch.Tensor) -> torch.Tensor:
+    """Directions, one a column, each with the sign that makes its largest entry positive, as on any machine."""
+    return directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()

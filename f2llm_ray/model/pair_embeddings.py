@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from f2llm_ray.data.tokens.store import Tokens
+from f2llm_ray.model.embeddings import signed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +66,7 @@ def pair_embeddings(
         values_q, turn_qq = torch.linalg.eigh(basis_vq.T @ _twice(parts, basis_vq))  # the largest last
         main_vd = basis_vq @ turn_qq.flip(1)[:, :dims]
         main_vd[:, values_q.flip(0)[:dims] <= values_q.max() * 1e-12] = 0  # fewer pairs than dims
-        largest_d = main_vd.gather(0, main_vd.abs().argmax(0, keepdim=True))
-        there_v1 = _there(parts, vocabulary)[:, None]
-        return torch.nn.functional.normalize(main_vd * largest_d.sign() * there_v1, dim=1)
+        return torch.nn.functional.normalize(signed(main_vd) * _there(parts), dim=1)
     finally:
         torch.set_num_threads(threads)
 
@@ -104,9 +103,7 @@ def _twice(parts: Sequence[torch.Tensor], basis_vq: torch.Tensor) -> torch.Tenso
     )
 
 
-def _there(parts: Sequence[torch.Tensor], vocabulary: int) -> torch.Tensor:
-    """Whether each token has any weight in some pair [v]: one that stands in every pair has none."""
-    sums_v = torch.zeros(vocabulary, dtype=torch.float64)
-    for part in parts:
-        sums_v.index_add_(0, part._indices()[1], part._values())  # noqa: SLF001 (they need not be coalesced)
-    return sums_v > 0
+def _there(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether each token has any weight in some pair [v, 1]: one that stands in every pair has none."""
+    sums_v1 = [torch.sparse.mm(part.t(), torch.ones(len(part), 1, dtype=part.dtype)) for part in parts]
+    return torch.stack(sums_v1).sum(dim=0) > 0

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from f2llm_ray.data.tokens.store import Tokens
+    from f2llm_ray.run.folder import Folder
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 MAP_FILE = "f2llm/token_map.safetensors"
@@ -84,12 +85,11 @@ def save_map(table: TokenMap, folder: Path) -> None:
     save_file({"first": table.first, "ids": table.ids}, path)
 
 
-def load_map(folder: Path) -> TokenMap | None:
+def load_map(folder: Folder) -> TokenMap | None:
     """The map of a model folder, None where the model has its parent's tokens."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
-    path = folder / MAP_FILE
-    return TokenMap(**load_file(path)) if path.is_file() else None
+    return TokenMap(**load(folder.read_bytes(MAP_FILE))) if folder.exists(MAP_FILE) else None
 
 
 def count_tokens(store: Path, vocabulary: int, table: TokenMap | None = None) -> Ids:

@@ -221,8 +221,7 @@ def _calibrate(model: Folder, prepared: Folder, sources: Sequence[str], seed: in
     torch.set_num_threads(1)
     with model.as_local() as path:
         engine = Engine(path)
-        table = load_map(path)
-    tokens = remap(calibration_tokens(sources, seed, prepared, CALIBRATION_ROWS), table)
+    tokens = remap(calibration_tokens(sources, seed, prepared, CALIBRATION_ROWS), load_map(model))
     save_calibration(model, calibrate(engine, tokens))
 
 

@@ -49,7 +49,7 @@ def quantize_model(
         save_quantized(before, after, embeddings=embeddings)
         made = Folder.at(str(after))
         made.write_json(INFO_FILE, {**made.read_json(INFO_FILE), "name": model_name})
-        tokens = remap(calibration_tokens(sources, seed, prepared, ROWS), load_map(before))
+        tokens = remap(calibration_tokens(sources, seed, prepared, ROWS), load_map(parent))
         facts = {
             "bytes_of_weights": {"float": _weights(before), "int8": _weights(after)},
             **compare(before, after, tokens),

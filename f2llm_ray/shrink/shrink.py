@@ -40,9 +40,7 @@ def score_parts(
     Returns:
         Facts for the manifest: the calibration's texts and tokens, and a summary of the scores.
     """
-    with parent.as_local() as folder:
-        table = load_map(folder)
-    calibration = remap(calibration_tokens(sources, seed, prepared, settings.calibration_rows), table)
+    calibration = remap(calibration_tokens(sources, seed, prepared, settings.calibration_rows), load_map(parent))
     say(f"importance: {settings.importance} scores, {len(calibration):,} texts")
     importance = part_scores.score(parent, calibration, settings, compute, seed=seed)
     facts = {
@@ -69,7 +67,7 @@ def shrink(
     """
     with parent.as_local() as folder:
         info, tokenizer, backbone = load_info(folder), load_tokenizer(folder), load_backbone(folder).eval()
-        table = load_map(folder)
+    table = load_map(parent)
     with scored.as_local() as folder:
         stays = family_of(backbone.config).first_layer_stays
         kept = choose(part_scores.load(folder), settings, first_layer_stays=stays, place=place)

@@ -92,6 +92,7 @@ class Worker:
         from f2llm_ray.model.checkpoint import load_backbone, load_info
         from f2llm_ray.model.dense import end_in
         from f2llm_ray.model.vocabulary import load_map
+        from f2llm_ray.run.folder import Folder
         from f2llm_ray.train.objective import Student
         from f2llm_ray.train.teacher_store import TeacherStore
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
@@ -135,7 +136,7 @@ class Worker:
                 backbone,
                 self.info.pooling,
                 settings.engine.tokens_per_pass,
-                load_map(student),
+                load_map(Folder.at(str(student))),
                 loss.projected_dims,
                 settings.exits,
             )

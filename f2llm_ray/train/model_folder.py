@@ -67,7 +67,7 @@ def write_reweighted(
         end_in(backbone, ends[-1], str(model))
     state = {name: weight(name, value) for name, value in backbone.state_dict().items()}
     save_model(folder, backbone, load_tokenizer(model), info, state=state)
-    token_map = load_map(model)
+    token_map = load_map(Folder.at(str(model)))
     if token_map is not None:
         save_map(token_map, folder)
 

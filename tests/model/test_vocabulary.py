@@ -23,6 +23,7 @@ from f2llm_ray.model.vocabulary import (
     remap,
     save_map,
 )
+from f2llm_ray.run.folder import Folder
 from tests.encoders import KINDS, tokenizer_of
 from tests.tiny import LINES, tiny_model
 
@@ -181,10 +182,10 @@ def test_a_token_that_is_gone_is_an_error_and_no_map_is_no_change(tmp_path: Path
     assert [text.tolist() for text in remap(texts, table)] == [[0, 1, 1], [1, 1]]
     with pytest.raises(RunError, match="token 1 is not in the pruned vocabulary"):
         remap([np.array([0, 1], np.uint32)], table)
-    assert load_map(tmp_path) is None
+    assert load_map(Folder.at(str(tmp_path))) is None
     assert remap(texts, None) == texts
     save_map(table, tmp_path)
-    again = load_map(tmp_path)
+    again = load_map(Folder.at(str(tmp_path)))
     assert again is not None
     assert (again.first.tolist(), again.ids.tolist()) == (table.first.tolist(), table.ids.tolist())
 

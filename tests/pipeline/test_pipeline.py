@@ -152,7 +152,7 @@ def test_a_cut_vocabulary_goes_with_the_model_that_is_taught(finished: dict[str,
     parent, taught = (Engine(next(root.glob(f"{name}-*/model"))) for name in ("stage1", "distilled"))
     texts = pq.read_table(next(root.glob("prepare-*/rows"))).filter(pc.field("drop").is_null())
     passages = texts["passage"].to_pylist()
-    mapped = remap(parent.tokenize(passages), load_map(next(root.glob("distilled-*/model"))))
+    mapped = remap(parent.tokenize(passages), load_map(Folder.at(str(next(root.glob("distilled-*/model"))))))
     assert [ids.tolist() for ids in mapped] == [ids.tolist() for ids in taught.tokenize(passages)]
     assert (next(root.glob("distilled-*/model")) / "f2llm" / "calibration.safetensors").is_file()
     card = find_model(Arguments(root=str(root))).card

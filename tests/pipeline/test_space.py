@@ -118,7 +118,7 @@ def test_models_say_where_they_end(made: Made) -> None:
     smaller, contrast = (load_info(made.model(name)) for name in ("smaller", "contrast"))
     assert (smaller.space, smaller.dims) == (None, (DIMS,))
     assert Engine(made.model("smaller")).embed(["one"]).shape == (1, DIMS)
-    maps = [load_map(made.model(name)) for name in ("trimmed", "smaller")]
+    maps = [load_map(Folder.at(str(made.model(name)))) for name in ("trimmed", "smaller")]
     assert maps[0] is not None
     assert maps[1] is not None, "the tokens of a trimmed model are read through its map, whatever is pruned after"
     assert (maps[0].first.tolist(), maps[0].ids.tolist()) == (maps[1].first.tolist(), maps[1].ids.tolist())
