@@ -20,8 +20,6 @@ from f2llm_ray.base.progress import say
 from f2llm_ray.commands.command_line import engine_option
 
 APPLICATION = "embeddings"
-REPORT = "report.json"
-"""What the root of a finished run has."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from f2llm_ray.base.session import connect
     from f2llm_ray.run.folder import Folder
+    from f2llm_ray.run.root import REPORT
     from f2llm_ray.serve.app import application
     from f2llm_ray.serve.served_model import Arguments, checked, find_model
 

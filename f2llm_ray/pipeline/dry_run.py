@@ -66,9 +66,11 @@ def overview(graph: Graph, run: Run) -> list[str]:
     recipe = graph.recipe
     lines = [f"reads {name}: {_read(name, source)}" for name, source in recipe.sources.items()]
     for name, found in recipe.evaluation.sets.items():
-        read = f": {_read(name, found.source)}" if isinstance(found, SourceSet) else ""
-        some = isinstance(found, SourceSet) and found.passages
-        lines.append(f"measures on {name}{read}" + (f", {some:,} passages of them" if some else ""))
+        line = f"measures on {name}"
+        if isinstance(found, SourceSet):
+            line += f": {_read(name, found.source)}"
+            line += f", {found.passages:,} passages of them" if found.passages else ""
+        lines.append(line)
     if not recipe.evaluation.sets:
         lines.append("measures on nothing: evaluation.sets is empty, so that the report will have no scores")
     for name, step in recipe.steps().items():

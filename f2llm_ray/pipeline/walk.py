@@ -15,7 +15,7 @@ from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.graph import Graph
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
-from f2llm_ray.run.root import Run
+from f2llm_ray.run.root import REPORT, Run
 from f2llm_ray.run.stage import Stage, changes
 from f2llm_ray.train.settings import Distill, is_endpoint
 
@@ -273,9 +273,9 @@ class Pipeline:
 
 def replaced_report(recipe: Recipe, run: Run) -> str | None:
     """A line on the run whose report is in the root, where the recipe has another name; None where it has not."""
-    if not run.root.exists("report.json"):
+    if not run.root.exists(REPORT):
         return None
-    name = run.root.read_json("report.json").get("name")
+    name = run.root.read_json(REPORT).get("name")
     if name == recipe.name:
         return None
     return (

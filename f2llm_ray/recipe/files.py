@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -64,14 +63,13 @@ def resolved(
     Raises:
         RecipeError: unreadable file, or an override that is none.
     """
-    settings = _read(recipe, ()) if isinstance(recipe, str) else _extended(deepcopy(dict(recipe)), ())
-    settings = _each_its_own(settings)
+    settings = _each_its_own(_read(recipe, ()) if isinstance(recipe, str) else _extended(recipe, ()))
     _apply(settings, [_parsed(override) for override in overrides])
     return _merge(settings, changes or {})
 
 
 def _each_its_own(value: Any) -> Any:
-    """The same with no two mappings one object, as a YAML anchor makes them: a change of one is of one place."""
+    """A copy with no two mappings one object, as a YAML anchor makes them: a change of one is of one place."""
     if isinstance(value, dict):
         return {key: _each_its_own(inner) for key, inner in value.items()}
     return [_each_its_own(inner) for inner in value] if isinstance(value, list) else value
@@ -212,10 +210,13 @@ def _section_of(settings: Settings, path: tuple[str, ...]) -> Settings:
 
 
 def _no_stage(name: str, stages: list[str]) -> str:
-    near = difflib.get_close_matches(name, stages, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
+    meant = _did_you_mean(difflib.get_close_matches(name, stages, n=1))
     there = f"the stages are {', '.join(stages)}" if stages else "there are no stages"
     return f"no stage is called {name}{meant}; {there}; stages.{name}={{...}} adds one"
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _describe(section: type[Section], details: Any) -> str:
@@ -240,7 +241,7 @@ def _meant(where: str, allowed: Sequence[str]) -> str:
         meant = last if last in allowed else alias.key
         hint = f"; did you mean {meant}" + (f" ({alias.note})?" if alias.note else "?")
     else:
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        hint = _did_you_mean(near)
     return f"{hint}; `f2llm recipe explain{' ' if place else ''}{place}` lists all"
 
 

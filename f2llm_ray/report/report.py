@@ -39,6 +39,7 @@ from f2llm_ray.report.read_scores import (
 from f2llm_ray.report.report_plots import LANGUAGES_PLOTTED, Plots, plots_of
 from f2llm_ray.report.resources import by_resources
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import REPORT
 
 LANGUAGES_OPEN = 20
 """Rows of the per-language table that are shown before unfolding it."""
@@ -51,7 +52,7 @@ TYPES_OPEN = 9
 def write_report(root: Folder, report: dict[str, Any]) -> None:
     """Writes report.json, report.html and plots/ into the run's root, and a card into the folder of each model."""
     plots = plots_of(report)
-    root.write_json("report.json", report)
+    root.write_json(REPORT, report)
     root.write_bytes("report.html", render(report, plots).encode("utf-8"))
     (root / "plots").clear()
     for plot in plots.all():

@@ -18,6 +18,8 @@ from f2llm_ray.run.stage import Facts, Stage
 
 LIBRARIES = ("ray", "torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "numpy")
 MANIFEST = "manifest.json"
+REPORT = "report.json"
+"""In the root of a finished run."""
 EARLIER = "earlier.json"
 """In the folder of a stage that is not finished: the seconds of tries that an error or Ctrl-C ended."""
 

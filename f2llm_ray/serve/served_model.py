@@ -16,6 +16,7 @@ from f2llm_ray.base.errors import F2LLMError, RunError
 from f2llm_ray.model.checkpoint import CALIBRATION_FILE, load_info
 from f2llm_ray.model.dims import EMBEDDING_TYPES
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import REPORT
 from f2llm_ray.serve.api import ModelCard, Scores, Types
 from f2llm_ray.serve.limits import longest_text
 from f2llm_ray.serve.search import check_corpus
@@ -108,7 +109,7 @@ def find_model(args: Arguments) -> ServedModel:
         entries = {known.name: known for known in report.models}
         wanted = settings.model or report.models[-1].name
         if wanted not in entries:
-            raise RunError(f"{folder.uri}/report.json: model {wanted!r} is not one of {', '.join(entries)}")
+            raise RunError(f"{folder.uri}/{REPORT}: model {wanted!r} is not one of {', '.join(entries)}")
         entry = entries[wanted]
         folder = folder / entry.folder
     info = load_info(folder)
@@ -136,12 +137,12 @@ def with_limits(settings: Serving, given: Limits) -> Serving:
 
 
 def _report(root: Folder) -> Report:
-    if not root.exists("report.json"):
-        raise RunError(f"{root.uri}: no finished run: it has no report.json; run `f2llm run` first")
+    if not root.exists(REPORT):
+        raise RunError(f"{root.uri}: no finished run: it has no {REPORT}; run `f2llm run` first")
     try:
-        return Report.model_validate(root.read_json("report.json"))
+        return Report.model_validate(root.read_json(REPORT))
     except ValidationError as error:
-        raise RunError(f"{root.uri}/report.json: not the report of a run: {error}") from None
+        raise RunError(f"{root.uri}/{REPORT}: not the report of a run: {error}") from None
 
 
 def checked(find: Callable[[], T]) -> T:
