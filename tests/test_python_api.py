@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +130,6 @@ def test_what_cannot_be_encoded_is_refused(model: f2.Model, arguments: dict[str,
 
 
 # Near-duplicates.
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    yield
-    ray.shutdown()
 
 
 def texts_of(count: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.account import told
 from f2llm_ray.data.near.components import EDGE, smallest, spread, stars
 from f2llm_ray.data.schema import text_key
@@ -60,15 +58,6 @@ def planted() -> Edges:
     edges += [(2000, other) for other in range(2001, 3000)]
     edges += [(a, b) for a in range(4000, 4020) for b in range(4000, a)]
     return [*edges, (5000, 5000), (5001, 5002), (5002, 5001)]
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 @pytest.mark.usefixtures("ray_here")

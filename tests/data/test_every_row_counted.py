@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.clean import clean, normalize
 from f2llm_ray.data.reading.columns import Columns
 from f2llm_ray.data.reading.files import TableSource
@@ -218,6 +217,7 @@ def test_rows_in_are_rows_kept_and_rows_dropped_by_reason(data: st.DataObject, f
     assert all(row["negatives"] == ["no"] and row["language"] == "deu" for row in kept)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_counts_every_record_of_every_file(tmp_path: Path) -> None:
     """All kinds in all formats at once; each good record of the first file stands in a second one again."""
     sources, planted = {}, {}
@@ -243,14 +243,8 @@ def test_a_run_counts_every_record_of_every_file(tmp_path: Path) -> None:
         "backbone": {"shape": {"hidden": 32, "layers": 1, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 64}},
         "stages": {"stage1": {"engine": {"precision": "fp32"}}},
     }
-    connect()
-    try:
-        pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
-        pipeline.job("prepare")
-    finally:
-        import ray
-
-        ray.shutdown()
+    pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
+    pipeline.job("prepare")
     prepared = pipeline.run.folder(pipeline.graph.prepare)
     card = prepared.read_json("card.json")
     for form, counts in planted.items():

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.keys import add_keys
 from f2llm_ray.data.near.find import _connect_spread
@@ -157,15 +155,6 @@ def prepare(recipe: Recipe, folder: Path) -> None:
 def digest(prepared: Path) -> dict[str, str]:
     files = [path for name in OUTPUT for path in sorted((prepared / name).rglob("*")) if path.is_file()]
     return {str(path.relative_to(prepared)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

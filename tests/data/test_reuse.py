@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from f2llm_ray.base.errors import DataError
-from f2llm_ray.base.session import connect
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.run.folder import Folder
@@ -22,13 +20,7 @@ from tests.tiny import tiny_model
 KEPT = ("rows", "table", "tokens", "card.json")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.fixture

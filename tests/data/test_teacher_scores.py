@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm_ray.base.errors import DataError, RecipeError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.build import BatchPlan, build_batches
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.reading.columns import Columns
@@ -166,6 +165,7 @@ def lines() -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_every_score_of_a_batch_is_that_of_its_pair(tmp_path: Path) -> None:
     """Through cleaning, near-duplicates, dedup and the draw of negatives, beside a source without scores."""
     given = lines()
@@ -178,23 +178,17 @@ def test_every_score_of_a_batch_is_that_of_its_pair(tmp_path: Path) -> None:
     for entry in content["sources"].values():
         entry["paths"] = [str(tmp_path / path) for path in entry["paths"]]
     content["tokenizer"]["path"] = str(tiny_model(tmp_path / "tiny"))
-    connect()
-    try:
-        pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
-        pipeline.job("prepare")
-        prepared = pipeline.run.folder(pipeline.graph.prepare)
-        check(given, prepared, tmp_path / "batches", mined=None)
-        table = prepared.read_table("table/scored.parquet", ["row_key", "passage_key", "negative_keys"])
-        other = table["passage_key"][0].as_py()
-        lists = [[*keys[::-1], other] for keys in table["negative_keys"].to_pylist()]
-        mined = Folder.at(str(tmp_path / "mined"))
-        of_row = {"row_key": table["row_key"], "negative_keys": pa.array(lists, pa.list_(KEY))}
-        mined.write_table("scored.parquet", [pa.table(of_row)], pa.table(of_row).schema)
-        check(given, prepared, tmp_path / "of_mined", mined=mined, unscored=other)
-    finally:
-        import ray
-
-        ray.shutdown()
+    pipeline = Pipeline(load_recipe(str(write_recipe(tmp_path, content))), str(tmp_path / "root"))
+    pipeline.job("prepare")
+    prepared = pipeline.run.folder(pipeline.graph.prepare)
+    check(given, prepared, tmp_path / "batches", mined=None)
+    table = prepared.read_table("table/scored.parquet", ["row_key", "passage_key", "negative_keys"])
+    other = table["passage_key"][0].as_py()
+    lists = [[*keys[::-1], other] for keys in table["negative_keys"].to_pylist()]
+    mined = Folder.at(str(tmp_path / "mined"))
+    of_row = {"row_key": table["row_key"], "negative_keys": pa.array(lists, pa.list_(KEY))}
+    mined.write_table("scored.parquet", [pa.table(of_row)], pa.table(of_row).schema)
+    check(given, prepared, tmp_path / "of_mined", mined=mined, unscored=other)
 
 
 def check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from f2llm_ray.base.errors import DataError, F2LLMError, RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.decontaminate import make_screen
 from f2llm_ray.data.settings import Decontamination
 from f2llm_ray.engine.engine import Engine
@@ -221,8 +219,9 @@ def test_retrieval_is_the_kind_of_entries_without_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeline, Path]]:
+def evaluated(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> tuple[Pipeline, Path]:
     """A run up to the evaluation of its untrained model, with sets of three kinds and two baselines."""
+    del ray_here
     folder = tmp_path_factory.mktemp("labelled")
     corpus = write_corpus(folder, rows=160)
     held = corpus["evaluation"]["sets"]["held"]["source"]
@@ -235,7 +234,6 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
     }
     beside = tiny_model(folder / "beside", hidden=16)
     engine = Engine(beside)
-    connect()
     with openai_endpoint(lambda texts: engine.embed_counted(texts)[0]) as endpoint:
         corpus["evaluation"]["baselines"] = [str(beside), f"{endpoint.url}#far"]
         pipeline = Pipeline(load_recipe(str(write_recipe(folder, corpus))), str(folder / "root"))
@@ -243,10 +241,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pipeli
         pipeline.model("untrained")
         pipeline.evaluate()
     # Nobody answers at the endpoint any more: it was asked once.
-    yield pipeline, folder
-    import ray
-
-    ray.shutdown()
+    return pipeline, folder
 
 
 def untrained(pipeline: Pipeline) -> str:

@@ -21,7 +21,6 @@ from mteb.types import PromptType
 from ray import cloudpickle
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.evaluate.mteb_model import MtebEncoder, instruction_of, model_meta, prompts_of
 from f2llm_ray.evaluate.mteb_run import _Encoder, find_tasks, run_mteb
@@ -101,18 +100,13 @@ def test_a_model_without_instructions_has_its_own_prompts(folder: Path, tmp_path
         np.testing.assert_allclose(found, engine.embed(LINES, prompt=prompt), atol=1e-6)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path, tmp_path: Path) -> None:
-    import ray
-
-    connect()
-    try:
-        tasks = [MockRetrievalTask(), Broken(), MockBitextMiningTask(), MockSTSTask()]
-        with pytest.raises(RunError, match=r"failed.*\nBroken: OSError: no such data set$"):
-            run_mteb(str(folder), tasks, str(tmp_path), workers=2)
-        files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("Mock*.json")}
-        scores = run_mteb(str(folder), [task for task in tasks if task.metadata.name != "Broken"], str(tmp_path))
-    finally:
-        ray.shutdown()
+    tasks = [MockRetrievalTask(), Broken(), MockBitextMiningTask(), MockSTSTask()]
+    with pytest.raises(RunError, match=r"failed.*\nBroken: OSError: no such data set$"):
+        run_mteb(str(folder), tasks, str(tmp_path), workers=2)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("Mock*.json")}
+    scores = run_mteb(str(folder), [task for task in tasks if task.metadata.name != "Broken"], str(tmp_path))
     assert {file: file.stat().st_mtime_ns for file in files} == files
     assert list(scores) == ["MockBitextMiningTask", "MockRetrievalTask", "MockSTSTask"]
     meta, cache = model_meta(folder), mteb.ResultCache(tmp_path)
@@ -123,29 +117,22 @@ def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path,
         assert loaded.get_score() == pytest.approx(score)
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_two_workers_score_as_one_and_go_on_within_a_task(folder: Path, tmp_path: Path) -> None:
     """A large task is shared: its pieces go to all workers, and those that are there are not encoded again."""
-    import ray
-
-    connect()
-    try:
-        found = {
-            workers: run_mteb(
-                str(folder),
-                [MockBitextMiningTask(), MockRetrievalTask()],
-                str(tmp_path / str(workers)),
-                workers=workers,
-            )
-            for workers in (1, 2)
-        }
-        with pytest.raises(RunError, match="Late: ValueError: after all vectors"):
-            run_mteb(str(folder), [Late()], str(tmp_path / "1"), workers=2)
-        with pytest.raises(
-            RunError, match=r"its results are with the instructions 'own', and 'f2llm-v2' are asked"
-        ):
-            run_mteb(str(folder), [Late()], str(tmp_path / "1"), prompts="f2llm-v2")
-    finally:
-        ray.shutdown()
+    found = {
+        workers: run_mteb(
+            str(folder),
+            [MockBitextMiningTask(), MockRetrievalTask()],
+            str(tmp_path / str(workers)),
+            workers=workers,
+        )
+        for workers in (1, 2)
+    }
+    with pytest.raises(RunError, match="Late: ValueError: after all vectors"):
+        run_mteb(str(folder), [Late()], str(tmp_path / "1"), workers=2)
+    with pytest.raises(RunError, match=r"its results are with the instructions 'own', and 'f2llm-v2' are asked"):
+        run_mteb(str(folder), [Late()], str(tmp_path / "1"), prompts="f2llm-v2")
     assert found[1] == found[2]
     for task in (MockBitextMiningTask(), MockRetrievalTask()):
         (alone,) = mteb.evaluate(MtebEncoder(folder), task, cache=None, co2_tracker=False).task_results

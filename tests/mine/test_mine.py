@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from pyarrow import parquet as pq
 from safetensors.torch import load_file, save_file
 
 from f2llm_ray.base.errors import RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, seeded_key, text_key
 from f2llm_ray.data.tokens import store as tokens
@@ -250,13 +247,6 @@ def small_recipe() -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    connect()
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
@@ -295,7 +285,7 @@ def mined_in_order(prepared: Folder, model: Path, out: Folder, settings: Mine, s
         _join({"source": name}, prepared=prepared, out=out, count=settings.count)
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_that_broke_off_goes_on_to_the_bytes_of_one_process_in_another_order(
     tmp_path: Path, model: Path, tables: dict[str, pa.Table], texts: dict[bytes, str]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +104,6 @@ def test_the_table_compares_with_the_reference() -> None:
     assert "&lt;x&gt;" in html
     assert "<svg" in html
     assert "Best of 1 variant: whole, ndcg@10 0.450, 75.0 % of the reference." in html
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    from f2llm_ray.base.session import connect
-
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 @pytest.mark.timeout(300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.store import TokenStore, cut
 from f2llm_ray.data.tokens.tokenizer import load_tokenizer
@@ -47,15 +45,12 @@ def recipe_of(folder: Path, backbone: Path, **changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    import ray
-
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
+    del ray_here
     folder = tmp_path_factory.mktemp("encoder")
     backbone = encoder_folder(folder / "backbone", "xlm-roberta", prompts=PROMPTS, layers=3)
-    connect()
     Pipeline(recipe_of(folder, backbone), str(folder / "root")).everything()
-    yield folder / "root"
-    ray.shutdown()
+    return folder / "root"
 
 
 def test_models_read_longer_texts_than_they_are_trained_on(finished: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from f2llm_ray.base.errors import RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.plan.stage_work import shape_of, stage_work
@@ -35,20 +33,17 @@ def recipe_of(folder: Path, keep: dict[str, Any], **more: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Path:
     """Pruned by `keep` and by a step with the same numbers; and the whole one, kept."""
-    import ray
-
+    del ray_here
     folder = tmp_path_factory.mktemp("keep")
     recipe = recipe_of(folder, CUT, same={"kind": "prune", "model": "untrained", **CUT})
-    connect()
     pipeline = Pipeline(recipe, str(folder / "root"))
     pipeline.job("prepare")
     pipeline.job("train", "untrained")
     for name in ("kept", "same"):
         pipeline.model(name)
-    yield folder / "root"
-    ray.shutdown()
+    return folder / "root"
 
 
 def weights(root: Path, model: str) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import yaml
 from safetensors.torch import load_file
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.drawn import pair_tokens
 from f2llm_ray.data.schema import key_numbers
 from f2llm_ray.data.tokens.store import TokenStore
@@ -70,15 +68,6 @@ def recipe(folder: Path) -> Path:
     corpus["distill"] |= {"checkpoint_every": 2, "keep_best": True, "lr": 100, "warmup_steps": 6}
     corpus["evaluation"]["during_training"] = True
     return write_recipe(folder, corpus)
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 def seals(root: Path) -> set[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from f2llm_ray.base.errors import RecipeError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.engine import Engine
@@ -95,15 +93,12 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    import ray
-
+def made(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Made:
+    del ray_here
     folder = tmp_path_factory.mktemp("space")
     teacher = encoder_folder(folder / "teacher", "xlm-roberta", prompts=PROMPTS)
-    connect()
     report = Pipeline(recipe_of(folder, teacher), str(folder / "root")).everything()
-    yield Made(teacher, folder / "root", report)
-    ray.shutdown()
+    return Made(teacher, folder / "root", report)
 
 
 def test_models_say_where_they_end(made: Made) -> None:

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from pyarrow import csv
 from pyarrow import parquet as pq
 
@@ -39,13 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def texts_of(rows: int) -> list[str]:
     """Every third text comes again, some are long, some are not Latin."""
     return [f"猫 {i // 3 if i % 3 == 0 else i} " + "the cat " * (i % 50) for i in range(rows)]
@@ -66,7 +57,7 @@ def here(job: EmbedJob, *, unit: int = 0) -> pa.Table:
     return pq.read_table(f"{output.path}/{chosen.shard}")
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None:
     texts = texts_of(250)
     ids = [f"doc-{i}" for i in range(250)]
@@ -137,7 +128,7 @@ def test_a_run_its_resume_and_its_refusals(tmp_path: Path, folder: Path) -> None
             run(replace(job, **change))
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_files_that_change_cost_their_own_shards(tmp_path: Path, folder: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()

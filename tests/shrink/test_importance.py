@@ -142,21 +142,17 @@ def test_pieces_hold_every_text_in_order() -> None:
     assert all(100 <= sum(map(len, piece)) < 120 for piece in pieces[:-1])
 
 
+@pytest.mark.usefixtures("ray_here")
 def test_the_scores_of_two_actors_are_those_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import ray
 
     parent = Folder.at(str(tiny_model(tmp_path / "model")))
     given = texts(40)
     monkeypatch.setattr(part_scores.pieces_of, "__defaults__", (120,))
     assert len(part_scores.pieces_of(given)) == 4
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        compute = Compute(workers=2, cpus_per_worker=0.5)
-        found = part_scores.score(parent, given, Prune(model="x", layers=1), compute, seed=0)
-    finally:
-        ray.shutdown()
+    compute = Compute(workers=2, cpus_per_worker=0.5)
+    found = part_scores.score(parent, given, Prune(model="x", layers=1), compute, seed=0)
     model = load_backbone(Path(parent.path)).eval()
     whole = measure(model, given, pooling="last", tokens_per_pass=part_scores.TOKENS_PER_PASS).importance()
     for name in NAMES:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from f2llm_ray.base.errors import RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
@@ -64,15 +62,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content["distill"] |= {"teacher": "stage1", "model": "untrained", "max_minutes": 0.05, "validation_rows": 16}
     content["evaluation"] = {"sets": {}}
     return write_recipe(folder, content)
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
 
 
 def manifest(root: Path, stage: str) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from f2llm_ray.base.errors import DataError, RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.batches.table import BatchTable
 from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import shard_of
@@ -202,11 +201,9 @@ def facts_of(recipe: Recipe) -> dict[str, SourceFacts]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    import ray
-
+def made(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Made:
     folder = tmp_path_factory.mktemp("taught")
-    connect()
+    del ray_here
     given = settings(folder)
     recipe = recipe_of(given)
     pipeline = Pipeline(recipe, str(folder / "root"))
@@ -217,8 +214,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     prepared, untrained, pruned = (
         next((folder / "root").glob(f"{name}-*")) for name in ("prepare", "untrained", "pruned")
     )
-    yield Made(given, recipe, pipeline, prepared, untrained / "model", pruned / "model", out, facts)
-    ray.shutdown()
+    return Made(given, recipe, pipeline, prepared, untrained / "model", pruned / "model", out, facts)
 
 
 def run_teaching(pipeline: Pipeline) -> tuple[Path, dict[str, Any]]:

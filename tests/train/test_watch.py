@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,10 +26,9 @@ NAME = "ndcg@10 on lines"
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster(no_ray: None) -> None:
+    del no_ray
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def job_of(folder: Path) -> TrainJob:
