@@ -117,6 +117,7 @@ def test_mteb_loads_what_a_run_wrote_and_a_second_run_does_nothing(folder: Path,
         assert loaded.get_score() == pytest.approx(score)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_here")
 def test_two_workers_score_as_one_and_go_on_within_a_task(folder: Path, tmp_path: Path) -> None:
     """A large task is shared: its pieces go to all workers, and those that are there are not encoded again."""

@@ -289,6 +289,7 @@ def test_an_undisturbed_run_ends_with_the_same_weights(
     assert np.mean([loss for _, loss in losses[0][-5:]]) < np.mean([loss for _, loss in losses[0][:5]])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_chain_makes_three_sizes_in_one_root(
     finished: dict[str, Any], folder: Path, recipe: Path, ray_here: None

@@ -101,6 +101,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Made:
     return Made(teacher, folder / "root", report)
 
 
+@pytest.mark.slow
 def test_models_say_where_they_end(made: Made) -> None:
     checksum = fingerprint(Folder.at(str(made.teacher)))
     for name in ("vectors", "vectors-merged", "contrast", "contrast-int8"):
@@ -126,6 +127,7 @@ def test_models_say_where_they_end(made: Made) -> None:
     assert load_info(made.model("trimmed")).dims == (8, 16)
 
 
+@pytest.mark.slow
 def test_the_second_phase_copies_the_vectors_of_the_first(made: Made) -> None:
     first, second = (
         json.loads((made.stage(f"taught-{name}") / "manifest.json").read_text())["teaching"]
@@ -142,6 +144,7 @@ def test_the_second_phase_copies_the_vectors_of_the_first(made: Made) -> None:
     assert first["encoded_texts"] == first["texts"]
 
 
+@pytest.mark.slow
 def test_the_exported_map_is_the_one_that_was_trained(made: Made) -> None:
     """The last checkpoint is of step 2 of 4, and the merged model the mean of both: so is its map."""
     last, merged = (
@@ -157,6 +160,7 @@ def test_the_exported_map_is_the_one_that_was_trained(made: Made) -> None:
     assert last["linear.bias"].any()
 
 
+@pytest.mark.slow
 def test_the_map_is_a_part_of_the_vectors_of_every_loader(made: Made) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -177,6 +181,7 @@ def test_the_map_is_a_part_of_the_vectors_of_every_loader(made: Made) -> None:
     np.testing.assert_allclose(engine.embed(texts), by_hand.numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_scores_are_the_brute_force_ones(made: Made) -> None:
     held = RetrievalSet.read(Folder.at(str(made.stage("set-held"))))
     student, teacher = Engine(made.model("contrast")), Engine(made.teacher)
@@ -200,6 +205,7 @@ def test_mixed_scores_are_the_brute_force_ones(made: Made) -> None:
         assert entry["mixed"]["scores"]["held"][str(dim)]["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_reports_and_cards_name_the_teacher(made: Made) -> None:
     measured = [model["name"] for model in made.report["models"] if "mixed" in model]
     assert measured == ["vectors", "vectors-merged", "contrast", "contrast-int8"]
@@ -217,6 +223,7 @@ def test_reports_and_cards_name_the_teacher(made: Made) -> None:
     assert [step for step, _ in scores["ndcg@10 on held"]] == [2], "checkpoints are measured with their map"
 
 
+@pytest.mark.slow
 def test_a_finished_run_measures_nothing_again(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = Pipeline(recipe_of(made.root.parent, made.teacher), str(made.root))
     pipeline.everything()

@@ -97,6 +97,7 @@ def test_ctrl_c_in_a_training_is_told_in_one_line(cut_off: dict[str, Any]) -> No
     assert {"stage1: starts 2 workers", "stage1: workers read the model"} <= set(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_goes_on_keeps_its_steps_and_max_steps_makes_the_same_model(
     cut_off: dict[str, Any], recipe: Path, ray_here: None, capsys: pytest.CaptureFixture[str]
@@ -120,6 +121,7 @@ def test_a_run_that_goes_on_keeps_its_steps_and_max_steps_makes_the_same_model(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_distillation_teaches_the_batches_of_the_steps_that_fit(
     cut_off: dict[str, Any], recipe: Path, ray_here: None
