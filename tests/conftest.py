@@ -21,7 +21,7 @@ collect_ignore = [] if find_spec("mteb") else ["evaluate/test_mteb.py", "export/
 # Graph files that engines make of tiny models go there, for all tests of a run and the processes that they start.
 _cache = tempfile.TemporaryDirectory(prefix="f2llm-cache-")
 os.environ["XDG_CACHE_HOME"] = _cache.name
-# How often Ray Train looks whether its workers are ready or done: every 2 s by default, and these train for seconds.
+# Ray Train looks every 2 s whether its workers are ready or done, and these trainings take seconds.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
