@@ -35,10 +35,13 @@ from f2llm_ray.mine.rescore import near_table, rescore
 from f2llm_ray.mine.scorers import VectorScorer, look_at
 from f2llm_ray.mine.search import Layout, find_near
 from f2llm_ray.mine.settings import Mine
+from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.model_stages import _rescorer_files
 from f2llm_ray.recipe.files import parse
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.root import Run
+from tests.corpus import write_corpus
 from tests.encoders import tokenizer_of
 from tests.mine.test_mine import (
     Row,
@@ -365,3 +368,20 @@ def test_a_recipe_names_a_rescorer_that_can_be() -> None:
     recipe = parse(Recipe, {**settings, "mine": {"model": "untrained", "rescore": "models/judge"}}, "r")
     assert recipe.mine is not None
     assert recipe.mine.identity() == Mine(model="untrained").identity()  # what it reads counts by its content
+
+
+def test_mining_depends_on_the_content_of_the_rescorer(tmp_path: Path, judge: Path) -> None:
+    given = write_corpus(tmp_path, rows=40)
+
+    def mined(**more: Any) -> str:
+        recipe = parse(Recipe, {**given, "mine": {"model": "untrained", **more}}, "r")
+        stage = declare(recipe, Run(str(tmp_path / "root"))).mined
+        assert stage is not None
+        return stage.hash
+
+    copy = shutil.copytree(judge, tmp_path / "copy")
+    hashes = [mined(), mined(rescore=str(judge)), mined(rescore=str(copy))]
+    assert hashes[0] != hashes[1] == hashes[2]
+    other = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**other, "layer_norm_eps": 1e-5}))
+    assert mined(rescore=str(copy)) not in hashes
