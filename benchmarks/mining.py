@@ -25,8 +25,7 @@ from f2llm_ray.data.schema import KEY, seeded_key
 from f2llm_ray.engine.vector_files import shard_name
 from f2llm_ray.mine.candidates import Candidates, number_texts
 from f2llm_ray.mine.join_negatives import join_source
-from f2llm_ray.mine.mine import found_name
-from f2llm_ray.mine.search import FOUND, Layout, search
+from f2llm_ray.mine.search import FOUND, Layout, found_name, search
 from f2llm_ray.mine.settings import Mine
 from f2llm_ray.run.folder import Folder
 

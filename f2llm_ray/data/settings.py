@@ -54,6 +54,9 @@ class Decontamination(Section):
     """Share of a query's or passage's n-grams that a training text holds."""
     passages: Output[bool] = True
     """Look for the sets' passages too, not only for their queries."""
+    mteb: Content[tuple[str, ...]] = ()
+    """Names of mteb's tasks, such as STS17, whose texts are looked for beside those of the run's own sets: queries
+    and corpus, and the texts of other kinds, of the splits that are evaluated. The extra `mteb` loads them."""
 
 
 class NearDedup(Section):

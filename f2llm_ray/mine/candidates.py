@@ -40,6 +40,11 @@ class Candidates:
     passage: Ints
     """The text of each of these rows' own passage [n]."""
 
+    def rows_of(self, first_query: int, queries: int) -> slice:
+        """Which of the rows in `row`, `query` and `passage` are those of some queries that follow each other."""
+        first, last = np.searchsorted(self.query, [first_query, first_query + queries])
+        return slice(int(first), int(last))
+
     def positive_cells(self, first_query: int, queries: int, first: int, last: int) -> tuple[Ints, Ints]:
         """Where a block of queries meets its positives among the candidates first..last.
 

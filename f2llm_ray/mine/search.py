@@ -7,6 +7,7 @@ the block among the tile's candidates.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,22 @@ class Layout:
     """Texts per shard of vectors."""
     queries: int = 4096
     """Queries per shard of the search."""
+    rescored: int = 256
+    """Queries per part of the rescoring, which takes much longer; a shard of the search is a number of parts."""
+
+
+@dataclass(frozen=True)
+class Near:
+    """What was found for some queries that follow each other."""
+
+    score_qk: Vectors
+    """Of the nearest candidates that are no positives, falling; -inf where there were fewer than k."""
+    number_qk: Ints
+    """Which candidates these are; -1 where there were fewer."""
+    own_n: Vectors
+    """Score of each row's own passage."""
+    positives_q: Ints
+    """Positives of each query that are no farther than the last of the nearest."""
 
 
 def search(
@@ -50,17 +67,22 @@ def search(
     """Mines for all rows of one shard of a source's queries, by its shards of vectors.
 
     Returns:
-        The rows as `FOUND`, each with up to `count` candidates, nearest first; and how many candidates among the
-        nearest fell to each reason of `DROPPED`, over all rows. "positive" are those of the query, the row's own
-        included, that are no farther than the last candidate that was looked at.
+        What `choose_of_rows` returns.
     """
+    near = find_near(found, vectors, shard, settings.top_k, layout=layout, device=device)
+    return choose_of_rows(found, shard * layout.queries, near, settings)
+
+
+def find_near(
+    found: Candidates, vectors: Folder, shard: int, top_k: int, *, layout: Layout, device: str = "cpu"
+) -> Near:
+    """The nearest candidates of each query of one shard."""
     first_query = shard * layout.queries
     query_qd = gather(vectors, found.queries[first_query : first_query + layout.queries], layout.texts)
-    first_row, last_row = np.searchsorted(found.query, [first_query, first_query + len(query_qd)])
-    query_n = found.query[first_row:last_row] - first_query
-    own = _OwnScores(query_n, found.passage[first_row:last_row])
+    rows = found.rows_of(first_query, len(query_qd))
+    own = _OwnScores(found.query[rows] - first_query, found.passage[rows])
     blocks = [
-        _Block(torch.from_numpy(query_qd[at : at + BLOCK]).to(device), first_query + at, settings.top_k)
+        _Block(torch.from_numpy(query_qd[at : at + BLOCK]).to(device), first_query + at, top_k)
         for at in range(0, len(query_qd), BLOCK)
     ]
     # Room for one tile and its scores, allocated once: tiles differ in size, and freed ones leave holes. 80,000
@@ -77,17 +99,42 @@ def search(
                 block.offer(tile_pd, found, first, score_room)
     score_qk, number_qk = (part.cpu().numpy() for part in unpack(torch.cat([b.nearest.key_qk for b in blocks])))
     positives_q = np.concatenate([block.near_positives() for block in blocks])
+    return Near(score_qk, number_qk, own.scores, positives_q)
+
+
+def choose_of_rows(
+    found: Candidates, first_query: int, near: Near, settings: Mine
+) -> tuple[pa.Table, dict[str, int]]:
+    """Chooses the negatives of all rows of some queries.
+
+    Returns:
+        The rows as `FOUND`, each with up to `count` candidates, nearest first; and how many candidates among the
+        nearest fell to each reason of `DROPPED`, over all rows. "positive" are those of the query, the row's own
+        included, that are no farther than the last candidate that was looked at.
+    """
+    of_rows = found.rows_of(first_query, len(near.score_qk))
+    query_n = found.query[of_rows] - first_query
     dropped: Counter[str] = Counter(dict.fromkeys(DROPPED, 0))
-    dropped["positive"] = int(positives_q[query_n].sum())
+    dropped["positive"] = int(near.positives_q[query_n].sum())
     chosen, lengths = [], []
     for at in range(0, len(query_n), ROWS):
         rows = query_n[at : at + ROWS]
-        mask, reasons = choose(score_qk[rows], own.scores[at : at + ROWS], settings)
+        mask, reasons = choose(near.score_qk[rows], near.own_n[at : at + ROWS], settings)
         dropped.update(reasons)
-        chosen.append(number_qk[rows][mask].astype(np.uint32))
+        chosen.append(near.number_qk[rows][mask].astype(np.uint32))
         lengths.append(mask.sum(axis=1))
     lists = list_array(pa.array(np.concatenate(chosen)), np.concatenate(lengths))
-    return pa.table([pa.array(found.row[first_row:last_row]), lists], schema=FOUND), dict(dropped)
+    return pa.table([pa.array(found.row[of_rows]), lists], schema=FOUND), dict(dropped)
+
+
+def found_name(shard: int) -> str:
+    """File of what was found for a shard of queries."""
+    return f"{shard:06d}.parquet"
+
+
+def write_found(folder: Folder, shard: int, rows: pa.Table, dropped: dict[str, int]) -> None:
+    """Writes what `choose_of_rows` returned; the counts travel in the file, as several runs may write shards."""
+    folder.write_table(found_name(shard), [rows], FOUND.with_metadata({"dropped": json.dumps(dropped)}))
 
 
 class _OwnScores:

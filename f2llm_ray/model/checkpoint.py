@@ -257,7 +257,7 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(config, str(folder))
-        with _quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
+        with quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
             backbone, found = AutoModel.from_pretrained(
                 folder,
                 config=config,
@@ -318,7 +318,7 @@ def float_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' log to errors meanwhile."""
     from transformers.utils import logging
 

@@ -39,6 +39,7 @@ def collect(graph: Graph, run: Run) -> dict[str, Any]:
         "rows": prepared.get("rows", []),
         "languages": prepared.get("languages", {}),
         "texts": prepared.get("texts"),
+        "decontaminated": list(prepared.get("settings", {}).get("mteb", {})),
         "cut_texts": prepared.get("cut_texts", {}),
         "max_tokens": recipe.data.max_tokens,
         "backbone": recipe.backbone.path,

@@ -33,6 +33,7 @@ class DataStages:
     def __init__(self, recipe: Recipe, run: Run, inputs: StageInputs, *, rescreen: bool) -> None:
         self.recipe, self.run, self.inputs, self.rescreen = recipe, run, inputs, rescreen
         self.sets = {name: self._set(name, setting) for name, setting in recipe.evaluation.sets.items()}
+        self.public = {name: self._public(name) for name in recipe.data.decontaminate.mteb}
         self.prepare = self._prepare()
         self.overlaps = {name: self._overlap(name) for name in self.sets if not self._is_screened(name)}
 
@@ -50,6 +51,25 @@ class DataStages:
             places=places(sought),
             implied=True,
             work=partial(work.make_set, name, setting, self.recipe.data),
+        )
+
+    def _public(self, task: str) -> Stage:
+        """The texts of a task of mteb, for which rows are screened."""
+
+        def files() -> list[InputFile]:
+            from f2llm_ray.evaluate.mteb_texts import task_of, version_of
+
+            return [InputFile(f"mteb:{task}", None, version_of(task_of(task)))]
+
+        sought = {"task": Sought(task, files)}
+        return Stage(
+            name=f"mteb-{task}",
+            job=jobs.PREPARE,
+            settings={},
+            inputs=self.inputs.find(f"mteb-{task}", sought),
+            places=places(sought),
+            implied=True,
+            work=partial(work.write_mteb_texts, task),
         )
 
     def _screen_of(self, name: str) -> str:
@@ -75,6 +95,8 @@ class DataStages:
             # Batches are drawn from them in turn, and the first one's instruction is the model's default prompt.
             "order": list(recipe.sources),
         }
+        if self.public:
+            settings["mteb"] = {name: stage.hash for name, stage in self.public.items()}
         sought = self._sought()
         inputs = self.inputs.find("prepare", sought)
         screened = self._screened_for(settings, inputs, wanted)
@@ -85,7 +107,7 @@ class DataStages:
             settings=_with(settings, screened),
             inputs=inputs,
             places=places(sought),
-            needs=tuple(needed.values()),
+            needs=(*needed.values(), *self.public.values()),
             work=partial(self._prepare_work, inputs, needed),
             accept=partial(_accept_bad_rows, data.on_bad_row),
         )
@@ -120,6 +142,7 @@ class DataStages:
 
     def _prepare_work(self, inputs: Inputs, needed: Mapping[str, Stage], out: Folder) -> Facts:
         from f2llm_ray.data.prepare import Preparation, prepare
+        from f2llm_ray.evaluate.mteb_texts import read_texts
         from f2llm_ray.evaluate.tasks.registry import read_task
         from f2llm_ray.report.data_card import write_card
 
@@ -137,7 +160,10 @@ class DataStages:
             ),
             seed=recipe.seed,
             inputs=inputs,
-            screened={name: read_task(self.run.folder(stage)).screened() for name, stage in needed.items()},
+            screened={
+                **{name: read_task(self.run.folder(stage)).screened() for name, stage in needed.items()},
+                **{f"mteb:{name}": read_texts(self.run.folder(stage)) for name, stage in self.public.items()},
+            },
         )
         facts, card = prepare(task, out, self.run.root / "parts")
         write_card(out, {"name": recipe.name, "sources": work.source_labels(recipe.sources), **card})
@@ -178,7 +204,8 @@ def _set_files(name: str, setting: EvaluationSet) -> list[InputFile]:
 
 def _with(settings: Mapping[str, Any], screened: Mapping[str, str]) -> dict[str, Any]:
     """The settings of prepared data that are screened for these sets; how is no matter where there are none."""
-    data = {key: value for key, value in settings["data"].items() if screened or key != "decontaminate"}
+    some = screened or "mteb" in settings
+    data = {key: value for key, value in settings["data"].items() if some or key != "decontaminate"}
     return {**settings, "data": data, SCREENED: dict(screened)}
 
 

@@ -14,6 +14,7 @@ from f2llm_ray.data.schema import SourceFacts
 from f2llm_ray.model.checkpoint import check_family
 from f2llm_ray.model.settings import PAIRS, PARTS, Prune, Soup
 from f2llm_ray.pipeline import jobs, work
+from f2llm_ray.pipeline.baselines import baseline_place
 from f2llm_ray.pipeline.data_stages import DataStages
 from f2llm_ray.pipeline.graph import Kind, Model
 from f2llm_ray.pipeline.stage_inputs import Sought, StageInputs, places
@@ -123,26 +124,41 @@ class ModelStages:
         )
 
     def _mine(self) -> None:
-        """Declares the mining as soon as the model that mines is among those made."""
+        """Declares the mining as soon as the models that mine and rescore are among those made."""
         settings = self.recipe.mine
         if settings is None or self.mined is not None:
             return
-        own = settings.model in self.recipe.made_from()
-        if own and settings.model not in self.models:
+        roles = {"model": settings.model}
+        if settings.rescore is not None:
+            roles["rescore"] = settings.rescore
+        own = {role: model for role, model in roles.items() if model in self.recipe.made_from()}
+        if not all(model in self.models for model in own.values()):
             return
-        parents = {"prepared": self.prepare}
-        sought = {}
-        if own:
-            parents["model"] = self.models[settings.model].stage
-        else:
-            sought["model"] = Sought(settings.model, partial(_model_files, "mine.model", settings.model))
+        files = {"model": _model_files, "rescore": _rescorer_files}
+        parents = {"prepared": self.prepare, **{role: self.models[model].stage for role, model in own.items()}}
+        sought = {
+            role: Sought(model, partial(files[role], f"mine.{role}", model))
+            for role, model in roles.items()
+            if role not in own
+        }
+        rescorer = None if settings.rescore is None else self._rescorer(settings.rescore)
+        instructions = {name: source.query_instruction for name, source in self.recipe.sources.items()}
         sources = self.recipe.mined_sources()
 
         def mine(out: Folder) -> Facts:
             from f2llm_ray.mine.mine import mine
 
             prepared, model = self.run.folder(self.prepare), self.folder_of(settings.model)
-            facts = mine(sources, settings, self.recipe.compute, prepared=prepared, model=model, out=out)
+            facts = mine(
+                sources,
+                settings,
+                self.recipe.compute,
+                prepared=prepared,
+                model=model,
+                rescorer=rescorer,
+                instructions=instructions,
+                out=out,
+            )
             return {"mining": facts}
 
         self.mined = Stage(
@@ -155,6 +171,10 @@ class ModelStages:
             implied=True,
             work=mine,
         )
+
+    def _rescorer(self, model: str) -> Folder | str:
+        """The folder of a model that scores again, or its name on the hub."""
+        return self.folder_of(model) if model in self.models else baseline_place(model)
 
     def _training(self, name: str, step: TrainStage) -> Training:
         recipe, facts = self.recipe, dict[str, SourceFacts]()
@@ -490,4 +510,25 @@ def _model_files(key: str, path: str) -> list[InputFile]:
         raise DataError(f"{key}: {path}: found no model there, expected config.json and safetensors weights")
     if not files[0].version:
         check_family(Folder.at(path))
+    return files
+
+
+def _rescorer_files(key: str, path: str) -> list[InputFile]:
+    """The files of a model that scores again, an embedding model or a cross-encoder of any family.
+
+    Raises:
+        DataError: there are none.
+        RunError: they are of neither.
+    """
+    from f2llm_ray.engine.cross_encoder import kind_of
+
+    files = model_inputs(path)
+    if files and files[0].version and HUB_NAME.fullmatch(path):
+        return files
+    if not any(file.uri.endswith(".safetensors") for file in files):
+        raise DataError(
+            f"{key}: {path}: found no model there, expected a folder with config.json and safetensors weights, or "
+            "OWNER/NAME on the hub"
+        )
+    kind_of(Folder.at(path))
     return files

@@ -66,6 +66,13 @@ def make_set(name: str, setting: EvaluationSet, settings: Data, out: Folder) -> 
     return facts
 
 
+def write_mteb_texts(task: str, out: Folder) -> Facts:
+    """Writes the texts of a task of mteb that must not be trained on."""
+    from f2llm_ray.evaluate.mteb_texts import write_texts
+
+    return {"texts": write_texts(task, out)}
+
+
 def measure_speed(model: Folder, found: Folder, compute: Compute, out: Folder) -> Facts:  # noqa: ARG001 - a stage's work
     """How long a model takes to embed one query of a set, with nothing else running here."""
     from f2llm_ray.evaluate.measure import query_ms_of

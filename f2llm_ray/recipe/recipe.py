@@ -285,13 +285,17 @@ class Recipe(Section):
             return
         model, made = self.mine.model, list(self.made_from())
         yield from _unknown_model("mine.model", model, made)
+        rescore = self.mine.rescore
+        if rescore is not None:
+            yield from _unknown_model("mine.rescore", rescore, made)
         known = [name for name, source in self.sources.items() if source.task == "retrieval"]
         wrong = [name for name in self.mine.sources or () if name not in known]
         if wrong or not known:
             yield f"mine.sources: {wrong or 'none'} not among the retrieval sources {known}"
         trained = [name for name, step in self.steps().items() if isinstance(step, TrainStage)]
-        if model in made and not any(made.index(name) > made.index(model) for name in trained):
-            yield f"mine.model: no training comes after {model!r}"
+        for role, needed in (("model", model), ("rescore", rescore)):
+            if needed in made and not any(made.index(name) > made.index(needed) for name in trained):
+                yield f"mine.{role}: no training comes after {needed!r}"
 
     def _name_problems(self) -> Iterator[str]:
         for name in self.stages:

@@ -226,6 +226,8 @@ class ModelCard(Body):
     """The values `dimensions` may take."""
     max_tokens: int
     """Tokens of the longest text that is not cut, EOS included."""
+    pooling: str
+    """How a text's vector comes of its tokens: last, mean or cls."""
     embedding_types: tuple[EmbeddingType, ...]
     """The values `embedding_types` may hold."""
     parameters: int | None = None
@@ -253,7 +255,7 @@ class SpaceInfo(Body):
 
 
 class Info(Body):
-    """Answer of GET /info."""
+    """Answer of GET /info where one model is served, and of GET /info?model=NAME."""
 
     model: str
     dims: tuple[int, ...]
@@ -267,6 +269,8 @@ class Info(Body):
     """The other model whose index of passages this one's queries may search, where it was taught to end there."""
     max_tokens: int
     """Tokens of the longest text that is not cut, EOS included."""
+    pooling: str
+    """How a text's vector comes of its tokens: last, mean or cls."""
     self_checked: bool
     """Whether the vectors were compared with those stored in the model's folder."""
     types: Types

@@ -83,8 +83,14 @@ class Replica:
         """The model served here."""
         return [self.card]
 
-    def info(self) -> BaseModel:
-        """Facts and limits, as an `api.Info`."""
+    async def info(self, model: str | None) -> BaseModel:
+        """Facts and limits, as an `api.Info`.
+
+        Raises:
+            ApiError: 404 for another model.
+        """
+        if model is not None:
+            limits.check_model(model, self.names)
         space = self.model_info.space
         return api.Info(
             model=self.card.id,
@@ -94,6 +100,7 @@ class Replica:
             instructions=self.model_info.instructions,
             space=space and api.SpaceInfo(model=space.model, checksum=space.checksum),
             max_tokens=self.card.max_tokens,
+            pooling=self.model_info.pooling,
             self_checked=self.engine.calibration is not None,
             types=self.card.types,
             limits=self.settings.model_copy(update={"max_tokens": self.card.max_tokens}),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class RouterArguments(Access, Limits):
 
 
 class RouterInfo(api.Body):
-    """Answer of GET /info."""
+    """Answer of GET /info; GET /info?model=NAME has one model's own `api.Info`."""
 
     models: list[api.ModelCard]
     default: str
@@ -90,17 +90,26 @@ class ModelRouter:
             ApiError: 404 for an unknown model, 503 for one that does not start in time, and the model's refusals.
         """
         app = self._pick(route, body)
-        answer = await self._forward(app, route, body)
+        answer = await self._ask(app, lambda handle: handle.forward.remote(route, body))
         if isinstance(answer, api.ApiError):
             raise answer
-        return answer
+        sent: api.Answer = answer
+        return sent
 
     def models(self) -> list[api.ModelCard]:
         """The cards of all models, running or not."""
         return list(self.routed.apps.values())
 
-    def info(self) -> BaseModel:
-        """Facts and limits, as a `RouterInfo`."""
+    async def info(self, model: str | None) -> BaseModel:
+        """Facts and limits, as a `RouterInfo`; what the application of one model says of itself where it is named.
+
+        Raises:
+            ApiError: 404 for an unknown model, 503 for one that does not start in time.
+        """
+        if model is not None:
+            limits.check_model(model, tuple(self.routed.names))
+            facts: BaseModel = await self._ask(self.routed.names[model], lambda handle: handle.info.remote(None))
+            return facts
         default = self.routed.apps[self.routed.default].id
         return RouterInfo(models=self.models(), default=default, limits=self.settings, version=__version__)
 
@@ -134,9 +143,10 @@ class ModelRouter:
         limits.check_model(str(name), tuple(self.routed.names))
         return self.routed.names[str(name)]
 
-    async def _forward(self, app: str, route: str, body: bytes) -> api.Answer | api.ApiError:
+    async def _ask(self, app: str, call: Callable[[DeploymentHandle], Awaitable[Any]]) -> Any:
+        """What an application answers to a call, which is sent again when its replica dies."""
         for attempt in range(RETRIES + 1):
-            pending = asyncio.ensure_future(self._handle(app).forward.remote(route, body))
+            pending = asyncio.ensure_future(call(self._handle(app)))
             try:
                 done, _ = await asyncio.wait({pending}, timeout=self.routed.arguments.start_wait_s)
                 if not done and not await _running(app):
@@ -170,7 +180,7 @@ async def _running(app: str) -> bool:
     return any(deployment.replica_states.get("RUNNING") for deployment in deployments)
 
 
-@answers_http(RouterInfo)
+@answers_http(RouterInfo | api.Info)
 class Router(ModelRouter):
     """The router as Ray Serve deploys it."""
 

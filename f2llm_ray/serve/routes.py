@@ -55,8 +55,8 @@ class RequestHandler(Protocol):
     def models(self) -> list[api.ModelCard]:
         """The models that a request may name."""
 
-    def info(self) -> BaseModel:
-        """Facts and limits."""
+    async def info(self, model: str | None) -> BaseModel:
+        """Facts and limits, of the model of this name where one is given; raises ApiError for an unknown one."""
 
     async def check(self) -> None:
         """Raises ApiError 503 when it cannot answer."""
@@ -165,7 +165,7 @@ def _decoded(body: bytes, encoding: str, settings: Serving) -> bytes:
     return content
 
 
-def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp:
+def web(handler: Callable[[], RequestHandler], info: Any) -> ASGIApp:
     """Makes the ASGI application of all routes; `RequestHandler.info` returns an `info`.
 
     `handler` is called per request, so that what it returns may be made after the routes.
@@ -199,9 +199,9 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
         return _json(found.model_dump_json().encode())
 
     @app.get("/info", **_docs(info))
-    async def facts() -> Response:
-        """Facts of the model or models, and the limits of requests."""
-        return _json(handler().info().model_dump_json().encode())
+    async def facts(model: str | None = None) -> Response:
+        """Facts of the model or models, and the limits of requests; of the one that `model` names, if given."""
+        return _json((await handler().info(model)).model_dump_json().encode())
 
     @app.get("/health", **_docs(api.Health))
     async def health() -> Response:
@@ -213,7 +213,7 @@ def web(handler: Callable[[], RequestHandler], info: type[BaseModel]) -> ASGIApp
     return CrossOrigin(answered, policy=lambda: handler().policy)
 
 
-def answers_http(info: type[BaseModel]) -> Callable[[type[T]], type[T]]:
+def answers_http(info: Any) -> Callable[[type[T]], type[T]]:
     """A class decorator: instances of the class, a `RequestHandler`, answer HTTP once Ray Serve deploys it.
 
     The routes are made on the replica: pickled with the class they would lose the types that annotations name.

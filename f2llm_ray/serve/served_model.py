@@ -121,6 +121,7 @@ def find_model(args: Arguments) -> ServedModel:
         aliases=args.aliases,
         dims=info.dims,
         max_tokens=longest_text(info, settings),
+        pooling=info.pooling,
         embedding_types=tuple(kind for kind in EMBEDDING_TYPES if calibrated or kind != "int8"),
         parameters=entry and entry.parameters,
         scores=entry.scores if entry else {},

@@ -24,7 +24,7 @@ from f2llm_ray.data.flow import Item, each, each_on_actors, start_actors
 from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import distinct_keys
 from f2llm_ray.data.schema import key_numbers
-from f2llm_ray.data.tokens.build import INSTRUCTED, QUERY, read_prompts, write_store
+from f2llm_ray.data.tokens.build import INSTRUCTED, QUERY, read_prompts, write_own_store, write_store
 from f2llm_ray.data.tokens.store import TokenStore, cut
 from f2llm_ray.data.tokens.tokenizer import TOKENIZER, differences
 from f2llm_ray.model.checkpoint import INFO_FILE, Space, check_prompts, fingerprint, load_info
@@ -116,7 +116,8 @@ def teach(
             # The others are no texts of this stage, and may read like one that has another prompt.
             queries=(INSTRUCTED,) if settings.instructions else (QUERY,),
         )
-        tokens = _own_store(write, teacher, prepared, out / "tokens")
+        name = teacher if isinstance(teacher, str) else teacher.uri
+        tokens = write_own_store(write, name, prepared, out / "tokens")
         lap("tokens")
     vectors, threads = out / VECTORS, compute.threads_per_worker
     dims = learned_dims(settings, found.dims, load_info(student).dims[-1])
@@ -167,21 +168,6 @@ def _reads_anew(found: Teacher, teacher: Folder | str, settings: Distill, prepar
         return True
     other = found.prompts != read_prompts(prepared) or (settings.instructions and not found.instructed)
     return other or bool(differences(prepared / "tokenizer", teacher))
-
-
-def _own_store(
-    write: Callable[[Folder], object], teacher: Folder | str, prepared: Folder, store: Folder
-) -> Folder:
-    """The store of what the teacher reads, tokens or texts; written unless it is there."""
-    if not store.exists(META):
-        if not prepared.exists("rows"):
-            name = teacher if isinstance(teacher, str) else teacher.uri
-            raise RunError(
-                f"{prepared.uri}/rows: not there; {name} has another tokenizer or other prompts than the prepared "
-                "data and needs its texts"
-            )
-        write(store)
-    return store
 
 
 def _missing_pieces(counts: dict[int, int], vectors: Folder) -> list[Item]:

@@ -16,6 +16,7 @@ from f2llm_ray import __version__
 from f2llm_ray.engine.text_engine import load_calibration
 from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from tests.serve.endpoint import KEYED, ROUTER, TEXTS, Server, error_of
+from tests.tiny import MAX_TOKENS
 
 SHORT = TEXTS[:4]
 
@@ -203,6 +204,29 @@ def test_the_router_lists_and_refuses(server: Server) -> None:
         assert (answer.status_code, error_of(answer)["code"]) == (status, code), (route, content)
     names = error_of(server.post(f"{ROUTER}/v1/embeddings", {"input": "a", "model": "x"}, server.key))["message"]
     assert "served: tiny, wide, text-embedding-3-small" in names
+
+
+def test_info_of_several_models_lists_them_and_tells_of_each_by_any_name(server: Server) -> None:
+    def info(path: str, **query: str) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {server.key}"}
+        return httpx.get(f"{server.url}{path}/info", params=query, headers=headers, timeout=60)
+
+    listed = info(ROUTER).json()["models"]
+    assert [(card["id"], card["dims"][-1], card["max_tokens"], card["pooling"]) for card in listed] == [
+        ("tiny", 32, MAX_TOKENS, "last"),
+        ("wide", 64, MAX_TOKENS, "last"),
+    ]
+    for name, path in (("tiny", ""), ("wide", KEYED)):
+        own = info(path)
+        assert own.status_code == 200
+        assert info(ROUTER, model=name).json() == own.json() == info(path, model=name).json()
+    assert own.json()["pooling"] == "last"
+    assert info(ROUTER, model="text-embedding-3-small").json() == own.json()
+    for path, name in ((ROUTER, "gpt"), (ROUTER, ""), ("", "wide")):
+        unknown = info(path, model=name)
+        error = error_of(unknown)
+        assert (unknown.status_code, error["code"], error["param"]) == (404, "model_not_found", "model")
+        assert f"model {name!r} is not served here; served: tiny" in error["message"]
 
 
 def test_counters_come_out(server: Server) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.errors import RunError
 from f2llm_ray.base.progress import Progress
 from f2llm_ray.data.flow import map_groups, part_file
+from f2llm_ray.data.keyed import META
 from f2llm_ray.data.keys import prompted, shard_of
 from f2llm_ray.data.ragged import lengths_of
 from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, query_text
@@ -102,6 +104,28 @@ def write_store(
             tokens.write_index(path, shard, INDEX.empty_table())
         tokens.write_meta(path, shards=shards, texts=texts, tokens=total)
     return StoreFacts(texts, total, dict(sorted(longer.items())))
+
+
+def write_own_store(write: Callable[[Folder], object], reader: str, prepared: Folder, store: Folder) -> Folder:
+    """The store of what a model reads that does not read the prepared tokens; written unless it is there.
+
+    Args:
+        write: `write_store` but for the folder.
+        reader: the model, as an error calls it.
+        prepared: folder of the prepare stage.
+        store: gets the files.
+
+    Raises:
+        RunError: the prepared data have no texts any more.
+    """
+    if not store.exists(META):
+        if not prepared.exists("rows"):
+            raise RunError(
+                f"{prepared.uri}/rows: not there; {reader} has another tokenizer or other prompts than the "
+                "prepared data and needs its texts"
+            )
+        write(store)
+    return store
 
 
 def write_prompts(prepared: Folder, prompts: TextPrompts) -> None:
