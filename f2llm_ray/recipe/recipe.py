@@ -277,8 +277,6 @@ class Recipe(Section):
             yield f"{place}.engine.offload: optimizer state is in host memory anyway without GPUs"
         if engine.compile and engine.zero_stage == 3:
             yield f"{place}.engine.compile: ZeRO 3 fetches weights in hooks inside the layers; use 2"
-        if engine.compile and stage.lora is not None:
-            yield f"{place}.engine.compile: was not tried with {place}.lora; leave one out"
         if engine.offload and engine.zero_stage == 0:
             yield f"{place}.engine.offload: needs zero_stage 1 or more"
 

@@ -214,6 +214,8 @@ class TrainStage(Section):
             raise ValueError(f"max_minutes: says how long the stage is, and so does {other}; leave one out")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
+        if self.lora is not None and self.engine.compile:
+            raise ValueError("lora: was not tried with engine.compile; leave one out")
         if self.merge is not None and self.keep_best:
             raise ValueError("merge: takes the last checkpoints, and keep_best keeps others; use one of them")
         if self.merge is not None and self.keep_checkpoints < self.merge.last - 1:
