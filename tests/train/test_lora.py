@@ -279,7 +279,7 @@ def test_targets_are_ends_of_names() -> None:
 def test_what_cannot_be_is_refused_in_the_recipe(said: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TrainStage.model_validate({"lora": said})
-    with pytest.raises(ValidationError, match="lora: was not tried with engine.compile; leave one out"):
+    with pytest.raises(ValidationError, match=r"lora: was not tried with engine.compile; leave one out"):
         TrainStage.model_validate({"lora": {}, "engine": {"compile": True}})
 
 
