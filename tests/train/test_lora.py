@@ -92,8 +92,7 @@ def steps_of(kind: str, rank: int) -> dict[str, Any]:
         )
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
     states = sum(state["exp_avg"].numel() for state in inner.state.values())
-    trained = gathered_trained(engine)
-    return {"seen": seen, "trained": trained, "all": gathered(engine), "states": states}
+    return {"seen": seen, "trained": gathered_trained(engine), "all": gathered(engine), "states": states}
 
 
 def learned(lora: dict[str, Any] | None, rank: int) -> list[float]:
@@ -154,12 +153,12 @@ def by_hand() -> dict[str, Any]:
         parametrize.register_parametrization(model.get_submodule(name), "weight", pairs[name])
     stage = stage_of()
     loss = StageLoss(stage, SOURCES, SHAPE.hidden)
-    trained = {
+    moved = {
         f"{name}.lora_{part.upper()}.default.weight": getattr(pair, part)
         for name, pair in pairs.items()
         for part in "ab"
     }
-    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=stage.betas, weight_decay=stage.weight_decay)
+    optimizer = torch.optim.AdamW(moved.values(), lr=RATE, betas=stage.betas, weight_decay=stage.weight_decay)
     norms, losses = [], []
     for step in batches(slice(None)):
         optimizer.zero_grad()
@@ -171,7 +170,7 @@ def by_hand() -> dict[str, Any]:
             float(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]))
         )
         optimizer.step()
-    weights = {name: value.detach() for name, value in trained.items()}
+    weights = {name: value.detach() for name, value in moved.items()}
     return {"norms": norms, "losses": losses, "weights": weights}
 
 
@@ -209,18 +208,17 @@ def test_all_linear_is_every_linear_module_and_a_merged_model_is_the_adapted_one
     linear = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
     end_in(model, 12, "here")
     add_adapters(model, LORA, 0, "here")
-    trained = dict(model.named_parameters())
-    trained = {name: value.detach() for name, value in trained.items() if value.requires_grad}
-    assert set(trained) == {
+    moved = {name: value.detach() for name, value in trained(model)}
+    assert set(moved) == {
         *(f"{name}.lora_{part}.default.weight" for name in linear for part in "AB"),
         "dense.weight",
         "dense.bias",
     }
     generator = torch.Generator().manual_seed(0)
-    for name, value in trained.items():
+    for name, value in moved.items():
         value.add_(torch.randn(value.shape, generator=generator), alpha=0.1 if "lora" in name else 0)
     before = {name: value.clone() for name, value in plain.state_dict().items()}
-    merged = {name: changed(name, value, LORA, trained.get) for name, value in before.items()}
+    merged = {name: changed(name, value, LORA, moved.get) for name, value in before.items()}
     assert {name for name in merged if not torch.equal(merged[name], before[name])} == {
         f"{name}.weight" for name in linear
     }
@@ -283,6 +281,14 @@ def test_what_cannot_be_is_refused_in_the_recipe(said: dict[str, Any], message: 
         TrainStage.model_validate({"lora": {}, "engine": {"compile": True}})
 
 
+def test_a_map_to_the_teachers_dims_is_trained_whole() -> None:
+    model = backbone("qwen3")
+    add_adapters(model, LORA, 0, "here")
+    names = [name for name, _ in trained(Student(model, "last", 256, projected_dims=8))]
+    assert "projection.weight" in names
+    assert all(".lora_" in name for name in names if name != "projection.weight")
+
+
 def test_alpha_is_twice_the_rank_where_it_is_unset() -> None:
     assert (Lora().scale, Lora(rank=4).scale, Lora(rank=4, alpha=4).scale) == (2, 2, 1)
 
@@ -291,3 +297,159 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(DataError, match=r"^package 'peft' is not installed; get it with: .*f2llm-ray\[lora\]'$"):
         add_adapters(backbone("qwen3"), LORA, 0, "here")
+
+
+# Through Ray Train.
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished run."""
+
+    recipe: Recipe
+    root: Path
+
+    def stage(self, name: str) -> Path:
+        (found,) = self.root.glob(f"{name}-[0-9a-f]*")
+        return found
+
+    def model(self, name: str) -> Path:
+        return self.stage(name) / "model"
+
+    def checkpoint(self, name: str, step: int) -> checkpoints.Checkpoint:
+        found = {each.step: each for each in checkpoints.listed(Folder.at(str(self.stage(name) / "ray_train")))}
+        return found[step]
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """A stage with all that LoRA has to get on with, and a distillation into its model's space."""
+    given = write_corpus(folder, rows=120)
+    for name in ("labels", "clusters"):
+        del given["sources"][name]
+    training = {**given["stages"]["stage1"], "negatives": {}, "checkpoint_every": 2, "max_steps": 4}
+    engine = training["engine"]
+    given["stages"] = {
+        "adapters": {
+            **training,
+            "lr": 2e-2,
+            "lora": LORA.model_dump(),
+            "freeze_embeddings": True,
+            "elastic": {"layers": [1]},
+            "merge": {"last": 2},
+            "engine": {**engine, "tokens_per_chunk": 256, "gradient_checkpointing": True},
+        },
+        "smaller": {"kind": "prune", "model": "adapters", "hidden": 16, "calibration_rows": 20},
+        "taught": {
+            **training,
+            "kind": "distill",
+            "teacher": "adapters",
+            "teacher_vectors": "online",
+            "space": "teacher",
+            "keep_best": True,
+            "lora": {"rank": 2, "targets": ["q_proj", "mlp.down_proj"]},
+            "engine": {**engine, "zero_stage": 3},
+        },
+    }
+    del given["prune"], given["distill"]
+    given["evaluation"]["during_training"] = True
+    return parse(Recipe, given, "r")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    import ray
+
+    folder = tmp_path_factory.mktemp("run")
+    recipe = recipe_of(folder)
+    connect()
+    Pipeline(recipe, str(folder / "root")).everything()
+    yield Made(recipe, folder / "root")
+    ray.shutdown()
+
+
+def tokens_of(folder: Path) -> Any:
+    return Engine(folder).tokenize(["balan kovor", "mizik", "tupem redus sahox balan"])
+
+
+@pytest.mark.timeout(900)
+def test_the_model_is_a_plain_one_with_the_changes_added(made: Made) -> None:
+    from peft import PeftModel
+
+    before, after = (load_file(made.model(name) / "model.safetensors") for name in ("untrained", "adapters"))
+    assert before.keys() == after.keys()
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if "proj" in name}
+    assert load_info(made.model("adapters")).exits == (1,)
+    tokens = tokens_of(made.model("adapters"))
+    merged = load_backbone(made.model("adapters")).eval()
+    # The adapter, as PEFT reads it, over the model that training began from.
+    adapter = PeftModel.from_pretrained(load_backbone(made.model("untrained")), made.stage("adapters") / ADAPTER)
+    own, plain, peft = (
+        encode(model.eval(), tokens, pooling="last", tokens_per_pass=256).detach()
+        for model in (merged, load_backbone(made.model("untrained")), adapter.get_base_model())
+    )
+    assert float(cosine_similarity(own, peft).min()) >= 0.9999
+    torch.testing.assert_close(own, peft, rtol=0, atol=1e-4)
+    assert float(cosine_similarity(plain, peft).max()) < 0.9999
+    said = json.loads((made.stage("adapters") / ADAPTER / "adapter_config.json").read_text())
+    assert (said["r"], said["lora_alpha"], said["peft_type"]) == (4, 6, "LORA")
+    assert said["target_modules"] == sorted(said["target_modules"])
+
+
+@pytest.mark.timeout(900)
+def test_checkpoints_are_of_adapters_and_are_measured_and_merged(made: Made) -> None:
+    saved = made.checkpoint("adapters", 2)
+    parts = [load_file(part) for part in Path(saved.folder.path).glob("*.safetensors")]
+    names = {name for part in parts for name in part if not name.startswith("random/")}
+    assert names
+    assert all(".lora_" in name for name in names)
+    before, after, merged = (
+        load_file(made.model(name) / "model.safetensors") for name in ("untrained", "adapters", "adapters-merged")
+    )
+    with checkpoints.weights(saved, LORA) as read:
+        for name, value in before.items():
+            at_two = read(name, value)
+            assert torch.equal(at_two, value) == ("proj" not in name)
+            torch.testing.assert_close(merged[name], (at_two + after[name]) / 2, rtol=0, atol=1e-7)
+    scores = json.loads((made.stage("adapters") / "checkpoint_scores.json").read_text())
+    assert [step for step, _ in scores["ndcg@10 on held"]] == [2]
+
+
+@pytest.mark.timeout(900)
+def test_a_distillation_trains_its_map_whole_and_exports_the_best(made: Made) -> None:
+    training = json.loads((made.stage("taught") / "training.json").read_text())
+    before, after = (load_backbone(made.model(name)).state_dict() for name in ("smaller", "taught"))
+    moved = {name for name, value in after.items() if name not in before or not torch.equal(value, before[name])}
+    linear = {name for name in before if name.endswith(("q_proj.weight", "down_proj.weight"))}
+    assert moved == linear | {"dense.weight", "dense.bias"}
+    assert not torch.equal(after["dense.weight"], torch.eye(32, 16))
+    losses = dict(training["validation"])
+    assert training["exported_step"] == min(losses, key=losses.__getitem__)
+    assert load_info(made.model("taught")).dims == (8, 16, 32)
+    assert Engine(made.model("taught")).embed(["balan"]).shape == (1, 32)
+
+
+@pytest.mark.timeout(900)
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(
+    made: Made, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = made.root.parent / "again"
+    written = shutil.ignore_patterns("manifest.json", "training.json", "model", ADAPTER)
+    for name in ("prepare", "untrained", "set-held", "overlap-held"):
+        for stage in made.root.glob(f"{name}-[0-9a-f]*"):
+            shutil.copytree(stage, root / stage.name)
+    left = shutil.copytree(made.stage("adapters"), root / made.stage("adapters").name, ignore=written)
+    assert not (left / "model").exists()
+    Pipeline(made.recipe, str(root)).model("adapters")
+    assert "adapters: goes on from step 2" in "".join(capfd.readouterr())
+    for name in (
+        "model/model.safetensors",
+        f"{ADAPTER}/adapter_model.safetensors",
+        f"{ADAPTER}/adapter_config.json",
+    ):
+        assert (left / name).read_bytes() == (made.stage("adapters") / name).read_bytes(), name
+    losses = [
+        json.loads((stage / "training.json").read_text())["loss"] for stage in (left, made.stage("adapters"))
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
