@@ -92,8 +92,8 @@ def test_flops_of_lora_are_those_that_torch_counts(checkpointing: bool) -> None:
     work = work_of(shape, lora=lora, gradient_checkpointing=checkpointing)
     # Twice the length, since eager attention computes both halves of the scores.
     planned = flops_per_token(work, 2 * LENGTH, TOKENS)
-    # What the first layer's queries, keys and values are of needs no gradient; with checkpointing transformers asks
-    # for it all the same.
+    # What the first layer's queries, keys and values are of needs no gradient; with checkpointing transformers
+    # asks for it all the same.
     read = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * lora.rank * shape.hidden
     expected = planned if checkpointing else planned - 2 * read
     assert counter.get_total_flops() / TOKENS == pytest.approx(expected, rel=0.01)

@@ -6,8 +6,12 @@ through Ray Train, and again from its checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +21,28 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parametrize
 
 from f2llm_ray.base.errors import DataError, RunError
+from f2llm_ray.base.session import connect
 from f2llm_ray.engine.encode import encode
+from f2llm_ray.engine.engine import Engine
+from f2llm_ray.model.checkpoint import load_backbone, load_info
 from f2llm_ray.model.dense import end_in
 from f2llm_ray.model.families import family_of
 from f2llm_ray.model.sizes import random_backbone
-from f2llm_ray.train.lora import adapted, add_adapters, changed
+from f2llm_ray.pipeline.walk import Pipeline
+from f2llm_ray.recipe.files import parse
+from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.run.folder import Folder
+from f2llm_ray.train import checkpoints
+from f2llm_ray.train.deepspeed import trained
+from f2llm_ray.train.lora import ADAPTER, adapted, add_adapters, changed
 from f2llm_ray.train.objective import StageLoss, Student
 from f2llm_ray.train.settings import Lora, TrainStage
+from tests.corpus import write_corpus
 from tests.model.small import FAMILIES, backbone, texts
 from tests.train.test_step import RATE, ROWS, SHAPE, SOURCES, VOCABULARY, WORLD, batch_of, batches, equal
 
@@ -166,9 +181,8 @@ def by_hand() -> dict[str, Any]:
             value = loss(encode(model, batch.tokens, pooling="last", tokens_per_pass=4096), batch)[0]
             (value / len(step)).backward()
             losses.append(value.item())
-        norms.append(
-            float(torch.nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None]))
-        )
+        gradients = [value.grad for value in moved.values() if value.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         optimizer.step()
     weights = {name: value.detach() for name, value in moved.items()}
     return {"norms": norms, "losses": losses, "weights": weights}
