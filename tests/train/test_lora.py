@@ -54,7 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "frozen": {"engine": {"zero_stage": 2}, "freeze_embeddings": True},
 }
 LEARNED = 60
-"""Steps after which a model that is trained whole, and one with adapters, have both learned four batches."""
+"""Steps after which a model that is trained whole, and one with adapters, have both learned a batch by heart."""
 
 
 def stage_of(**settings: Any) -> TrainStage:
@@ -111,13 +111,13 @@ def steps_of(kind: str, rank: int) -> dict[str, Any]:
 
 
 def learned(lora: dict[str, Any] | None, rank: int) -> list[float]:
-    """The losses of a model that learns a few batches by heart, trained whole or with adapters."""
+    """The losses of a model that learns a batch by heart, trained whole or with adapters."""
     from f2llm_ray.train.deepspeed import learning_rate, set_learning_rate, start_engine
     from f2llm_ray.train.step import train_step
     from f2llm_ray.train.throughput import Flops
 
     # At this temperature the loss has a floor well above 0, which both can reach.
-    settings = {"accumulate": 1, "temperature": 0.5, "warmup_steps": 5, "lr": 3e-3 if lora is None else 2e-2}
+    settings = {"accumulate": 1, "temperature": 1.0, "warmup_steps": 5, "lr": RATE}
     stage = stage_of(**settings, lora=lora)
     model = random_backbone(SHAPE, VOCABULARY, seed=0)
     if stage.lora is not None:
@@ -128,7 +128,7 @@ def learned(lora: dict[str, Any] | None, rank: int) -> list[float]:
     found = []
     for step in range(LEARNED):
         set_learning_rate(engine, learning_rate(stage, step, LEARNED))
-        batch = batch_of(step % 4, "pairs", slice(rank * share, (rank + 1) * share))
+        batch = batch_of(0, "pairs", slice(rank * share, (rank + 1) * share))
         loss = StageLoss(stage, SOURCES, SHAPE.hidden)
         found.append(train_step(engine, loss, iter([batch]), 1, flops=flops, world=WORLD).values["loss"])
     return found
@@ -208,9 +208,8 @@ def test_only_the_adapters_move_and_have_moments(found: dict[str, Any], kind: st
 def test_both_ways_of_training_learn_the_same(found: dict[str, Any]) -> None:
     whole, lora = (np.array(found["learned"][name]) for name in ("whole", "lora"))
     assert whole[0] == pytest.approx(lora[0], rel=1e-6), "B is 0 at the start"
-    ends = [losses[-4:].mean() for losses in (whole, lora)]
-    assert max(ends) < 0.7 * whole[:4].mean()
-    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+    assert max(whole[-1], lora[-1]) < 0.6 * whole[0]
+    assert lora[-1] == pytest.approx(whole[-1], rel=0.05)
 
 
 # The model.
