@@ -108,7 +108,9 @@ def _config(peft: Any, lora: Lora, names: list[str]) -> Any:
     )
 
 
-def changed(name: str, left: torch.Tensor, lora: Lora | None, find: Callable[[str], torch.Tensor | None]) -> Any:
+def changed(
+    name: str, left: torch.Tensor, lora: Lora | None, find: Callable[[str], torch.Tensor | None]
+) -> torch.Tensor:
     """A weight of the backbone as training has made it.
 
     Args:

@@ -69,7 +69,6 @@ def export_adapted(
     with (out / "model").writing() as folder:
         write_reweighted(student, folder, info, lambda name, left: changed(name, left, lora, found.get), ends=ends)
     with (out / ADAPTER).writing() as folder:
-        folder.mkdir(parents=True, exist_ok=True)
         write_adapter(folder, lora, found)
     out.write_json("training.json", training)
 
