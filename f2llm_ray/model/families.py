@@ -112,6 +112,13 @@ class Family:
     def _there(self, weights: Mapping[str, Weight]) -> list[Weight]:
         return [weight for name, weight in weights.items() if self.biases or not name.endswith(".bias")]
 
+    @property
+    def linear(self) -> dict[str, Weight]:
+        """The linear weights of a layer, by the names of their modules in it."""
+        return {
+            name.removesuffix(".weight"): weight for name, weight in self.layer.items() if len(weight.axes) > 1
+        }
+
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a weight is in; None for one outside the layers."""
         inside = name.removeprefix(f"{self.layers}.")

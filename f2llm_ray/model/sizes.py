@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.base.section import Output, Section
-from f2llm_ray.model.families import FAMILIES, axes_of, family_of
+from f2llm_ray.model.families import FAMILIES, Axis, Family, axes_of, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,8 +146,18 @@ def parameters(shape: Shape, vocabulary: int = VOCABULARY) -> int:
     return _parameters(shape, vocabulary)[0]
 
 
+def family_of_shape(shape: Shape) -> Family:
+    """The family of a shape."""
+    return FAMILIES[kind_of(shape)]
+
+
 def _parameters(shape: Shape, vocabulary: int) -> tuple[int, int]:
-    sizes = axes_of(
+    return family_of_shape(shape).parameters(shape_axes(shape, vocabulary), shape.layers)
+
+
+def shape_axes(shape: Shape, vocabulary: int = VOCABULARY) -> dict[Axis, int]:
+    """How long each axis of a model of this shape is."""
+    return axes_of(
         vocabulary=vocabulary,
         positions=shape.max_positions,
         types=shape.types if isinstance(shape, Architecture) else 0,
@@ -157,7 +167,6 @@ def _parameters(shape: Shape, vocabulary: int) -> tuple[int, int]:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
     )
-    return FAMILIES[kind_of(shape)].parameters(sizes, shape.layers)
 
 
 def count_parameters(backbone: PreTrainedModel) -> tuple[int, int]:

@@ -62,7 +62,8 @@ class ModelStages:
         own = tuple(self.recipe.stage_sources(step))
         made = self._model(name, kind, parent, own, self._trained(name, parent, step))
         if step.merge is not None:
-            self._model(name + MERGED, "merge", made, (), self._merged(made, step))
+            begun = None if step.lora is None else parent
+            self._model(name + MERGED, "merge", made, (), self._merged(made, step, begun))
 
     def _model(self, name: str, kind: Kind, parent: Model | None, own: tuple[str, ...], stage: Stage) -> Model:
         seen = {*own, *(() if parent is None else parent.sources)}
@@ -362,7 +363,8 @@ class ModelStages:
         untrained = self.models[UNTRAINED].stage
         return cut[-1] if cut else [untrained.settings, digests(untrained.inputs)]
 
-    def _merged(self, trained: Model, step: TrainStage) -> Stage:
+    def _merged(self, trained: Model, step: TrainStage, begun: Model | None) -> Stage:
+        """The merging of a trained model; with LoRA also from the one that its training began from."""
         settings, every = step.merge, step.checkpoint_every
         assert settings is not None  # noqa: S101 - called because the step merges
         name = self._model_name(trained.name + MERGED)
@@ -371,14 +373,21 @@ class ModelStages:
             from f2llm_ray.train.merge_checkpoints import merge_stage
 
             folder = self.run.folder(trained.stage)
-            facts: Facts = work.on_worker(merge_stage, settings, folder, name, out, checkpoint_every=every)
+            student = None if begun is None else self.folder_of(begun.name)
+            facts: Facts = work.on_worker(
+                merge_stage, settings, folder, name, out, checkpoint_every=every, lora=step.lora, student=student
+            )
             return facts
 
         return Stage(
             name=trained.name + MERGED,
             job=trained.stage.job,
             settings={**settings.identity(), "checkpoint_every": every},
-            parents={"prepared": self.prepare, "trained": trained.stage},
+            parents={
+                "prepared": self.prepare,
+                "trained": trained.stage,
+                **({} if begun is None else {"before": begun.stage}),
+            },
             work=self._made(merge),
         )
 

@@ -81,12 +81,16 @@ def forward_flops_per_token(shape: Shape, text_tokens: float) -> float:
 def flops_per_token(work: StageWork, text_tokens: float, worker_tokens: float) -> float:
     """FLOPs of training per token: backward takes twice the forward, a teacher beside the student its own forward.
 
+    Half of a product's backward is its weight's gradient, which frozen weights (LoRA) do not have.
+
     `worker_tokens` are the mean tokens of a worker's part of a batch, which decide how many chunks it has.
     """
     forwards = 3 + extra_forwards(work, text_tokens, worker_tokens)
     # An exit costs the norm after the last layer once more, and no layer.
     norms = 2 * work.exits * work.shape.hidden if FAMILIES[kind_of(work.shape)].norm is not None else 0
-    own = (forward_flops_per_token(work.shape, text_tokens) + norms) * forwards
+    own = (forward_flops_per_token(work.shape, text_tokens) + norms + 2 * work.adapter_parameters) * forwards
+    if work.lora is not None:  # frozen weights have no gradients
+        own -= 2 * non_embedding_parameters(work.shape)
     teacher = work.teacher
     return own + (0 if teacher is None or teacher.cached else forward_flops_per_token(teacher.shape, text_tokens))
 
@@ -102,8 +106,11 @@ def extra_forwards(work: StageWork, text_tokens: float, worker_tokens: float) ->
         return again
     shape = work.shape
     norm_comes_last = FAMILIES[kind_of(shape)].norm is None
-    last_products = 0 if norm_comes_last else 2 * shape.layers * shape.hidden * shape.ffn
-    return again + 1 - last_products / forward_flops_per_token(shape, text_tokens)
+    # LoRA adds to the product after it is there, and backward needs what it adds from.
+    ffn_out = FAMILIES[kind_of(shape)].ffn_out
+    whole = norm_comes_last or any(name.endswith(ffn_out) for name in work.adapted)
+    last_products = 0 if whole else 2 * shape.layers * shape.hidden * shape.ffn
+    return again + 1 - last_products / (forward_flops_per_token(shape, text_tokens) + 2 * work.adapter_parameters)
 
 
 def _teacher_tokens(work: StageWork, texts: CorpusSize, steps: int | None) -> float | None:

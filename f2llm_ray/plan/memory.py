@@ -54,7 +54,7 @@ class Memory:
 
 def memory(work: StageWork) -> Memory:
     """Bytes on one GPU for the batch of the longest texts."""
-    count = _count(work)
+    count = parameters(work.shape, work.vocabulary) + work.adapter_parameters
     bucket = BUCKET_PARAMETERS if work.zero_stage else 0
     gathered = min(LIVE_PARAMETERS, count) if work.zero_stage == 3 else 0
     return Memory(
@@ -77,8 +77,8 @@ def gradient_bytes(work: StageWork) -> float:
     """
     several_forward = work.longest_pass_tokens < work.longest_chunk_tokens
     if work.zero_stage == 0 or several_forward or (work.zero_stage == 1 and _several_backward(work)):
-        return work.float_bytes * _count(work)
-    return 0 if work.offload else work.float_bytes * _count(work) / work.world
+        return work.float_bytes * _trained(work)
+    return 0 if work.offload else work.float_bytes * _trained(work) / work.world
 
 
 def optimizer_bytes(work: StageWork) -> float:
@@ -89,7 +89,7 @@ def optimizer_bytes(work: StageWork) -> float:
     """
     copies = work.zero_stage > 0 or work.float_bytes != FLOAT32_BYTES
     per_parameter = ADAM_BYTES + (FLOAT32_BYTES if copies else 0)
-    return per_parameter * _count(work) / (work.world if work.zero_stage else 1)
+    return per_parameter * _trained(work) / (work.world if work.zero_stage else 1)
 
 
 def host_bytes(work: StageWork) -> float:
@@ -101,7 +101,7 @@ def host_bytes(work: StageWork) -> float:
     if not work.offload:
         return 0
     sums = work.float_bytes if work.zero_stage == 2 and _several_backward(work) else 0
-    return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes + sums) * _count(work) / work.world
+    return optimizer_bytes(work) + (FLOAT32_BYTES + work.float_bytes + sums) * _trained(work) / work.world
 
 
 def teacher_bytes(work: StageWork) -> float:
@@ -122,7 +122,7 @@ def activation_bytes(work: StageWork) -> float:
     ends = ends_bytes_per_token(shape, work.float_bytes)
     if kind_of(shape) not in SAVED_BY_ENCODERS:  # of a LayerNorm, its input is held by the next layer anyway
         ends += work.exits * ends  # each exit goes through the last norm once more
-    layer = layer_bytes_per_token(shape, work.float_bytes)
+    layer = layer_bytes_per_token(shape, work.float_bytes) + adapter_bytes_per_token(work) / shape.layers
     if not work.gradient_checkpointing:
         return tokens * (shape.layers * layer + ends)
     inputs = shape.layers * work.float_bytes * shape.hidden
@@ -152,6 +152,14 @@ def layer_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     return layer_norms + (head_norms if has_head_norms else 0) + attention + 4 * float_bytes * shape.ffn
 
 
+def adapter_bytes_per_token(work: StageWork) -> int:
+    """Bytes that LoRA's matrices save: what A gives; a frozen weight's input, which A reads, is counted anyway.
+
+    So the plan is an upper bound: a frozen norm, and a weight that is no target, save less than trained ones.
+    """
+    return 0 if work.lora is None else work.float_bytes * work.lora.rank * len(work.adapted)
+
+
 def ends_bytes_per_token(shape: Shape, float_bytes: int) -> int:
     """Bytes that are saved outside the layers: by the last norm, or that of BERT's embeddings."""
     kind = kind_of(shape)
@@ -166,8 +174,9 @@ def _several_backward(work: StageWork) -> bool:
     return work.accumulate > 1 or work.chunks(work.most_tokens_per_worker) > 1
 
 
-def _count(work: StageWork) -> int:
-    return parameters(work.shape, work.vocabulary)
+def _trained(work: StageWork) -> int:
+    """Parameters that have gradients and moments."""
+    return work.adapter_parameters or parameters(work.shape, work.vocabulary)
 
 
 def fits(work: StageWork, gpu_memory_bytes: float) -> bool:

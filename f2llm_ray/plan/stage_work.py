@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from f2llm_ray.base.errors import RecipeError
+from f2llm_ray.base.errors import RecipeError, RunError
 from f2llm_ray.model.families import Part
-from f2llm_ray.model.sizes import Shape, checkpoint_shape
+from f2llm_ray.model.sizes import Shape, checkpoint_shape, family_of_shape
 from f2llm_ray.recipe.recipe import Recipe
-from f2llm_ray.train.settings import Distill, TrainStage
+from f2llm_ray.train.lora import adapted, adapter_parameters
+from f2llm_ray.train.settings import Distill, Lora, TrainStage
 
 FLOAT32_BYTES = 4
 
@@ -54,6 +55,7 @@ class StageWork:
     """As in the recipe; where it is None, the activations of the whole batch are held together."""
     exits: int = 0
     """Exits before the last layer that are trained too (`elastic`)."""
+    lora: Lora | None = None
 
     @property
     def most_tokens_per_worker(self) -> int:
@@ -80,6 +82,22 @@ class StageWork:
     def chunks(self, tokens: float) -> int:
         """Chunks of a worker's part of a batch with this many tokens."""
         return 1 if self.chunk_budget is None else max(ceil(tokens / self.chunk_budget), 1)
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of LoRA's matrices, 0 without them."""
+        return 0 if self.lora is None else adapter_parameters(self.lora, self.shape, self._place)
+
+    @property
+    def adapted(self) -> list[str]:
+        """The names of the modules that LoRA adapts."""
+        if self.lora is None:
+            return []
+        return list(adapted(self.lora, family_of_shape(self.shape), self.shape.layers, self._place))
+
+    @property
+    def _place(self) -> str:
+        return f"stage {self.stage!r}"
 
     def _longest(self, budget: int, most: int) -> int:
         return min(most, max(budget, self.longest_text_tokens))
@@ -127,8 +145,8 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
     """The work of one training stage of a recipe with `world` workers.
 
     Raises:
-        RecipeError: the recipe has no such stage, a model's shape or vocabulary is not known, or the workers
-            cannot share the batch.
+        RecipeError: the recipe has no such stage, a model's shape or vocabulary is not known, the workers cannot
+            share the batch, or a target of LoRA names nothing in the model.
     """
     stage = _settings(recipe, name)
     if stage.global_batch % world:
@@ -143,7 +161,7 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
         teacher = TeacherWork(shape=teacher_shape, vocabulary=teacher_vocabulary, cached=cached)
     engine = stage.engine
     tasks = {recipe.sources[source].task for source in recipe.stage_sources(stage)}
-    return StageWork(
+    work = StageWork(
         stage=name,
         shape=shape,
         vocabulary=vocabulary,
@@ -163,7 +181,13 @@ def stage_work(recipe: Recipe, name: str, world: int) -> StageWork:
         tokens_per_pass=engine.tokens_per_pass,
         tokens_per_chunk=engine.tokens_per_chunk,
         exits=len(stage.exits),
+        lora=stage.lora,
     )
+    try:
+        _ = work.adapted
+    except RunError as error:
+        raise RecipeError(str(error)) from None
+    return work
 
 
 def shape_of(recipe: Recipe, model: str) -> tuple[Shape, int]:

@@ -25,9 +25,11 @@ def stage_numbers(work: StageWork, texts: CorpusSize, cluster: Cluster) -> dict[
         "stage": work.stage,
         "parameters": parameters(work.shape, work.vocabulary),
         "non_embedding_parameters": non_embedding_parameters(work.shape),
+        "adapter_parameters": work.adapter_parameters,
         "work": {
             **asdict(work),
             "shape": work.shape.model_dump(),
+            "lora": work.lora and work.lora.model_dump(mode="json"),
             "teacher": work.teacher and {**asdict(work.teacher), "shape": work.teacher.shape.model_dump()},
             "most_tokens_per_worker": work.most_tokens_per_worker,
             "longest_chunk_tokens": work.longest_chunk_tokens,
@@ -63,6 +65,8 @@ def table(numbers: dict[str, Any]) -> list[str]:
     precision = "bf16" if work["float_bytes"] == 2 else "fp32"
     checkpointing = ", gradient checkpointing" if work["gradient_checkpointing"] else ""
     counts = f"{numbers['parameters']:,} parameters, {numbers['non_embedding_parameters']:,} without embeddings"
+    if work["lora"] is not None:
+        counts += f", {numbers['adapter_parameters']:,} more that LoRA trains"
     head = f"{numbers['stage']}: {counts}; {precision}{checkpointing}"
     lines = [*_batch(numbers), "", *_memory(numbers), _verdict(numbers), "", *_costs(numbers)]
     return [head, *(f"  {line}".rstrip() for line in lines)]

@@ -3,7 +3,7 @@
 DeepSpeed's own checkpoints are pickles of its flat partitions: they tie a run to its world size and to code that a
 file may name. Ours hold, by parameter, what AdamW needs: the float32 weight and two moments, in safetensors. Whole
 parameters are dealt out over the ranks, so that each writes about as much and any number of workers can read it.
-12 bytes per parameter in all, as DeepSpeed's; gathering costs one all-reduce per tensor.
+12 bytes per trained parameter in all, as DeepSpeed's; gathering costs one all-reduce per tensor.
 
 A checkpoint is a folder of `part-<rank>-of-<world>.safetensors`, and for each a `.json` with its size and SHA-256,
 written after it: a part that was cut off or changed is found when it is read.
@@ -26,6 +26,8 @@ from f2llm_ray.base.checksum import sha256_of
 from f2llm_ray.base.errors import RunError
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.train.deepspeed import link_moments, read_state, set_learning_rate, trained, write_state
+from f2llm_ray.train.lora import changed
+from f2llm_ray.train.settings import Lora
 
 if TYPE_CHECKING:
     import torch
@@ -180,11 +182,17 @@ def opened(
 
 
 @contextmanager
-def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str, torch.Tensor], torch.Tensor]]:
+def weights(
+    checkpoint: Checkpoint, lora: Lora | None = None
+) -> Iterator[Callable[[str, torch.Tensor], torch.Tensor]]:
     """Reads single float32 weights of a checkpoint by their names in the backbone, outside of any engine.
 
-    The function that it yields takes a name, and the value of a weight that training leaves as it was
-    (`freeze_embeddings`), which the checkpoint does not have.
+    The function that it yields takes a name, and the weight's value before training: what training leaves as it
+    was (`freeze_embeddings`) the checkpoint does not have, and with LoRA it has the change alone.
+
+    Args:
+        checkpoint: the checkpoint.
+        lora: that of the stage.
 
     Raises:
         RunError: a part is damaged.
@@ -203,11 +211,11 @@ def weights(checkpoint: Checkpoint) -> Iterator[Callable[[str, torch.Tensor], to
             file = stack.enter_context(safe_open(part, "pt"))
             holder |= {name: file for name in file.keys() if name.startswith("weight/")}  # noqa: SIM118
 
-        def read(name: str, left: torch.Tensor) -> torch.Tensor:
+        def find(name: str) -> torch.Tensor | None:
             key = f"weight/backbone.{name}"
-            return holder[key].get_tensor(key) if key in holder else left
+            return holder[key].get_tensor(key) if key in holder else None
 
-        yield read
+        yield lambda name, left: changed(name, left, lora, find)
 
 
 def flaw_of(folder: Path, number: int, world: int) -> str | None:

@@ -59,6 +59,8 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
     # Norm weights are scales around one; pulling them to zero is no regularisation.
     plain = [p for p in parameters if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    # LoRA's are all matrices, and DeepSpeed takes no empty group.
+    groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=deepspeed_config(stage, world), dist_init_required=False
@@ -67,7 +69,7 @@ def start_engine(module: torch.nn.Module, stage: TrainStage, world: int) -> Deep
 
 
 def trained(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """The parameters that training moves, by name; `freeze_embeddings` leaves some out."""
+    """The parameters that training moves, by name; `freeze_embeddings` and `lora` leave some out."""
     return [(name, value) for name, value in module.named_parameters() if value.requires_grad]
 
 

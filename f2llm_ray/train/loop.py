@@ -93,12 +93,13 @@ class Worker:
         from f2llm_ray.model.dense import end_in
         from f2llm_ray.model.vocabulary import load_map
         from f2llm_ray.run.folder import Folder
+        from f2llm_ray.train.lora import add_adapters
         from f2llm_ray.train.objective import Student
         from f2llm_ray.train.teacher_store import TeacherStore
         from f2llm_ray.train.throughput import Flops, peak_flops_per_second
 
         self.job, self.rank, self.world, self.loss = job, rank, world, loss
-        self.store, self.taught = store, taught
+        self.student, self.store, self.taught = student, store, taught
         self.settings = settings = job.training.settings
         sources = tuple(job.training.sources)
         self.table = BatchTable(batches / "train", sources)
@@ -129,6 +130,8 @@ class Worker:
                 end_in(
                     backbone, job.training.ends[-1], place, None if taught is None else TeacherStore(taught).mean()
                 )
+            if settings.lora is not None:
+                add_adapters(backbone, settings.lora, job.training.seed, f"stage {job.training.stage!r}")
             self.flops = Flops(backbone)
             if settings.engine.gradient_checkpointing:
                 backbone.gradient_checkpointing_enable()
@@ -308,21 +311,31 @@ class Worker:
             return opened.step
 
     def _export(self, step: int) -> None:
-        from f2llm_ray.train.model_folder import export, trained_info
+        from f2llm_ray.train.model_folder import export, export_adapted, trained_info
 
-        export(
-            self.engine,
-            self.job.out,
-            tokenizer=self.tokenizer,
-            info=trained_info(self.info, self.job.training),
-            token_map=self.engine.module.tokens,
-            training={
-                "steps": self.steps,
-                "exported_step": step,
-                "workers": self.world,
-                **self.meters.summary(),
-            },
-            rank=self.rank,
-        )
+        training, lora = self.job.training, self.settings.lora
+        info, rank = trained_info(self.info, training), self.rank
+        facts = {"steps": self.steps, "exported_step": step, "workers": self.world, **self.meters.summary()}
+        if lora is None:
+            export(
+                self.engine,
+                self.job.out,
+                tokenizer=self.tokenizer,
+                info=info,
+                token_map=self.engine.module.tokens,
+                training=facts,
+                rank=rank,
+            )
+        else:
+            export_adapted(
+                self.engine,
+                self.job.out,
+                student=self.student,
+                lora=lora,
+                info=info,
+                ends=training.ends,
+                training=facts,
+                rank=rank,
+            )
         for tracker in self.trackers:
             tracker.close()

@@ -13,6 +13,9 @@ from f2llm_ray.model.checkpoint import ModelInfo, load_backbone, matryoshka_dims
 from f2llm_ray.model.dense import end_in
 from f2llm_ray.model.vocabulary import TokenMap, load_map, save_map
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.deepspeed import read_state, trained
+from f2llm_ray.train.lora import ADAPTER, changed, write_adapter
+from f2llm_ray.train.settings import Lora
 from f2llm_ray.train.training import Training
 
 if TYPE_CHECKING:
@@ -42,6 +45,31 @@ def export(
         save_model(folder, engine.module.backbone, tokenizer, info, state=state)
         if token_map is not None:
             save_map(token_map, folder)
+    out.write_json("training.json", training)
+
+
+def export_adapted(
+    engine: DeepSpeedEngine,
+    out: Folder,
+    *,
+    student: Path,
+    lora: Lora,
+    info: ModelInfo,
+    ends: tuple[int, ...] | None,
+    training: dict[str, Any],
+    rank: int,
+) -> None:
+    """Writes what `export` does, after LoRA: the model that training began from, with the changes added.
+
+    Beside it are the changes themselves, as PEFT has them. Every rank must call it.
+    """
+    found = gathered_trained(engine)
+    if rank != 0:
+        return
+    with (out / "model").writing() as folder:
+        write_reweighted(student, folder, info, lambda name, left: changed(name, left, lora, found.get), ends=ends)
+    with (out / ADAPTER).writing() as folder:
+        write_adapter(folder, lora, found)
     out.write_json("training.json", training)
 
 
@@ -101,3 +129,12 @@ def gathered(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     backbone, sharded = engine.module.backbone, engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(backbone.parameters()), enabled=sharded):
         return {name: value.detach().float().cpu().clone() for name, value in backbone.state_dict().items()}
+
+
+def gathered_trained(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The trained parameters of the backbone in float32 on the CPU, by name; every rank must call it."""
+    backbone = engine.module.backbone
+    return {
+        name: read_state(engine, value, "weight").detach().float().cpu().clone()
+        for name, value in trained(backbone)
+    }

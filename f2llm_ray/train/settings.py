@@ -65,6 +65,36 @@ class Elastic(Section):
         return self
 
 
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+"""What `lora.targets` says for all linear weights of the layers."""
+
+
+class Lora(Section):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): matrices beside the linear weights are trained in their place.
+
+    The model that the stage writes has what they change added to its weights, and is one like any other;
+    docs/training.md.
+    """
+
+    rank: Output[int] = Field(default=16, ge=1)
+    """Rank of the change of each weight: the inner size of its two matrices."""
+    alpha: Output[float | None] = Field(default=None, gt=0)
+    """The change is multiplied by alpha / rank; unset is twice the rank, so by 2."""
+    targets: Output[Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]] = ALL_LINEAR
+    """Which weights: all linear ones of the layers; or a list of what their modules' names end in, such as
+    [q_proj, v_proj]."""
+
+    @property
+    def scaled_by(self) -> float:
+        """Alpha in force."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.scaled_by / self.rank
+
+
 LENGTHS = ("epochs", "max_steps", "max_minutes")
 """The keys of a stage that say how long it is."""
 
@@ -156,6 +186,8 @@ class TrainStage(Section):
     freeze_embeddings: Output[bool] = False
     """Leave the input embeddings as they are. In a small multilingual model they are most of the parameters, and
     the optimizer's step over them most of the time of a step on CPU."""
+    lora: Lora | None = None
+    """Trains small matrices beside the linear weights, in place of all weights; all when unset."""
     checkpoint_every: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=500, ge=1)
     """Optimizer steps between checkpoints."""
     validation_rows: Annotated[int, Effect(output=True, only_with="keep_best")] = Field(default=4096, ge=1)
@@ -182,6 +214,8 @@ class TrainStage(Section):
             raise ValueError(f"max_minutes: says how long the stage is, and so does {other}; leave one out")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr ({self.min_lr}) must not exceed lr ({self.lr})")
+        if self.lora is not None and self.engine.compile:
+            raise ValueError("lora: was not tried with engine.compile; leave one out")
         if self.merge is not None and self.keep_best:
             raise ValueError("merge: takes the last checkpoints, and keep_best keeps others; use one of them")
         if self.merge is not None and self.keep_checkpoints < self.merge.last - 1:

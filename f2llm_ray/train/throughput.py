@@ -51,6 +51,8 @@ def positions(
 class Flops:
     """FLOPs of training on texts, once forward and twice that backward; recomputation does not count.
 
+    Half of those backward are of the weights' gradients, and a frozen weight (`lora`) has none. The gradients of
+    the inputs of all layers count, though the first frozen ones need none.
     Kaplan et al. 2020 (section 2.1): two per token and parameter outside the embeddings, and four per layer, query
     channel and pair of tokens that see each other: half of all in a causal model, fewer where a layer has a
     sliding window. PaLM's MFU (Chowdhery et al. 2022).
@@ -60,7 +62,8 @@ class Flops:
         config = backbone.config
         dense = dense_of(backbone)  # works once a text
         mapped = 0 if dense is None else sum(weight.numel() for weight in dense.parameters())
-        self.per_token = 6 * (count_parameters(backbone)[1] - mapped)
+        inside = count_parameters(backbone)[1] - mapped
+        self.per_token = 6 * inside - 2 * frozen_parameters(backbone)
         self.per_pair = 12 * axis_sizes(config)["heads"]
         self.windows = windows_of(config)
         self.causal = family_of(config).causal
@@ -73,6 +76,17 @@ class Flops:
             for window, layers in self.windows.items()
         )
         return self.per_token * float(lengths_n.sum()) + self.per_pair * pairs
+
+
+def frozen_parameters(backbone: PreTrainedModel) -> int:
+    """Parameters outside the embeddings that are not trained."""
+    import torch
+
+    tables = [module for module in backbone.modules() if isinstance(module, torch.nn.Embedding)]
+    looked_up = {id(value) for table in tables for value in table.parameters()}
+    return sum(
+        value.numel() for value in backbone.parameters() if not value.requires_grad and id(value) not in looked_up
+    )
 
 
 def windows_of(config: PreTrainedConfig) -> dict[int | None, int]:

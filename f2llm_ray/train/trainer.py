@@ -16,7 +16,15 @@ from f2llm_ray.train.interrupt import interruptible
 from f2llm_ray.train.loop import BEST, FAILURE, work
 from f2llm_ray.train.pace import PACE_FILE, SHARE, Pace, steps_in, timed_settings
 from f2llm_ray.train.teacher import BATCHES, VECTORS, check_online, space_dims, space_of
-from f2llm_ray.train.training import RAY_TRAIN, Training, TrainJob, check_exits, check_held_out, write_batches
+from f2llm_ray.train.training import (
+    RAY_TRAIN,
+    Training,
+    TrainJob,
+    check_exits,
+    check_held_out,
+    check_lora,
+    write_batches,
+)
 from f2llm_ray.train.watch import SCORES_FILE, watched
 
 CONFIG = "deepspeed.json"
@@ -121,6 +129,7 @@ def _job(
 ) -> TrainJob:
     """What the workers are given; the batches are written where they are not there."""
     check_exits(training, student)
+    check_lora(training, student)
     if teacher is not None:
         check_online(prepared, teacher)
     ends = space_dims(training.settings, model=teacher, vectors=None if taught is None else taught / VECTORS)

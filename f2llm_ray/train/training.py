@@ -14,7 +14,9 @@ from f2llm_ray.data.schema import SourceFacts, TextPrompts
 from f2llm_ray.engine.settings import Compute
 from f2llm_ray.model.checkpoint import Space
 from f2llm_ray.model.described import CONFIG_FILE
+from f2llm_ray.model.families import family_of
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.train.lora import adapted
 from f2llm_ray.train.settings import Distill, Tracking, TrainStage
 
 RAY_TRAIN = "ray_train"
@@ -112,6 +114,14 @@ def check_exits(training: Training, student: Folder) -> None:
             f"stage {training.stage!r}: elastic.layers: found {list(exits)}, expected numbers below {has}, all "
             f"layers that {student.uri} has"
         )
+
+
+def check_lora(training: Training, student: Folder) -> None:
+    """Raises RunError where `lora.targets` names what the student does not have."""
+    if training.settings.lora is not None:
+        config = student.read_json(CONFIG_FILE)
+        family, layers = family_of(config, student.uri), config["num_hidden_layers"]
+        adapted(training.settings.lora, family, layers, f"stage {training.stage!r}", student.uri)
 
 
 FEW_HELD_OUT = 20

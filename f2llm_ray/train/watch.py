@@ -147,7 +147,7 @@ def _measure(job: TrainJob, checkpoint: checkpoints.Checkpoint) -> dict[str, flo
     with (
         tempfile.TemporaryDirectory(prefix="f2llm-") as copy,
         job.student.as_local() as student,
-        checkpoints.weights(checkpoint) as read,
+        checkpoints.weights(checkpoint, job.training.settings.lora) as read,
     ):
         info = trained_info(load_info(student), job.training)
         write_reweighted(student, Path(copy), info, read, ends=job.training.ends)

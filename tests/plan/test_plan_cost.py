@@ -11,10 +11,13 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from f2llm_ray.engine.encode import encode, plan_passes
+from f2llm_ray.model.families import family_of
 from f2llm_ray.model.sizes import FAMILY, Shape, checkpoint_shape, non_embedding_parameters, random_backbone
 from f2llm_ray.plan.cost import Cost, cost, flops_per_token, forward_flops_per_token
 from f2llm_ray.plan.stage_work import Cluster, CorpusSize, TeacherWork
 from f2llm_ray.train.gradcache import cached_backward
+from f2llm_ray.train.lora import add_adapters
+from f2llm_ray.train.settings import Lora
 from f2llm_ray.train.throughput import Flops
 from tests.model.small import FAMILIES, backbone
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
@@ -75,6 +78,25 @@ def test_recomputation_costs_what_torch_counts(chunks: int, checkpointing: bool)
     planned = flops_per_token(work, 2 * LENGTH, TOKENS) / forward_flops_per_token(SHAPES[1], 2 * LENGTH)
     assert (planned == 3 + 1 - 1 / chunks) != checkpointing
     assert step.get_total_flops() / forward.get_total_flops() == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_lora_are_those_that_torch_counts(checkpointing: bool) -> None:
+    shape, lora = SHAPES[1], Lora(rank=4)
+    model = eager(shape).train()
+    add_adapters(model, lora, 0, "here")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with FlopCounterMode(display=False) as counter:
+        encode(model, texts(), pooling="last", tokens_per_pass=TOKENS).sum().backward()
+    work = work_of(shape, lora=lora, gradient_checkpointing=checkpointing)
+    # Twice the length, since eager attention computes both halves of the scores.
+    planned = flops_per_token(work, 2 * LENGTH, TOKENS)
+    # What the first layer's queries, keys and values are of needs no gradient; with checkpointing transformers
+    # asks for it all the same.
+    read = shape.hidden * (shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * lora.rank * shape.hidden
+    expected = planned if checkpointing else planned - 2 * read
+    assert counter.get_total_flops() / TOKENS == pytest.approx(expected, rel=0.01)
 
 
 def test_only_a_teacher_beside_the_student_costs_every_epoch() -> None:
@@ -147,5 +169,13 @@ def test_the_plan_and_the_meters_count_the_same_flops(kind: str, tmp_path: Path)
     model.config.save_pretrained(tmp_path)
     shape, _ = checkpoint_shape(str(tmp_path))
     length = 3  # within the windows
-    counted = Flops(model)([np.arange(length, dtype=np.uint32)])
+    tokens = [np.arange(length, dtype=np.uint32)]
+    counted = Flops(model)(tokens)
     assert 3 * length * forward_flops_per_token(shape, length) == pytest.approx(counted)
+    for lora in (Lora(rank=4), Lora(rank=2, targets=tuple(family_of(model.config).linear)[-1:])):
+        model = backbone(kind)
+        add_adapters(model, lora, 0, "here")
+        work = work_of(shape, lora=lora)
+        trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+        assert work.adapter_parameters == trained
+        assert length * flops_per_token(work, length, TOKENS) == pytest.approx(Flops(model)(tokens))

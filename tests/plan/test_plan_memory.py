@@ -31,7 +31,8 @@ from f2llm_ray.plan.memory import (
 )
 from f2llm_ray.plan.stage_work import TeacherWork
 from f2llm_ray.train.gradcache import cached_backward, engine_backward
-from f2llm_ray.train.settings import TrainStage
+from f2llm_ray.train.lora import add_adapters
+from f2llm_ray.train.settings import Lora, TrainStage
 from tests.model.small import FAMILIES, TWO_WAY_GEMMA, backbone
 from tests.plan.works import LENGTH, SHAPE, SHAPES, TEXTS, TOKENS, VOCABULARY, texts, work_of
 
@@ -303,6 +304,35 @@ def test_shares_of_the_states_shrink_with_the_stage_and_the_world() -> None:
     assert whole.weights_bytes == 2 * count == 4 * third.weights_bytes
     assert whole.gradients_bytes == 2 * count == 4 * third.gradients_bytes
     assert whole.optimizer_bytes == 12 * count == 4 * third.optimizer_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_saves_no_more_than_planned(dtype: torch.dtype) -> None:
+    """Frozen norms save less than trained ones, which the plan leaves out."""
+    model, lora = random_backbone(SHAPE, VOCABULARY, seed=0), Lora(rank=16)
+    add_adapters(model, lora, 0, "here")
+    saved = Saved(model.to(dtype).train())
+    with saved.watched():
+        vectors = encode(model, texts(), pooling="last", tokens_per_pass=TOKENS)
+    assert vectors.requires_grad
+    planned = activation_bytes(work_of(SHAPE, float_bytes=dtype.itemsize, lora=lora))
+    assert 0.6 * planned < saved.now < 1.02 * planned
+
+
+def test_lora_has_gradients_and_moments_of_its_matrices_alone() -> None:
+    plain = work_of(FAMILY["4b"], float_bytes=2, world=4, rows_per_batch=8, zero_stage=2)
+    work = replace(plain, lora=Lora(rank=16))
+    count, whole = work.adapter_parameters, parameters(FAMILY["4b"], VOCABULARY)
+    # Of each layer: queries, keys, values, output; gate, up and down of the FFN.
+    inputs = 3 * 2560 + 32 * 128 + 2 * 2560 + 9728
+    outputs = (32 + 2 * 8) * 128 + 2560 + 2 * 9728 + 2560
+    assert count == 36 * 16 * (inputs + outputs) < 0.01 * whole * 1.5
+    for zero_stage, share in ((1, 1), (2, 4), (3, 4)):
+        parts = memory(replace(work, zero_stage=zero_stage, accumulate=2))
+        assert parts.gradients_bytes == 2 * count / share
+        assert parts.optimizer_bytes == 12 * count / 4
+        assert parts.weights_bytes == 2 * (whole + count) / (4 if zero_stage == 3 else 1)
+    assert host_bytes(replace(work, offload=True)) < 0.02 * host_bytes(replace(plain, offload=True))
 
 
 def test_only_a_teacher_beside_the_student_takes_memory() -> None:

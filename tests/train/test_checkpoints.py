@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from f2llm_ray.model.sizes import Shape, random_backbone
 from f2llm_ray.run.folder import Folder
@@ -29,9 +30,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"bf16-zero{zero}": {"precision": "bf16", "zero_stage": zero} for zero in (1, 3)},
     "offload": {"precision": "fp32", "zero_stage": 2, "offload": True},
     **{f"frozen-zero{zero}": {"precision": "fp32", "zero_stage": zero} for zero in (0, 2, 3)},
+    **{f"lora-zero{zero}": {"precision": "fp32", "zero_stage": zero} for zero in (0, 1, 2, 3)},
+    "lora-bf16-zero2": {"precision": "bf16", "zero_stage": 2},
 }
-FROZEN = "frozen-"
-"""Kinds whose input embeddings stay as they are."""
+FROZEN, LORA = "frozen-", "lora-"
+"""Kinds whose input embeddings stay as they are, and whose weights do, beside which adapters are trained."""
 
 
 def texts(step: int) -> list[np.ndarray[Any, Any]]:
@@ -41,13 +44,18 @@ def texts(step: int) -> list[np.ndarray[Any, Any]]:
 
 def start(name: str, world: int) -> Any:
     from f2llm_ray.train.deepspeed import start_engine
+    from f2llm_ray.train.lora import add_adapters
     from f2llm_ray.train.objective import Student
 
     frozen = name.startswith(FROZEN)
+    lora = {"rank": 4} if name.startswith(LORA) else None
     stage = TrainStage.model_validate(
-        {"global_batch": BATCH, "engine": ENGINES[name], "freeze_embeddings": frozen}
+        {"global_batch": BATCH, "engine": ENGINES[name], "freeze_embeddings": frozen, "lora": lora}
     )
-    return start_engine(Student(random_backbone(SHAPE, 50, seed=0), "last", 4096), stage, world)
+    backbone = random_backbone(SHAPE, 50, seed=0)
+    if stage.lora is not None:
+        add_adapters(backbone, stage.lora, 0, "here")
+    return start_engine(Student(backbone, "last", 4096), stage, world)
 
 
 def train(engine: Any, steps: range, rank: int, world: int, noise: float = 0.1) -> list[float]:
@@ -144,9 +152,30 @@ def test_going_on_equals_never_having_stopped_to_the_last_bit(found: dict[str, A
     assert furthest(found["same"]["weights"], found["weights"]) == 0
 
 
+def test_with_lora_only_adapters_are_trained_and_saved(folder: Path) -> None:
+    backbone = random_backbone(SHAPE, 50, seed=0)
+    before, linear = (
+        backbone.state_dict(),
+        [n for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)],
+    )
+    pairs = {f"{name}.lora_{part}.default.weight" for name in linear for part in "AB"}
+    for kind in (kind for kind in ENGINES if kind.startswith(LORA)):
+        after = torch.load(folder / "found-2.pt")[kind]["weights"]
+        assert {name for name in after if "lora_" in name} == pairs
+        for name, value in before.items():
+            module, _, end = name.rpartition(".")
+            kept = after[f"{module}.base_layer.{end}" if module in linear else name]
+            assert torch.equal(kept, (value.bfloat16() if "bf16" in kind else value).float()), (kind, name)
+        parts = sorted((folder / f"{kind}-2" / "checkpoint_a").glob("*.safetensors"))
+        saved = [set(load_file(part)) for part in parts]
+        expected = {f"{state}/backbone.{name}" for name in pairs for state in checkpoints.KINDS}
+        assert set().union(*saved) == expected | {"random/cpu"}
+        assert len(parts) == 2, kind
+
+
 def test_frozen_embeddings_stay_and_the_rest_is_trained(folder: Path) -> None:
     before = random_backbone(SHAPE, 50, seed=0).state_dict()
-    for kind in ENGINES:
+    for kind in (kind for kind in ENGINES if not kind.startswith(LORA)):
         after = torch.load(folder / "found-2.pt")[kind]["weights"]
         moved = {name for name, value in after.items() if not torch.equal(value, before[name].float())}
         expected = set(before) - ({"embed_tokens.weight"} if kind.startswith(FROZEN) else set())
