@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from mteb.mocks.mock_tasks.sts import MockMultilingualSTSTask, MockSTSTask, Mock
 from mteb.mocks.mock_tasks.summarization import MockSummarizationTask
 
 from f2llm_ray.base.errors import RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.evaluate.mteb_texts import task_of, texts_of, version_of
 from f2llm_ray.pipeline.declare import declare
 from f2llm_ray.pipeline.walk import Pipeline
@@ -144,16 +142,7 @@ def recipe_of(folder: Path, *tasks: str) -> Recipe:
     return parse(Recipe, given, "r")
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    import ray
-
-    connect()
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("known", "cluster")
+@pytest.mark.usefixtures("known", "ray_here")
 def test_rows_with_a_text_of_a_task_are_left_out_and_counted_by_task(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"data.decontaminate.mteb: Gone: its data cannot be had"):
         Pipeline(recipe_of(tmp_path, "LocalRetrieval", "Gone"), str(tmp_path / "root")).job("prepare")

@@ -6,18 +6,15 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from pyarrow import parquet as pq
 
 from f2llm_ray.base.errors import DataError, RecipeError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.data.keys import shard_of
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.schema import KEY, TextPrompts, key_numbers, query_text
@@ -147,13 +144,6 @@ def sentences(row: Row) -> Row:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    connect()
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"))
 
@@ -256,7 +246,7 @@ def test_a_cross_encoder_scores_pairs_as_one_at_a_time(judge: Path) -> None:
     assert len(CrossEncoder(judge).score([], [])) == 0
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_a_cross_encoder_chooses_among_the_nearest_with_one_worker_and_with_two(
     tmp_path: Path, model: Path, judge: Path, prepared: Folder, rows: list[Row]
 ) -> None:
@@ -298,7 +288,7 @@ def test_a_cross_encoder_chooses_among_the_nearest_with_one_worker_and_with_two(
     assert some > len(rows) / 2
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("ray_here")
 def test_an_embedding_model_scores_by_the_cosines_of_what_it_reads(
     tmp_path: Path, model: Path, prepared: Folder, rows: list[Row]
 ) -> None:
