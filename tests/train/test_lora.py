@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +25,6 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils import parametrize
 
 from f2llm_ray.base.errors import DataError, RunError
-from f2llm_ray.base.session import connect
 from f2llm_ray.engine.encode import encode
 from f2llm_ray.engine.engine import Engine
 from f2llm_ray.model.checkpoint import load_backbone, load_info
@@ -369,15 +367,12 @@ def recipe_of(folder: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    import ray
-
+def made(tmp_path_factory: pytest.TempPathFactory, ray_here: None) -> Made:
+    del ray_here
     folder = tmp_path_factory.mktemp("run")
     recipe = recipe_of(folder)
-    connect()
     Pipeline(recipe, str(folder / "root")).everything()
-    yield Made(recipe, folder / "root")
-    ray.shutdown()
+    return Made(recipe, folder / "root")
 
 
 def tokens_of(folder: Path) -> Any:
