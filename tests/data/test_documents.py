@@ -106,7 +106,7 @@ def test_every_piece_of_every_file_is_a_row_or_counted(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(f"Titel\n\n{LONG}".encode("utf-16"))
     (tmp_path / "d.txt").write_text(" \n")
     (tmp_path / "e.txt").write_text(f"{LONG}\n{LONG}")
-    (tmp_path / "notes.pdf").write_text("x")
+    (tmp_path / "notes.rtf").write_text("x")
     found = rows(tmp_path, language="eng")
     assert [row["drop"] for row in found] == [
         "clean: section too short",
@@ -128,7 +128,7 @@ def test_every_piece_of_every_file_is_a_row_or_counted(tmp_path: Path) -> None:
     assert {row["language"] for row in found} == {"eng"}
     of = DocumentsSource(paths=(str(tmp_path),))
     (note,) = of.notes("s")
-    assert "1 files passed over, having another ending than .md, .markdown, .html, .htm or .txt" in note
+    assert "1 files passed over, having another ending than .md, .markdown, .html, .htm, .txt or .pdf" in note
     assert told(rows(tmp_path / "a.md", titles=False, min_section=2))[2:] == [
         ("Install", f"{LONG} {LONG}"),
         ("Short", "few"),
