@@ -77,14 +77,21 @@ class DocumentsSource(PathsSource):
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads a file, whose pieces in their order are rows."""
+        yield self._rows(name, piece, bad_row, headless=False)
+
+    def read_passages(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """As `read`; a text without heading or title is a row too, and its own query."""
+        yield self._rows(name, piece, bad_row, headless=True)
+
+    def _rows(self, name: str, piece: Piece, bad_row: BadRow, *, headless: bool) -> pa.Table:
         place = f"source {name!r}: {piece['file']}"
-        found = self._found_in(Folder.at(piece["file"]), place)
+        found = self._found_in(Folder.at(piece["file"]), place, headless=headless)
         faults = {row: record for row, (_, record) in enumerate(found) if isinstance(record, Fault)}
         records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in found]
         rows = Rows(place, ["query", "passage"], records, lines=[line for line, _ in found], faults=faults)
-        yield finish(self, name, texts_of(rows, Columns()), rows, bad_row)
+        return finish(self, name, texts_of(rows, Columns()), rows, bad_row)
 
-    def _found_in(self, file: Folder, place: str) -> list[tuple[int, Record | Fault]]:
+    def _found_in(self, file: Folder, place: str, *, headless: bool) -> list[tuple[int, Record | Fault]]:
         """Line of each piece of a document, and what it makes."""
         name = plain_name(file.path).lower()
         with TableFile(file, "jsonl", place).stream(FilePart()) as stream:
@@ -92,22 +99,22 @@ class DocumentsSource(PathsSource):
         document = pdf_document(data) if name.endswith(PDF) else _parsed(data, name)
         if isinstance(document, Fault):
             return [(1, document)]
-        found = [(section.line, self._row(document, section)) for section in document.sections]
+        found = [(section.line, self._row(document, section, headless=headless)) for section in document.sections]
         return found or [(1, Fault("no text", "found no text", malformed=False))]
 
-    def _row(self, document: Document, section: Section) -> Record | Fault:
+    def _row(self, document: Document, section: Section, *, headless: bool) -> Record | Fault:
         title, heading = document.title, section.heading
         query = heading if not title or heading == title or not self.titles else f"{title}: {heading}"
         query = query if heading else title
         size = len(" ".join(section.text.split()))
         if not size:
             return Fault("a heading without text", f"found no text under {heading!r}", malformed=False)
-        if not query:
+        if not query and not headless:
             return Fault("no heading", "found a text before any heading", malformed=False)
         if size < self.min_section:
             message = f"found {size} characters, expected min_section ({self.min_section}) or more"
             return Fault("section too short", message, malformed=False)
-        return {"query": query, "passage": section.text}
+        return {"query": query or section.text, "passage": section.text}
 
 
 def _is_pdf(uri: str) -> bool:
