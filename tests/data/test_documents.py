@@ -155,3 +155,23 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     found = rows(tmp_path, language="eng")
     assert [query for query, _ in told(found)] == ["Setup", "Setup: Power"]
     assert [row["drop"] for row in found][2:] == ["clean: section too short"]
+
+
+def test_who_wants_passages_alone_gets_texts_without_heading_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{LONG}\n{LONG}")
+    (tmp_path / "b.md").write_text(f"few\n# One\n{LONG}\n## None\n")
+    of = DocumentsSource(paths=(str(tmp_path),))
+    found = [
+        row
+        for piece in of.pieces("s")
+        for table in of.read_passages("s", piece, "error")
+        for row in table.to_pylist()
+    ]
+    assert [row["drop"] for row in found] == [
+        None,
+        "clean: section too short",
+        None,
+        "clean: a heading without text",
+    ]
+    assert next(row["drop"] for row in rows(tmp_path)) == "clean: no heading"
+    assert found[0]["passage"] == f"{LONG}\n{LONG}"
