@@ -45,7 +45,7 @@ def ray_here() -> Iterator[None]:
 
 @pytest.fixture
 def manual(tmp_path: Path) -> Path:
-    """Ten sections with text, one that is too short, and one text that stands twice."""
+    """Ten sections with text, one that is too short, one text that stands twice, and two titles without text."""
     folder = tmp_path / "manual"
     folder.mkdir()
     parts = [f"## The {thing}\n{passage(thing)}\n" for thing in THINGS]
@@ -101,7 +101,7 @@ def test_pairs_of_a_folder_of_documents(
         assert not endpoint.prompts
         assert not (tmp_path / "dry").exists()
         told = capsys.readouterr().out
-        assert "12 passages read, 10 to ask about (skipped: " in told
+        assert "14 passages read, 10 to ask about (skipped: clean: a heading without text 2, " in told
         assert f"10 to send to {NAME} at {endpoint.url}, of about " in told
         assert pairs(manual, endpoint.url, out) == 0
         assert Counter(endpoint.prompts).most_common(1)[0][1] == 1
@@ -110,6 +110,7 @@ def test_pairs_of_a_folder_of_documents(
         assert told.index("10 to send") < told.index("pairs: ask")
         account = checked_account(out)
         assert account["passages"]["skipped"] == {
+            "clean: a heading without text": 2,
             "a passage that came before": 1,
             "clean: section too short": 1,
         }
