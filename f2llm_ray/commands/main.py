@@ -13,6 +13,7 @@ from f2llm_ray.commands import command_line
 GROUPS = {
     "Recipes": {
         "recipe": "list, show and explain recipes, and write one for your own files",
+        "pairs": "make pairs of passages: a language model writes the queries",
         "plan": "memory, hours and cost of a training, before anything runs",
     },
     "Whole runs": {

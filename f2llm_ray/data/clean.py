@@ -65,8 +65,8 @@ def clean(rows: pa.Table, settings: Data) -> pa.Table:
         keep += map(bool, normal)
         drops.append(
             drop
-            or _fault("query", query_text, settings, code=query_code)
-            or _fault("passage", passage_text, settings, code=passage_code)
+            or fault("query", query_text, settings, code=query_code)
+            or fault("passage", passage_text, settings, code=passage_code)
             or ("clean: query equals passage" if query_text == passage_text else None)
         )
     given, scores = (rows[name].combine_chunks() for name in ("negatives", "negative_scores"))
@@ -108,8 +108,11 @@ def _is_code(languages: pa.ChunkedArray) -> list[bool]:
     return pc.fill_null(pc.starts_with(languages, CODE), False).to_numpy().tolist()
 
 
-def _fault(name: str, text: str, settings: Data, *, code: bool) -> str | None:
-    """What is wrong with one text; the cheap questions come first, since most texts are short and plain."""
+def fault(name: str, text: str, settings: Data, *, code: bool) -> str | None:
+    """What is wrong with one normalised text, as the tag of its row; None where it keeps all limits.
+
+    The cheap questions come first, since most texts are short and plain.
+    """
     size = len(text)
     if size < settings.min_chars:
         return f"clean: {name} too short"

@@ -23,6 +23,8 @@ Item = dict[str, Any]
 """A task's work or its outcome, as JSON values."""
 ERROR = "error"
 SHOWN_ERRORS = 20
+THREADS = 32
+"""Of one process whose work is waiting."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,18 @@ def start_actors(
 
     worker = ray.remote(_Actor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)
     return [worker.remote(make) for _ in range(count)]
+
+
+def start_waiting(make: Callable[[], Callable[[Item], Item]], count: int) -> list[Any]:
+    """As `start_actors`, for work that waits for something else, such as an endpoint: threads of few processes.
+
+    Several threads call the function at once. An actor is listed as often as it has threads.
+    """
+    import ray
+
+    worker = ray.remote(_Actor).options(num_cpus=1, max_concurrency=THREADS, max_restarts=3, max_task_retries=3)
+    actors = [worker.remote(make) for _ in range(-(-count // THREADS))]
+    return (actors * count)[:count]
 
 
 class _Actor:

@@ -118,10 +118,27 @@ class SentenceTransformers(_OtherModel):
         return np.asarray(vectors_nd, dtype=np.float32), sum(map(len, ids))
 
 
-class RemoteModel(_OtherModel):
-    """An OpenAI-compatible endpoint, given as URL#NAME; texts are sent as they are.
+def endpoint_client(model: str) -> tuple[Any, str, str]:
+    """The client of an OpenAI-compatible endpoint that is given as URL#NAME; its URL, and the name of the model.
 
-    The key is that of the environment variable `OPENAI_API_KEY`, if set, and is sent to the endpoint only.
+    The key is that of the environment variable `OPENAI_API_KEY`, if set, and is sent to the endpoint only. What
+    is refused since the endpoint is busy or broken (408, 409, 429, 5xx) is sent again, after waits that double or
+    that the endpoint asks for.
+
+    Raises:
+        DataError: the client is not installed.
+        RunError: no URL or name is given.
+    """
+    openai = require("openai", extra="compare")
+    url, _, name = model.partition("#")
+    if not url or not name:
+        raise RunError(f"{model}: expected URL#NAME, such as http://127.0.0.1:8000/v1#f2llm-v2-80m")
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    return openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES), url, name
+
+
+class RemoteModel(_OtherModel):
+    """An OpenAI-compatible endpoint, given as URL#NAME (`endpoint_client`); texts are sent as they are.
 
     Raises:
         DataError: the client is not installed.
@@ -129,13 +146,7 @@ class RemoteModel(_OtherModel):
     """
 
     def __init__(self, model: str) -> None:
-        openai = require("openai", extra="compare")
-        self.url, _, self.name = model.partition("#")
-        if not self.name:
-            raise RunError(f"{model}: expected URL#NAME, such as http://127.0.0.1:8000/v1#f2llm-v2-80m")
-        self.client = openai.OpenAI(
-            base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY") or "none", max_retries=RETRIES
-        )
+        self.client, self.url, self.name = endpoint_client(model)
         # Evaluation cuts texts that are too long, and so do servers such as ours and TEI when they are asked to.
         self.extra: dict[str, bool] = {"truncate": True}
         try:

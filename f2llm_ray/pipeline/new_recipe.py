@@ -15,7 +15,7 @@ from f2llm_ray.base.formatting import share
 from f2llm_ray.data.reading.guess import SAMPLE_ROWS, Guess, guess_columns
 from f2llm_ray.data.reading.paths import find_files
 from f2llm_ray.data.reading.tables import SUFFIXES, TableFile
-from f2llm_ray.data.tokens.tokenizer import open_tokenizer
+from f2llm_ray.data.tokens.tokenizer import BYTES_PER_TOKEN, open_tokenizer
 from f2llm_ray.recipe.files import load_recipe
 from f2llm_ray.report.advice import MANY_CUT
 from f2llm_ray.run.folder import Folder
@@ -26,9 +26,6 @@ HELD_OUT = "heldout"
 """The evaluation set of held-out files, or of passages that are held out of the files to train on."""
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 200
 """Of the rows that were looked at, at most as many passages."""
-BYTES_PER_TOKEN = 3.5
-"""UTF-8 bytes of a text for each token, as a trained tokenizer of 8,000 entries had them: 3.5 of help articles in
-several languages."""
 BACKBONE = """\
 backbone: {{path: {path}}}
 tokenizer: {{train_vocab: null}} # the backbone's own

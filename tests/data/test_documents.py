@@ -106,7 +106,7 @@ def test_every_piece_of_every_file_is_a_row_or_counted(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(f"Titel\n\n{LONG}".encode("utf-16"))
     (tmp_path / "d.txt").write_text(" \n")
     (tmp_path / "e.txt").write_text(f"{LONG}\n{LONG}")
-    (tmp_path / "notes.pdf").write_text("x")
+    (tmp_path / "notes.rtf").write_text("x")
     found = rows(tmp_path, language="eng")
     assert [row["drop"] for row in found] == [
         "clean: section too short",
@@ -128,7 +128,7 @@ def test_every_piece_of_every_file_is_a_row_or_counted(tmp_path: Path) -> None:
     assert {row["language"] for row in found} == {"eng"}
     of = DocumentsSource(paths=(str(tmp_path),))
     (note,) = of.notes("s")
-    assert "1 files passed over, having another ending than .md, .markdown, .html, .htm or .txt" in note
+    assert "1 files passed over, having another ending than .md, .markdown, .html, .htm, .txt or .pdf" in note
     assert told(rows(tmp_path / "a.md", titles=False, min_section=2))[2:] == [
         ("Install", f"{LONG} {LONG}"),
         ("Short", "few"),
@@ -155,3 +155,23 @@ def test_the_example_of_the_page(tmp_path: Path) -> None:
     found = rows(tmp_path, language="eng")
     assert [query for query, _ in told(found)] == ["Setup", "Setup: Power"]
     assert [row["drop"] for row in found][2:] == ["clean: section too short"]
+
+
+def test_who_wants_passages_alone_gets_texts_without_heading_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{LONG}\n{LONG}")
+    (tmp_path / "b.md").write_text(f"few\n# One\n{LONG}\n## None\n")
+    of = DocumentsSource(paths=(str(tmp_path),))
+    found = [
+        row
+        for piece in of.pieces("s")
+        for table in of.read_passages("s", piece, "error")
+        for row in table.to_pylist()
+    ]
+    assert [row["drop"] for row in found] == [
+        None,
+        "clean: section too short",
+        None,
+        "clean: a heading without text",
+    ]
+    assert next(row["drop"] for row in rows(tmp_path)) == "clean: no heading"
+    assert found[0]["passage"] == f"{LONG}\n{LONG}"

@@ -129,6 +129,10 @@ class SourceBase(Section, ABC):
             DataError: a malformed file, or a malformed row with bad_row="error"; names file, row and field.
         """
 
+    def read_passages(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """As `read`, for those who want passages without queries: what lacks only a query is a row too."""
+        return self.read(name, piece, bad_row)
+
 
 def rows_table(rows: Iterable[Mapping[str, Any]], *, source: str, task: Task) -> pa.Table:
     """Makes a table of `schema.ROW` from mappings; fields left out are null, negatives left out are []."""

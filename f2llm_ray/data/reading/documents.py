@@ -9,16 +9,20 @@ from typing import ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from f2llm_ray.base.optional import require
 from f2llm_ray.base.section import Output
 from f2llm_ray.data.reading.base import BadRow, Piece
 from f2llm_ray.data.reading.columns import Columns, finish, texts_of
 from f2llm_ray.data.reading.lines import UTF8, UTF8_MARK, Record
 from f2llm_ray.data.reading.paths import plain_name
 from f2llm_ray.data.reading.paths_source import PathsSource
+from f2llm_ray.data.reading.pdf import SUFFIX as PDF
+from f2llm_ray.data.reading.pdf import pdf_document
 from f2llm_ray.data.reading.sections import Document, Section, html_document, markdown_document, plain_document
 from f2llm_ray.data.reading.tables import FilePart, Rows, TableFile
 from f2llm_ray.data.reading.values import Fault, not_utf8
 from f2llm_ray.run.folder import Folder
+from f2llm_ray.run.inputs import InputFile
 
 KINDS: dict[str, Callable[[str], Document]] = {
     ".md": markdown_document,
@@ -33,7 +37,7 @@ HEAD_BYTES = 1024
 
 
 class DocumentsSource(PathsSource):
-    """A row for each section of a Markdown, HTML or plain text file: from its heading to its text.
+    """A row for each section of a Markdown, HTML, PDF or plain text file: from its heading to its text.
 
     Before the heading stands the title of the document, as in "Guide: Installing"; what comes before the first
     heading belongs to the title. Pieces that make no row are counted, and stop no run.
@@ -52,47 +56,81 @@ class DocumentsSource(PathsSource):
     @property
     def suffixes(self) -> tuple[str, ...]:
         """Those of documents."""
-        return tuple(KINDS)
+        return (*KINDS, PDF)
+
+    def inputs(self, name: str) -> list[InputFile]:
+        """The files, and the package that reads PDF, by its version, where there is such a file.
+
+        Raises:
+            DataError: a path that matches nothing, all files are empty, or the package is not installed.
+        """
+        files = super().inputs(name)
+        return [*files, _pdf_reader()] if any(_is_pdf(file.uri) for file in files) else files
+
+    def piece_inputs(self, piece: Piece) -> list[str]:
+        """The file, and the package that reads it."""
+        return [piece["file"], *([_pdf_reader().uri] if _is_pdf(piece["file"]) else [])]
 
     def pieces(self, name: str) -> list[Piece]:
         """One per file."""
-        return [{"file": file.uri} for file in self.inputs(name)]
+        return [{"file": file.uri} for file in self.inputs(name) if not file.version]
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads a file, whose pieces in their order are rows."""
+        yield self._rows(name, piece, bad_row, headless=False)
+
+    def read_passages(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
+        """As `read`; a text without heading or title is a row too, and its own query."""
+        yield self._rows(name, piece, bad_row, headless=True)
+
+    def _rows(self, name: str, piece: Piece, bad_row: BadRow, *, headless: bool) -> pa.Table:
         place = f"source {name!r}: {piece['file']}"
-        found = self._found_in(Folder.at(piece["file"]), place)
+        found = self._found_in(Folder.at(piece["file"]), place, headless=headless)
         faults = {row: record for row, (_, record) in enumerate(found) if isinstance(record, Fault)}
         records: list[Record] = [{} if isinstance(record, Fault) else record for _, record in found]
         rows = Rows(place, ["query", "passage"], records, lines=[line for line, _ in found], faults=faults)
-        yield finish(self, name, texts_of(rows, Columns()), rows, bad_row)
+        return finish(self, name, texts_of(rows, Columns()), rows, bad_row)
 
-    def _found_in(self, file: Folder, place: str) -> list[tuple[int, Record | Fault]]:
+    def _found_in(self, file: Folder, place: str, *, headless: bool) -> list[tuple[int, Record | Fault]]:
         """Line of each piece of a document, and what it makes."""
         name = plain_name(file.path).lower()
-        parse = next((KINDS[ending] for ending in KINDS if name.endswith(ending)), plain_document)
         with TableFile(file, "jsonl", place).stream(FilePart()) as stream:
             data = b"".join(stream)
-        text = _decoded(data, html=parse is html_document)
-        if isinstance(text, Fault):
-            return [(1, text)]
-        document = parse(text)
-        found = [(section.line, self._row(document, section)) for section in document.sections]
+        document = pdf_document(data) if name.endswith(PDF) else _parsed(data, name)
+        if isinstance(document, Fault):
+            return [(1, document)]
+        found = [(section.line, self._row(document, section, headless=headless)) for section in document.sections]
         return found or [(1, Fault("no text", "found no text", malformed=False))]
 
-    def _row(self, document: Document, section: Section) -> Record | Fault:
+    def _row(self, document: Document, section: Section, *, headless: bool) -> Record | Fault:
         title, heading = document.title, section.heading
         query = heading if not title or heading == title or not self.titles else f"{title}: {heading}"
         query = query if heading else title
         size = len(" ".join(section.text.split()))
         if not size:
             return Fault("a heading without text", f"found no text under {heading!r}", malformed=False)
-        if not query:
+        if not query and not headless:
             return Fault("no heading", "found a text before any heading", malformed=False)
         if size < self.min_section:
             message = f"found {size} characters, expected min_section ({self.min_section}) or more"
             return Fault("section too short", message, malformed=False)
-        return {"query": query, "passage": section.text}
+        return {"query": query or section.text, "passage": section.text}
+
+
+def _is_pdf(uri: str) -> bool:
+    """Whether a file is PDF, by its name; behind that a URI may carry options."""
+    return plain_name(uri.partition("?")[0] if "://" in uri else uri).lower().endswith(PDF)
+
+
+def _pdf_reader() -> InputFile:
+    return InputFile("package:pypdf", None, require("pypdf", extra="pdf").__version__)
+
+
+def _parsed(data: bytes, name: str) -> Document | Fault:
+    """The document of a file of text, by the ending of its name; others are plain text."""
+    parse = next((KINDS[ending] for ending in KINDS if name.endswith(ending)), plain_document)
+    text = _decoded(data, html=parse is html_document)
+    return text if isinstance(text, Fault) else parse(text)
 
 
 def _decoded(data: bytes, *, html: bool) -> str | Fault:
