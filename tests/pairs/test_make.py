@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from f2llm_ray.base.session import connect
 from f2llm_ray.commands.main import main
 from f2llm_ray.data.read import read_pairs
 from f2llm_ray.data.reading.files import TableSource
@@ -34,13 +32,7 @@ THINGS = ["pump", "valve", "lamp", "motor", "filter", "tank", "sensor", "switch"
 NAME = "writer-1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    connect()
-    yield
-    import ray
-
-    ray.shutdown()
+pytestmark = pytest.mark.usefixtures("ray_here")
 
 
 @pytest.fixture
