@@ -103,8 +103,12 @@ def add_adapters(backbone: PreTrainedModel, lora: Lora, seed: int, place: str) -
 
 
 def _config(peft: Any, lora: Lora, names: list[str]) -> Any:
+    alpha = lora.scaled_by
     return peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.scaled_by, target_modules=names, task_type="FEATURE_EXTRACTION"
+        r=lora.rank,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # other readers of the file expect a whole number
+        target_modules=names,
+        task_type="FEATURE_EXTRACTION",
     )
 
 
