@@ -665,6 +665,60 @@ def test_judgements_join_queries_and_passages(tmp_path: Path, *, jsonl_: bool) -
     assert {file.uri for file in source.inputs("s")} == set(source.piece_inputs(source.pieces("s")[0]))
 
 
+def judged(folder: Path, *qrels: str | dict[str, Any], name: str = "train.tsv") -> JudgedSource:
+    """A set of two queries and two passages with judgements of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "qrels").mkdir(exist_ok=True)
+    write_lines(folder / "queries.jsonl", {"_id": "1", "text": "when"}, {"_id": "2", "text": "where"})
+    write_lines(folder / "corpus.jsonl", {"_id": "a", "text": "noon"}, {"_id": "b", "text": "here"})
+    write_lines(folder / "qrels" / name, *qrels)
+    return JudgedSource(folder=str(folder))
+
+
+@pytest.mark.parametrize("score", ["score", "relevance", "rel", "label"])
+def test_a_judgement_of_0_is_none_whatever_its_column_is_called(tmp_path: Path, score: str) -> None:
+    source = judged(tmp_path, f"qid\tpid\t{score}", "1\ta\t2", "1\tb\t0", "2\ta\t-1")
+    assert pairs(rows(source)) == [("when", "noon")]
+
+
+@pytest.mark.parametrize("other", ["qrels/train_hard.tsv", "qrels/train2-old.tsv"])
+def test_files_of_like_names_are_not_of_the_split(tmp_path: Path, other: str) -> None:
+    source = judged(tmp_path, "qid\tpid", "1\ta")
+    write_lines(tmp_path / other, "qid\tpid", "2\tb")
+    write_lines(tmp_path / "corpus_backup.jsonl", {"_id": "a", "text": "old"})
+    assert pairs(rows(source)) == [("when", "noon")]
+
+
+def test_parts_of_a_split_are_read_in_order_and_named(tmp_path: Path) -> None:
+    judged(tmp_path, {"query-id": 1, "corpus-id": "a"}, name="train-00000-of-00002.jsonl")
+    source = judged(tmp_path, {"query-id": 2, "corpus-id": "b"}, name="train-00001-of-00002.jsonl")
+    assert pairs(rows(source)) == [("when", "noon"), ("where", "here")]
+    source = judged(tmp_path, {"query-id": 2, "corpus-id": "c"}, name="train-00001-of-00002.jsonl")
+    with pytest.raises(DataError, match=r"train-00001-of-00002\.jsonl:1: found the id 'c'"):
+        rows(source)
+
+
+def test_an_id_of_several_texts_is_a_fault_of_its_judgements(tmp_path: Path) -> None:
+    source = judged(tmp_path, "qid\tpid", "1\ta", "2\tb")
+    again = [{"_id": "a", "text": "midnight"}, {"_id": "b", "text": "here"}]
+    write_lines(tmp_path / "corpus.jsonl", {"_id": "a", "text": "noon"}, *again, again[1])
+    assert drops(source) == ["read: several texts of one id in the corpus", None]
+    with pytest.raises(DataError, match=r"train\.tsv:2: found the id 'a', which several texts have in the corpus"):
+        rows(source)
+
+
+def test_bad_rows_of_a_judged_set_are_named_or_counted(tmp_path: Path) -> None:
+    source = judged(tmp_path, "qid\tpid\tscore", "1\ta\thigh", "1\ta", "2\tb\t1")
+    assert drops(source) == ["read: score is not a number", "read: too few fields", None]
+    with pytest.raises(DataError, match=r"train\.tsv:2: score: found str 'high', expected a number"):
+        rows(source)
+    source = judged(tmp_path, "qid\tpid", "1\ta", "2\tb")
+    write_lines(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "noon"', {"_id": "b", "text": "here"})
+    assert drops(source) == ["read: not in the corpus", None]
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: found a line that is not JSON"):
+        rows(source)
+
+
 def test_pairs_of_sentences_as_tatoeba_has_them(tmp_path: Path) -> None:
     """Numbered columns: id, text, id, text; and a language for each side."""
     path = write_lines(
