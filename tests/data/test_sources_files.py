@@ -897,7 +897,7 @@ def test_languages_are_one_code_each(tmp_path: Path) -> None:
         "de_CH.UTF-8",
         "German",
         "german",
-        "code:go",
+        "code:Go",
         "Go",
         "python",
         "ts",
@@ -927,6 +927,7 @@ def test_the_language_of_a_source_is_a_code() -> None:
     assert jsonl("a", language="pt_BR").language == "por"
     assert jsonl("a", language="zh-Hant").language == "zho-Hant"
     assert jsonl("a", language="code:go").language == "code:go"
+    assert jsonl("a", language="code:Go").language == "code:go"
     with pytest.raises(ValidationError, match="found 'english', expected an ISO 639 code such as eng"):
         jsonl("a", language="english")
     with pytest.raises(ValidationError, match="found 'klingonisch', expected an ISO 639 code such as deu"):

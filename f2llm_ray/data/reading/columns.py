@@ -21,7 +21,7 @@ from f2llm_ray.data.language import normal
 from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, list_array
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
-from f2llm_ray.data.reading.values import ColumnKind, Fault
+from f2llm_ray.data.reading.values import ColumnKind, Fault, unknown_language
 from f2llm_ray.data.schema import ROW, SCORES
 
 TEXT_LIST = pa.list_(pa.string())
@@ -296,11 +296,7 @@ def _codes(languages: pa.Array, field: str, rows: Rows) -> pa.Array:
     codes = [normal(text) for text in said]
     for place, code in enumerate(codes):
         if code is None:
-            fault = Fault(
-                f"unknown {field}",
-                f"{field}: found {said[place]!r}, expected an ISO 639 code, a locale, an English name or "
-                "code:<name>",
-            )
+            fault = unknown_language(field, said[place])
             for row in np.flatnonzero(encoded.indices.fill_null(-1).to_numpy() == place).tolist():
                 rows.faults.setdefault(row, fault)
     return pa.array(codes, pa.string()).take(encoded.indices)

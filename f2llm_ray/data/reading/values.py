@@ -67,6 +67,12 @@ def wrong_kind(column: str, kind: ColumnKind, value: object, field: str | None =
     return Fault(f"{field or column} is not {EXPECTED[kind]}", message)
 
 
+def unknown_language(field: str, said: str) -> Fault:
+    """The fault of a text that names no language."""
+    expected = "an ISO 639 code, a locale, an English name or code:<name>"
+    return Fault(f"unknown {field}", f"{field}: found {said!r}, expected {expected}")
+
+
 def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "", encoding: str = "utf-8") -> Fault:
     """The fault of bytes that are not in the encoding of their file."""
     found = f"found byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
