@@ -168,6 +168,23 @@ def test_folders_and_globs_are_sorted_and_leave_other_files_out(tmp_path: Path) 
     assert [query for query, _ in pairs(rows(both))] == ["b.jsonl", "a.jsonl"]
 
 
+def test_a_link_leads_to_a_file_once_and_to_nothing_never(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", PAIRS[0])
+    (tmp_path / "0.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "above").symlink_to(".")
+    write_lines(tmp_path.parent / "elsewhere.jsonl", PAIRS[1])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path.parent / "elsewhere.jsonl")
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "**" / "*.jsonl", tmp_path.parent / "link"):
+        assert [Path(file.uri).name for file in jsonl(path).inputs("s")] == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "c.jsonl").symlink_to("nowhere.jsonl")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"c\.jsonl: found a link that leads to nothing, expected a file"):
+            jsonl(path).inputs("s")
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.txt")
+    assert len(jsonl(tmp_path).inputs("s")) == 2
+
+
 def test_fsspec_uris_are_read(tmp_path: Path) -> None:
     for name in "ba":
         write_parquet(tmp_path / f"{name}.parquet", [{"query": name, "passage": "p"}])
