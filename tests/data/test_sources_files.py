@@ -618,6 +618,31 @@ def test_a_folder_has_its_compressed_files_too(tmp_path: Path) -> None:
         rows(jsonl(tmp_path / "b.jsonl.xz"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"query": "a", "passage": "b"},\n', "not JSON"),
+        (b'{"query": "a", "query": "b"}\n', "key 'query' twice"),
+        (b'{\n "query": "a",\n "passage": "b"\n}\n', "not JSON"),
+        ('{"query": "a", "passage": "b"}\n'.encode("utf-16"), "byte 0xff"),
+        (gzip.compress(b'{"query": "a", "passage": "b"}\n'), "byte 0x8b"),
+    ],
+)
+def test_a_file_whose_first_lines_are_no_rows_says_why(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: found .*{message}"):
+        jsonl(tmp_path).check_columns("s")
+
+
+def test_a_first_file_of_blank_lines_is_no_fault(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", "", " ")
+    assert "has no rows" in (jsonl(tmp_path).check_columns("s") or "")
+    with pytest.raises(DataError, match="found no rows"):
+        rows(jsonl(tmp_path))
+    write_lines(tmp_path / "b.jsonl", PAIRS[0])
+    assert pairs(rows(jsonl(tmp_path))) == [("question 0", "answer 0")]
+
+
 def test_one_empty_file_among_many_is_no_fault_and_told(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", PAIRS[0])
     (tmp_path / "b.jsonl").touch()

@@ -76,6 +76,8 @@ class FilesSource(PathsSource):
             if table.file.local is not None:
                 raise
             return f"{error}; its columns are checked when it is read"
+        if schema is None and not names:
+            return f"{table.place}: has no rows; the columns of the other files are checked when they are read"
         columns = self._layout(names)
         if schema is None:  # rows of JSON may lack what a template names
             kinds = (column for column in columns.kinds(names) if column not in {*columns.joined(), *names})
