@@ -590,6 +590,12 @@ def test_quotes_and_encodings_by_name(tmp_path: Path) -> None:
         parquet("a.parquet", delimiter=";")
 
 
+def test_what_is_no_encoding_of_text_is_refused() -> None:
+    for name in ("utf-9", "rot13", "hex"):
+        with pytest.raises(ValidationError, match=f"found '{name}', expected an encoding such as utf-8"):
+            table_csv("a", encoding=name)
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv:1: found the column 'query' twice"):
         table_csv(write_lines(tmp_path / "a.csv", "query,passage,query", "a,b,c")).pieces("s")
@@ -863,6 +869,23 @@ def test_negatives_in_several_columns(tmp_path: Path, negatives: str | tuple[str
     columns = Columns(query="anchor", passage="positive", negatives=negatives)
     for source in layouts_of_lists(tmp_path, records, columns):
         assert [row["negatives"] for row in rows(source)] == [["x", "y", "z"], ["w"]]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_pattern_that_no_column_has_is_refused(tmp_path: Path, suffix: str) -> None:
+    """A slip in it would leave all negatives out."""
+    first, second = {"query": "q", "passage": "p"}, {"query": "q", "passage": "p", "neg_2": "n"}
+    for name, row in (("a", first), ("b", second)):
+        write_lines(tmp_path / f"{name}.jsonl", row)
+        write_lines(tmp_path / f"{name}.csv", ",".join(row), ",".join(row.values()))
+        write_parquet(tmp_path / f"{name}.parquet", [row])
+    settings = {"format": suffix, "paths": (str(tmp_path),)}
+    found = rows(TableSource.model_validate({**settings, "columns": {"negatives": "neg_*"}}))
+    assert [row["negatives"] for row in found] == [[], ["n"]]
+    slip = TableSource.model_validate({**settings, "columns": {"negatives": "negs_*"}})
+    message = rf"a\.{suffix}: no column is called 'negs_\*' with a number for the \*, here or in another file"
+    with pytest.raises(DataError, match=rf"{message}; the columns are \['query', 'passage'\]"):
+        slip.pieces("s")
 
 
 def test_triplets_have_one_negative_as_text(tmp_path: Path) -> None:
