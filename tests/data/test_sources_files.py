@@ -80,6 +80,7 @@ def write_lines(path: Path, *lines: str | bytes | dict[str, Any]) -> str:
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(line + b"\n" for line in data))
     return str(path)
 
@@ -257,6 +258,17 @@ def test_inputs_of_a_saved_dataset_are_its_files(tmp_path: Path) -> None:
     inputs = [file.uri for file in source.inputs("s")]
     assert inputs == sorted(str(path) for path in (tmp_path / "d").iterdir())
     assert [source.piece_inputs(piece) for piece in source.pieces("s")] == [inputs]
+
+
+def test_a_local_copy_of_a_dataset_of_the_hub_is_known_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name alone, rows that come in later would never be read."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files = [write_lines(tmp_path / "d" / f"{split}.jsonl", *PAIRS) for split in ("test", "train")]
+    source = DatasetsSource(path=str(tmp_path / "d"))
+    assert [file.uri for file in source.inputs("s")] == files
+    assert pairs(rows(source)) == [(row["query"], row["passage"]) for row in PAIRS]
 
 
 def test_tsv_has_no_quotes(tmp_path: Path) -> None:
