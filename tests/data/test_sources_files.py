@@ -1011,6 +1011,22 @@ def test_the_language_of_a_source_is_a_code() -> None:
         jsonl("a", language="klingonisch")
 
 
+@pytest.mark.parametrize("cell", ["['x', 'y']", "['x' 'y']", """['it', "isn't"]"""])
+def test_a_list_of_csv_that_is_not_json_is_a_fault(tmp_path: Path, cell: str) -> None:
+    """As pandas writes lists: it would be one negative, of brackets and quotes."""
+    quoted = '"' + cell.replace('"', '""') + '"'
+    source = table_csv(
+        write_lines(tmp_path / "a.csv", "query,passage,neg", f"q,p,{quoted}", "q,p,[x]", "q,p,"),
+        columns=Columns(negatives="neg"),
+    )
+    assert drops(source) == ["read: negatives is a list that is not JSON", None, None]
+    assert [row["negatives"] for row in rows(source, "skip")][1:] == [["[x]"], []]
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: neg: found .*, a list that is not JSON, expected text or a JSON"
+    ):
+        rows(source)
+
+
 def test_csv_negatives_are_a_text_or_a_json_list(tmp_path: Path) -> None:
     lines = ["q,p,n", 'q,p,"[""a"", ""b""]"', "q,p,", "q,p,7"]
     path = write_lines(tmp_path / "a.csv", "query,passage,negatives", *lines)
