@@ -28,6 +28,7 @@ def test_normal_form_keeps_what_spelling_needs() -> None:
     assert normalize("a\u0301 \u00a0\t b\r\n\n\n\nc\ufeff\x00") == "á b\n\nc"
     assert normalize("می\u200cخواهم 👩\u200d💻 क\u094dष") == "می\u200cخواهم 👩\u200d💻 क\u094dष"
     assert normalize("\u202bשלום\u202c") == "שלום"
+    assert normalize("a page\fthe next\va line") == "a page\nthe next\na line"
     assert normalize(" \u200bសួ\u200bស្តី\u2060 \u200b") == "សួ\u200bស្តី", "breaks between words stay"
 
 

@@ -148,6 +148,23 @@ def test_every_text_type_of_arrow_is_text(tmp_path: Path, kind: pa.DataType) -> 
     assert pairs(rows(parquet(path))) == [("x", "1"), ("y", "2")]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_classes_may_be_numbers(tmp_path: Path, suffix: str) -> None:
+    found = [{**pair, "class": number} for number, pair in enumerate(PAIRS)]
+    write_lines(tmp_path / "a.jsonl", *found)
+    cells = [",".join(map(str, row.values())) for row in found]
+    write_lines(tmp_path / "a.csv", ",".join(found[0]), *cells)
+    write_parquet(tmp_path / "a.parquet", found)
+    settings = {"format": suffix, "paths": (str(tmp_path),), "task": "clustering", "columns": {"label": "class"}}
+    assert [row["label"] for row in rows(TableSource.model_validate(settings))] == ["0", "1", "2", "3", "4"]
+    write_parquet(tmp_path / "a.parquet", [{**PAIRS[0], "class": 1.5}])
+    if suffix == "parquet":
+        with pytest.raises(
+            DataError, match=r"a\.parquet: row 0 .*class: found float 1\.5, expected text or a whole"
+        ):
+            rows(TableSource.model_validate(settings))
+
+
 def test_long_files_come_in_several_tables_with_right_line_numbers(tmp_path: Path) -> None:
     lines = [*PAIRS[:1] * (TABLE_ROWS + 1), {"query": 1, "passage": "x"}]
     source = jsonl(write_lines(tmp_path / "a.jsonl", *lines))
@@ -1092,6 +1109,11 @@ def test_faults_of_a_dataset(tmp_path: Path) -> None:
         DatasetsSource(path=str(tmp_path / "d"), columns=Columns(passage="text")).pieces("s")
     with pytest.raises(DataError, match="neither a folder written by save_to_disk nor a dataset"):
         DatasetsSource(path=str(tmp_path / "nothing")).pieces("s")
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(ValidationError, match="found '', expected a file, a folder or a glob"):
+        jsonl("a.jsonl", "")
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -67,7 +67,8 @@ class Columns(Section):
     passage_language: Output[str | None] = None
     """The same of the passage, or "code:<name>"; the query's where unset, null or blank."""
     label: Output[str | None] = None
-    """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
+    """Class of a row's texts, as text or a whole number; clustering rows that bring no negatives get texts of other
+    classes."""
     scores: Output[str | tuple[str, ...] | None] = None
     """What a teacher, such as a cross-encoder, says of a row's texts: as many numbers as the row has passages and
     negatives, passages first, in one column with a list, several columns, or a pattern such as score_*."""
@@ -99,6 +100,8 @@ class Columns(Section):
         """
         plain = [text for field, text in self if text is not None and field not in LISTS and not template(text)]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
+        if self.label in plain and self.label not in (self.query, self.passage):
+            kinds[self.label] = "label"
         lists: dict[str, ColumnKind] = dict.fromkeys(listed(self.negatives, names), "texts")
         lists |= dict.fromkeys(listed(self.scores, names), "numbers")
         return {**kinds, **({} if template(self.passage) else {self.passage: "texts"}), **lists}
@@ -162,7 +165,8 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
         elif field.name == "passage" and rows.has_lists(text):
             found[field.name] = rows.column(text, "texts", field=field.name, required=True, item=columns.read_item)
         else:
-            found[field.name] = rows.column(text, "text", field=field.name, required=True).cast(field.type)
+            kind: ColumnKind = "label" if field.name == "label" else "text"
+            found[field.name] = rows.column(text, kind, field=field.name, required=True).cast(field.type)
     passages = found["passage"]
     if columns.scores is not None:
         found |= _scores(rows, columns, passages, found["negatives"])
