@@ -67,8 +67,8 @@ class Columns(Section):
     passage_language: Output[str | None] = None
     """The same of the passage, or "code:<name>"; the query's where unset, null or blank."""
     label: Output[str | None] = None
-    """Class of a row's texts, as text or a whole number; clustering rows that bring no negatives get texts of other
-    classes."""
+    """Class of a row's texts, as text or a whole number; clustering rows that bring no negatives get texts of
+    other classes."""
     scores: Output[str | tuple[str, ...] | None] = None
     """What a teacher, such as a cross-encoder, says of a row's texts: as many numbers as the row has passages and
     negatives, passages first, in one column with a list, several columns, or a pattern such as score_*."""
