@@ -100,7 +100,7 @@ class Columns(Section):
         """
         plain = [text for field, text in self if text is not None and field not in LISTS and not template(text)]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
-        if self.label in plain and self.label not in (self.query, self.passage):
+        if self.label is not None and self.label in plain and self.label not in (self.query, self.passage):
             kinds[self.label] = "label"
         lists: dict[str, ColumnKind] = dict.fromkeys(listed(self.negatives, names), "texts")
         lists |= dict.fromkeys(listed(self.scores, names), "numbers")
