@@ -417,6 +417,13 @@ def test_a_dry_run_says_what_is_read_how_long_it_trains_and_where_it_goes(
     assert "measures on heldout" in told
 
 
+@pytest.mark.parametrize("stem", ["no", "2024", "1e5"])
+def test_a_new_recipe_reads_a_file_whose_name_is_no_text_in_yaml(tmp_path: Path, stem: str) -> None:
+    table, output = write(tmp_path / f"{stem}.csv", ROWS), tmp_path / "recipe.yaml"
+    assert f2llm("recipe", "new", table, "--output", output) == 0
+    assert stem in load_recipe(str(output)).sources
+
+
 def test_passages_are_held_out_of_the_only_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, output = write(tmp_path / "faq.csv", ROWS), tmp_path / "r.yaml"
     assert f2llm("recipe", "new", table, "--output", output) == 0

@@ -17,10 +17,10 @@ from f2llm_ray.data.settings import Data
 # Control and format characters that carry no text: C0 and C1 except tab and line ends, the byte-order mark, the
 # soft hyphen and the bidirectional marks. Joiners (U+200C, U+200D) stay: Persian and Indic spelling, and emoji,
 # need them.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
-)
-_LINE_END = re.compile(r"\r\n?|\x85|\u2028|\u2029")
+_INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+# Breaks of no width, which part words in Khmer and Thai; at the ends of a text they part nothing.
+_ENDS = " \n\u200b\u2060"
+_LINE_END = re.compile(r"\r\n?|[\x0b\x0c\x85]|\u2028|\u2029")
 _SPACE = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r" ?\n ?(?:\n ?)+")
 _EDGE = re.compile(r" ?\n ?")
@@ -41,7 +41,7 @@ def normalize(text: str) -> str:
     text = _SPACE.sub(" ", _LINE_END.sub("\n", text))
     text = _BLANK_LINES.sub("\n\n", text)
     text = _EDGE.sub("\n", text)
-    return unicodedata.normalize("NFC", text.strip())
+    return unicodedata.normalize("NFC", text.strip(_ENDS))
 
 
 def clean(rows: pa.Table, settings: Data) -> pa.Table:

@@ -108,8 +108,8 @@ def normal(said: str) -> str | None:
         None for what names none.
     """
     text = said.strip()
-    if text.startswith(CODE):
-        return text
+    if text.lower().startswith(CODE):
+        return text.lower()
     if text.lower() in PROGRAMMING:
         return f"{CODE}{text.lower()}"
     subtags = re.split(r"[_\-@.]", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from f2llm_ray.data.keys import KEYS
 from f2llm_ray.data.schema import rng
@@ -17,12 +18,13 @@ def label_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
     gets none of them.
 
     Args:
-        ids: rows of one classification source, with query_group, passage_key, passage_language, negative_keys.
+        ids: rows of one classification source, with query_group, passage_key, language, passage_language,
+            negative_keys.
         source: its name, part of the seed.
         seed: the recipe's.
         count: most negatives per row.
     """
-    languages = np.array([language or "" for language in ids["passage_language"].to_pylist()])
+    languages = np.array([language or "" for language in _passage_languages(ids)])
     given = ids["negative_keys"].to_pylist()
     labels = ids["passage_key"].to_pylist()
     pools = {
@@ -54,14 +56,15 @@ def class_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
     classes without another one in their language, get none.
 
     Args:
-        ids: rows of one clustering source, with label, passage_key, passage_group, passage_language
+        ids: rows of one clustering source, with label, passage_key, passage_group, language, passage_language
             and negative_keys.
         source: its name, part of the seed.
         seed: the recipe's.
         count: most negatives per row.
     """
-    columns = ("label", "passage_key", "passage_group", "passage_language", "negative_keys")
-    label, key, group, language, negatives = (ids[name].to_pylist() for name in columns)
+    columns = ("label", "passage_key", "passage_group", "negative_keys")
+    label, key, group, negatives = (ids[name].to_pylist() for name in columns)
+    language = _passage_languages(ids)
     generator = rng(seed, source, "classes")
     rows_of: dict[str | None, list[int]] = {}
     for row, (name, given) in enumerate(zip(language, label, strict=True)):
@@ -77,6 +80,12 @@ def class_negatives(ids: pa.Table, *, source: str, seed: int, count: int = 24) -
                 by_group = {group[other]: key[other] for other in others if group[other] != group[row]}
                 negatives[row] = list(by_group.values())[:count]
     return _with_negatives(ids, negatives)
+
+
+def _passage_languages(ids: pa.Table) -> list[str | None]:
+    """The language of each passage, which is the query's where it has none of its own."""
+    found: list[str | None] = pc.coalesce(ids["passage_language"], ids["language"]).to_pylist()
+    return found
 
 
 def _with_negatives(ids: pa.Table, negatives: list[list[bytes]]) -> pa.Table:

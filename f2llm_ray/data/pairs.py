@@ -12,7 +12,7 @@ from f2llm_ray.data.near.groups import Groups
 from f2llm_ray.data.near.shingle_store import jaccards
 from f2llm_ray.data.near.shingles import Hashes, Ragged, Shingles, shingle
 from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, ranges
-from f2llm_ray.data.schema import with_column
+from f2llm_ray.data.schema import KEY, with_column
 
 # With 24 negatives each about a million characters, whose shingles stay in the cache: all 4,096 rows of a table at
 # once took twice as long, and a gigabyte.
@@ -73,11 +73,13 @@ def _slots(hashes: Hashes, owner: Ints) -> Ints:
 
 
 def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
-    """Leaves out negatives that are, or nearly are, a passage of any row with the same query.
+    """Leaves out negatives that are, or nearly are, a passage of any row with the same query, or are the query.
+
+    Those that are only near-equal to the query stay: so are the hardest of paraphrases.
 
     Args:
-        ids: columns query_group, passage_group, negative_keys and negative_scores, and any others; all rows of a
-            query group, duplicates included.
+        ids: columns query_key, query_group, passage_group, negative_keys and negative_scores, and any others; all
+            rows of a query group, duplicates included.
         groups: the near-duplicate groups.
 
     Returns:
@@ -90,7 +92,9 @@ def drop_positives(ids: pa.Table, groups: Groups) -> pa.Table:
     near = groups.of_array(negatives.flatten())
     passage = _codes(pa.concat_arrays([ids["passage_group"].combine_chunks(), near]))
     pairs = np.concatenate([query, query[owner]]) * (len(passage) + 1) + passage
-    return _without(ids, "negative_keys", np.isin(pairs[len(ids) :], pairs[: len(ids)]), owner)
+    positive = np.isin(pairs[len(ids) :], pairs[: len(ids)])
+    texts = _codes(pa.concat_arrays([ids["query_key"].combine_chunks(), negatives.flatten().cast(KEY)]))
+    return _without(ids, "negative_keys", positive | (texts[: len(ids)][owner] == texts[len(ids) :]), owner)
 
 
 def _without(rows: pa.Table, column: str, dropped: Mask, owner: Ints) -> pa.Table:

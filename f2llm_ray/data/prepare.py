@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_SOURCE = 3
 LAYOUT = "layout.json"
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Of what is written of a row: rows that an earlier one wrote are read again."""
 
 

@@ -86,7 +86,7 @@ def write_table(
             )
         for language, drop, n in json.loads(row["lost"]):
             account.drop(row["source"], language, drop, n)
-        account.add_negatives(row["source"], **{"a positive of the query": row["dropped_negatives"]})
+        account.add_negatives(row["source"], **{"the query or a positive of it": row["dropped_negatives"]})
 
 
 @contextmanager

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from f2llm_ray.base.errors import DataError
+from f2llm_ray.data.language import normal
 from f2llm_ray.data.reading.tables import SUFFIXES, Rows, TableFile
-from f2llm_ray.data.reading.values import ColumnKind, Fault, wrong_kind
+from f2llm_ray.data.reading.values import ColumnKind, Fault, unknown_language, wrong_kind
 from f2llm_ray.run.folder import Folder
 
 UNKNOWN_LANGUAGE = "und"
 """ISO 639-3 for "undetermined": the language of a text that comes without one."""
 LANGUAGE = ("language", "lang")
+TWO = re.compile(r"[a-z]{2,3}[-_][a-z]{2,3}")
 TITLE, SCORE = "title", "score"
 
 ValueT = TypeVar("ValueT")
@@ -55,8 +58,17 @@ class EvaluationTable:
         return [f"{title} {text}".strip() if title else text for title, text in zip(titles, texts, strict=True)]
 
     def languages(self) -> list[str]:
-        """The language of each row, `UNKNOWN_LANGUAGE` where the file does not say it."""
-        return [language or UNKNOWN_LANGUAGE for language in self._optional(*LANGUAGE)]
+        """The language of each row as training rows carry it, `UNKNOWN_LANGUAGE` where the file does not say it.
+
+        Two of them, such as "de-en" of a bitext, stay as they are.
+        """
+        said = [(language or "").strip() or UNKNOWN_LANGUAGE for language in self._optional(*LANGUAGE)]
+        codes = [language if TWO.fullmatch(language) else normal(language) for language in said]
+        for row, code in enumerate(codes):
+            if code is None:
+                self.rows.faults.setdefault(row, unknown_language("language", said[row]))
+        self.rows.refuse_faults()
+        return [code or UNKNOWN_LANGUAGE for code in codes]
 
     def _optional(self, *spellings: str) -> list[str | None]:
         """Texts that may be missing."""

@@ -180,7 +180,7 @@ def _lines(
     if BASE_SOURCE not in sources:
         yield f"  {BASE_SOURCE}: null # the base's example\n"
     for source_name, source in sources.items():
-        yield f"  {source_name}:\n"
+        yield f"  {_quoted(source_name)}:\n"
         yield from _source_lines(source, 4)
     rows, first = sum(source.rows for source in sources.values()), next(iter(sources.values()))
     batch = min(BASE_BATCH, max(2, 1 << (max(rows, 4) // 2).bit_length() - 1))

@@ -27,6 +27,21 @@ STAGE = 2
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: YAML's own loader keeps the last, and a source is lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value if node is not None else ():
+            said = (key.tag, str(key.value))
+            if said in seen:
+                problem = f"found the key {said[1]!r} twice in one mapping, expected each once"
+                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+            seen.add(said)
+        return node
+
+
 def builtin_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("f2llm_ray.recipe") / "builtin"
@@ -94,7 +109,7 @@ def _read(name_or_path: str, seen: tuple[Path, ...]) -> Settings:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
     try:
         text = path.read_text(encoding="utf-8")
-        settings = yaml.safe_load(text)
+        settings = yaml.load(text, _EachKeyOnce)  # noqa: S506 - a SafeLoader
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
@@ -177,7 +192,7 @@ def _parsed(override: str) -> _Override:
     if not equals or not all(parts):
         raise RecipeError(f"--set {override!r}: expected a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _EachKeyOnce)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     return _Override(override, tuple(parts[:-1]), parts[-1], value)
@@ -228,7 +243,17 @@ def _describe(section: type[Section], details: Any) -> str:
     message = details["msg"].removeprefix("Value error, ")
     if details["type"] in {"missing", "value_error"}:
         return f"{where}: {message}" if where else message
-    return f"{where}: {message}; found {details['input']!r}"
+    return f"{where}: {message}; found {details['input']!r}{_quotes(details)}"
+
+
+def _quotes(details: Any) -> str:
+    """What to do about text that YAML took for something else, such as the language `no`."""
+    found = details["input"]
+    if details["type"] != "string_type" or not isinstance(found, bool | int | float):
+        return ""
+    if isinstance(found, bool):
+        return "; YAML reads no, off, yes and on as false and true where they stand without quotes"
+    return f'; write it in quotes, "{found}"'
 
 
 def _meant(where: str, allowed: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ def test_normal_form_keeps_what_spelling_needs() -> None:
     assert normalize("a\u0301 \u00a0\t b\r\n\n\n\nc\ufeff\x00") == "á b\n\nc"
     assert normalize("می\u200cخواهم 👩\u200d💻 क\u094dष") == "می\u200cخواهم 👩\u200d💻 क\u094dष"
     assert normalize("\u202bשלום\u202c") == "שלום"
+    assert normalize("a page\fthe next\va line") == "a page\nthe next\na line"
+    assert normalize(" \u200bសួ\u200bស្តី\u2060 \u200b") == "សួ\u200bស្តី", "breaks between words stay"
 
 
 def row(query: str, passage: str, **fields: object) -> dict[str, object]:
@@ -43,6 +45,7 @@ def test_cleaning_tags_each_fault_and_keeps_earlier_tags() -> None:
     rows = [
         row("a", "b"),
         row(" \u200e ", "b"),
+        row("a", "\u200b \u2060"),
         row("a", "x" * 11),
         row("same", " same "),
         row("", "", drop="read: empty query"),
@@ -50,6 +53,7 @@ def test_cleaning_tags_each_fault_and_keeps_earlier_tags() -> None:
     assert tags(rows, max_chars=10) == [
         None,
         "clean: query too short",
+        "clean: passage too short",
         "clean: passage too long",
         "clean: query equals passage",
         "read: empty query",

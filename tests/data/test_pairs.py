@@ -99,27 +99,28 @@ def test_no_positive_of_a_query_is_a_negative_of_it(tmp_path: Path) -> None:
     write_members(tmp_path, 0, pa.table({"a": keys("other answer"), "b": keys("other answer!")}))
     rows = pa.table(
         {
+            "query_key": keys("q", "Q", "r"),
             "query_group": keys("q", "q", "r"),
             "passage_group": keys("answer", "other answer", "third"),
             "negative_keys": pa.array(
                 [
-                    [text_key(t) for t in ("other answer!", "wrong", "third")],
+                    [text_key(t) for t in ("other answer!", "wrong", "third", "q", "Q")],
                     [text_key(t) for t in ("answer", "other answer")],
                     [text_key(t) for t in ("answer", "third", "wrong")],
                 ],
                 pa.list_(KEY),
             ),
-            "negative_scores": pa.array([[1, 2, 3], None, [4, 5, 6]], pa.list_(pa.float32())),
+            "negative_scores": pa.array([[1, 2, 3, 4, 5], None, [4, 5, 6]], pa.list_(pa.float32())),
         }
     )
     found = drop_positives(rows, groups)
     assert found["negative_keys"].to_pylist() == [
-        [text_key("wrong"), text_key("third")],
+        [text_key("wrong"), text_key("third"), text_key("Q")],
         [],
         [text_key("answer"), text_key("wrong")],
     ]
-    assert found["dropped_negatives"].to_pylist() == [1, 2, 1]
-    assert found["negative_scores"].to_pylist() == [[2, 3], None, [4, 6]], "scores go with their texts"
+    assert found["dropped_negatives"].to_pylist() == [2, 2, 1]
+    assert found["negative_scores"].to_pylist() == [[2, 3, 5], None, [4, 6]], "scores go with their texts"
 
 
 def test_negatives_near_equal_to_the_positive_go() -> None:

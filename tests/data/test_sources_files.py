@@ -80,6 +80,7 @@ def write_lines(path: Path, *lines: str | bytes | dict[str, Any]) -> str:
         line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"".join(line + b"\n" for line in data))
     return str(path)
 
@@ -147,6 +148,23 @@ def test_every_text_type_of_arrow_is_text(tmp_path: Path, kind: pa.DataType) -> 
     assert pairs(rows(parquet(path))) == [("x", "1"), ("y", "2")]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_classes_may_be_numbers(tmp_path: Path, suffix: str) -> None:
+    found = [{**pair, "class": number} for number, pair in enumerate(PAIRS)]
+    write_lines(tmp_path / "a.jsonl", *found)
+    cells = [",".join(map(str, row.values())) for row in found]
+    write_lines(tmp_path / "a.csv", ",".join(found[0]), *cells)
+    write_parquet(tmp_path / "a.parquet", found)
+    settings = {"format": suffix, "paths": (str(tmp_path),), "task": "clustering", "columns": {"label": "class"}}
+    assert [row["label"] for row in rows(TableSource.model_validate(settings))] == ["0", "1", "2", "3", "4"]
+    write_parquet(tmp_path / "a.parquet", [{**PAIRS[0], "class": 1.5}])
+    if suffix == "parquet":
+        with pytest.raises(
+            DataError, match=r"a\.parquet: row 0 .*class: found float 1\.5, expected text or a whole"
+        ):
+            rows(TableSource.model_validate(settings))
+
+
 def test_long_files_come_in_several_tables_with_right_line_numbers(tmp_path: Path) -> None:
     lines = [*PAIRS[:1] * (TABLE_ROWS + 1), {"query": 1, "passage": "x"}]
     source = jsonl(write_lines(tmp_path / "a.jsonl", *lines))
@@ -166,6 +184,23 @@ def test_folders_and_globs_are_sorted_and_leave_other_files_out(tmp_path: Path) 
     assert [query for query, _ in pairs(rows(jsonl(tmp_path.as_uri())))] == folder
     both = jsonl(tmp_path / "b.jsonl", tmp_path / "*.jsonl")
     assert [query for query, _ in pairs(rows(both))] == ["b.jsonl", "a.jsonl"]
+
+
+def test_a_link_leads_to_a_file_once_and_to_nothing_never(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", PAIRS[0])
+    (tmp_path / "0.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "above").symlink_to(".")
+    write_lines(tmp_path.parent / "elsewhere.jsonl", PAIRS[1])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path.parent / "elsewhere.jsonl")
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    for path in (tmp_path, tmp_path / "**" / "*.jsonl", tmp_path.parent / "link"):
+        assert [Path(file.uri).name for file in jsonl(path).inputs("s")] == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "c.jsonl").symlink_to("nowhere.jsonl")
+    for path in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"c\.jsonl: found a link that leads to nothing, expected a file"):
+            jsonl(path).inputs("s")
+    (tmp_path / "c.jsonl").rename(tmp_path / "c.txt")
+    assert len(jsonl(tmp_path).inputs("s")) == 2
 
 
 def test_fsspec_uris_are_read(tmp_path: Path) -> None:
@@ -240,6 +275,17 @@ def test_inputs_of_a_saved_dataset_are_its_files(tmp_path: Path) -> None:
     inputs = [file.uri for file in source.inputs("s")]
     assert inputs == sorted(str(path) for path in (tmp_path / "d").iterdir())
     assert [source.piece_inputs(piece) for piece in source.pieces("s")] == [inputs]
+
+
+def test_a_local_copy_of_a_dataset_of_the_hub_is_known_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name alone, rows that come in later would never be read."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    files = [write_lines(tmp_path / "d" / f"{split}.jsonl", *PAIRS) for split in ("test", "train")]
+    source = DatasetsSource(path=str(tmp_path / "d"))
+    assert [file.uri for file in source.inputs("s")] == files
+    assert pairs(rows(source)) == [(row["query"], row["passage"]) for row in PAIRS]
 
 
 def test_tsv_has_no_quotes(tmp_path: Path) -> None:
@@ -573,6 +619,12 @@ def test_quotes_and_encodings_by_name(tmp_path: Path) -> None:
         parquet("a.parquet", delimiter=";")
 
 
+def test_what_is_no_encoding_of_text_is_refused() -> None:
+    for name in ("utf-9", "rot13", "hex"):
+        with pytest.raises(ValidationError, match=f"found '{name}', expected an encoding such as utf-8"):
+            table_csv("a", encoding=name)
+
+
 def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv:1: found the column 'query' twice"):
         table_csv(write_lines(tmp_path / "a.csv", "query,passage,query", "a,b,c")).pieces("s")
@@ -599,6 +651,31 @@ def test_a_folder_has_its_compressed_files_too(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl.xz").write_bytes(b"\xfd7zXZ\x00 no")
     with pytest.raises(DataError, match=r"b\.jsonl\.xz: cannot be read"):
         rows(jsonl(tmp_path / "b.jsonl.xz"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"query": "a", "passage": "b"},\n', "not JSON"),
+        (b'{"query": "a", "query": "b"}\n', "key 'query' twice"),
+        (b'{\n "query": "a",\n "passage": "b"\n}\n', "not JSON"),
+        ('{"query": "a", "passage": "b"}\n'.encode("utf-16"), "byte 0xff"),
+        (gzip.compress(b'{"query": "a", "passage": "b"}\n'), "byte 0x8b"),
+    ],
+)
+def test_a_file_whose_first_lines_are_no_rows_says_why(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: found .*{message}"):
+        jsonl(tmp_path).check_columns("s")
+
+
+def test_a_first_file_of_blank_lines_is_no_fault(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", "", " ")
+    assert "has no rows" in (jsonl(tmp_path).check_columns("s") or "")
+    with pytest.raises(DataError, match="found no rows"):
+        rows(jsonl(tmp_path))
+    write_lines(tmp_path / "b.jsonl", PAIRS[0])
+    assert pairs(rows(jsonl(tmp_path))) == [("question 0", "answer 0")]
 
 
 def test_one_empty_file_among_many_is_no_fault_and_told(tmp_path: Path) -> None:
@@ -663,6 +740,60 @@ def test_judgements_join_queries_and_passages(tmp_path: Path, *, jsonl_: bool) -
         JudgedSource(folder=str(tmp_path / "set"), split="dev").inputs("s")
     assert len(source.inputs("s")) == 3
     assert {file.uri for file in source.inputs("s")} == set(source.piece_inputs(source.pieces("s")[0]))
+
+
+def judged(folder: Path, *qrels: str | dict[str, Any], name: str = "train.tsv") -> JudgedSource:
+    """A set of two queries and two passages with judgements of its own."""
+    folder.mkdir(exist_ok=True)
+    (folder / "qrels").mkdir(exist_ok=True)
+    write_lines(folder / "queries.jsonl", {"_id": "1", "text": "when"}, {"_id": "2", "text": "where"})
+    write_lines(folder / "corpus.jsonl", {"_id": "a", "text": "noon"}, {"_id": "b", "text": "here"})
+    write_lines(folder / "qrels" / name, *qrels)
+    return JudgedSource(folder=str(folder))
+
+
+@pytest.mark.parametrize("score", ["score", "relevance", "rel", "label"])
+def test_a_judgement_of_0_is_none_whatever_its_column_is_called(tmp_path: Path, score: str) -> None:
+    source = judged(tmp_path, f"qid\tpid\t{score}", "1\ta\t2", "1\tb\t0", "2\ta\t-1")
+    assert pairs(rows(source)) == [("when", "noon")]
+
+
+@pytest.mark.parametrize("other", ["qrels/train_hard.tsv", "qrels/train2-old.tsv"])
+def test_files_of_like_names_are_not_of_the_split(tmp_path: Path, other: str) -> None:
+    source = judged(tmp_path, "qid\tpid", "1\ta")
+    write_lines(tmp_path / other, "qid\tpid", "2\tb")
+    write_lines(tmp_path / "corpus_backup.jsonl", {"_id": "a", "text": "old"})
+    assert pairs(rows(source)) == [("when", "noon")]
+
+
+def test_parts_of_a_split_are_read_in_order_and_named(tmp_path: Path) -> None:
+    judged(tmp_path, {"query-id": 1, "corpus-id": "a"}, name="train-00000-of-00002.jsonl")
+    source = judged(tmp_path, {"query-id": 2, "corpus-id": "b"}, name="train-00001-of-00002.jsonl")
+    assert pairs(rows(source)) == [("when", "noon"), ("where", "here")]
+    source = judged(tmp_path, {"query-id": 2, "corpus-id": "c"}, name="train-00001-of-00002.jsonl")
+    with pytest.raises(DataError, match=r"train-00001-of-00002\.jsonl:1: found the id 'c'"):
+        rows(source)
+
+
+def test_an_id_of_several_texts_is_a_fault_of_its_judgements(tmp_path: Path) -> None:
+    source = judged(tmp_path, "qid\tpid", "1\ta", "2\tb")
+    again = [{"_id": "a", "text": "midnight"}, {"_id": "b", "text": "here"}]
+    write_lines(tmp_path / "corpus.jsonl", {"_id": "a", "text": "noon"}, *again, again[1])
+    assert drops(source) == ["read: several texts of one id in the corpus", None]
+    with pytest.raises(DataError, match=r"train\.tsv:2: found the id 'a', which several texts have in the corpus"):
+        rows(source)
+
+
+def test_bad_rows_of_a_judged_set_are_named_or_counted(tmp_path: Path) -> None:
+    source = judged(tmp_path, "qid\tpid\tscore", "1\ta\thigh", "1\ta", "2\tb\t1")
+    assert drops(source) == ["read: score is not a number", "read: too few fields", None]
+    with pytest.raises(DataError, match=r"train\.tsv:2: score: found str 'high', expected a number"):
+        rows(source)
+    source = judged(tmp_path, "qid\tpid", "1\ta", "2\tb")
+    write_lines(tmp_path / "corpus.jsonl", '{"_id": "a", "text": "noon"', {"_id": "b", "text": "here"})
+    assert drops(source) == ["read: not in the corpus", None]
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: found a line that is not JSON"):
+        rows(source)
 
 
 def test_pairs_of_sentences_as_tatoeba_has_them(tmp_path: Path) -> None:
@@ -769,6 +900,23 @@ def test_negatives_in_several_columns(tmp_path: Path, negatives: str | tuple[str
         assert [row["negatives"] for row in rows(source)] == [["x", "y", "z"], ["w"]]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_pattern_that_no_column_has_is_refused(tmp_path: Path, suffix: str) -> None:
+    """A slip in it would leave all negatives out."""
+    first, second = {"query": "q", "passage": "p"}, {"query": "q", "passage": "p", "neg_2": "n"}
+    for name, row in (("a", first), ("b", second)):
+        write_lines(tmp_path / f"{name}.jsonl", row)
+        write_lines(tmp_path / f"{name}.csv", ",".join(row), ",".join(row.values()))
+        write_parquet(tmp_path / f"{name}.parquet", [row])
+    settings = {"format": suffix, "paths": (str(tmp_path),)}
+    found = rows(TableSource.model_validate({**settings, "columns": {"negatives": "neg_*"}}))
+    assert [row["negatives"] for row in found] == [[], ["n"]]
+    slip = TableSource.model_validate({**settings, "columns": {"negatives": "negs_*"}})
+    message = rf"a\.{suffix}: no column is called 'negs_\*' with a number for the \*, here or in another file"
+    with pytest.raises(DataError, match=rf"{message}; the columns are \['query', 'passage'\]"):
+        slip.pieces("s")
+
+
 def test_triplets_have_one_negative_as_text(tmp_path: Path) -> None:
     records = [
         {"anchor": "a", "positive": "p", "negative": "n"},
@@ -843,7 +991,7 @@ def test_languages_are_one_code_each(tmp_path: Path) -> None:
         "de_CH.UTF-8",
         "German",
         "german",
-        "code:go",
+        "code:Go",
         "Go",
         "python",
         "ts",
@@ -873,10 +1021,27 @@ def test_the_language_of_a_source_is_a_code() -> None:
     assert jsonl("a", language="pt_BR").language == "por"
     assert jsonl("a", language="zh-Hant").language == "zho-Hant"
     assert jsonl("a", language="code:go").language == "code:go"
+    assert jsonl("a", language="code:Go").language == "code:go"
     with pytest.raises(ValidationError, match="found 'english', expected an ISO 639 code such as eng"):
         jsonl("a", language="english")
     with pytest.raises(ValidationError, match="found 'klingonisch', expected an ISO 639 code such as deu"):
         jsonl("a", language="klingonisch")
+
+
+@pytest.mark.parametrize("cell", ["['x', 'y']", "['x' 'y']", """['it', "isn't"]"""])
+def test_a_list_of_csv_that_is_not_json_is_a_fault(tmp_path: Path, cell: str) -> None:
+    """As pandas writes lists: it would be one negative, of brackets and quotes."""
+    quoted = '"' + cell.replace('"', '""') + '"'
+    source = table_csv(
+        write_lines(tmp_path / "a.csv", "query,passage,neg", f"q,p,{quoted}", "q,p,[x]", "q,p,"),
+        columns=Columns(negatives="neg"),
+    )
+    assert drops(source) == ["read: negatives is a list that is not JSON", None, None]
+    assert [row["negatives"] for row in rows(source, "skip")][1:] == [["[x]"], []]
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: neg: found .*, a list that is not JSON, expected text or a JSON"
+    ):
+        rows(source)
 
 
 def test_csv_negatives_are_a_text_or_a_json_list(tmp_path: Path) -> None:
@@ -944,6 +1109,11 @@ def test_faults_of_a_dataset(tmp_path: Path) -> None:
         DatasetsSource(path=str(tmp_path / "d"), columns=Columns(passage="text")).pieces("s")
     with pytest.raises(DataError, match="neither a folder written by save_to_disk nor a dataset"):
         DatasetsSource(path=str(tmp_path / "nothing")).pieces("s")
+
+
+def test_an_empty_path_is_refused() -> None:
+    with pytest.raises(ValidationError, match="found '', expected a file, a folder or a glob"):
+        jsonl("a.jsonl", "")
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -138,6 +138,26 @@ def test_grades_are_kept_and_a_query_does_not_find_itself(tmp_path: Path) -> Non
     assert scores["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-5)
 
 
+def test_languages_are_one_code_each(beir: Path) -> None:
+    said = ["en", "eng", "en-US", "English", " ", "code:Python", "de-en"]
+    queries = [{"_id": str(n), "text": f"{n}?", "language": language} for n, language in enumerate(said)]
+    write_jsonl(beir, "queries.jsonl", queries)
+    write_jsonl(beir, "qrels.jsonl", [{"qid": query["_id"], "pid": "7", "relevance": 1} for query in queries])
+    found = read_beir(str(beir), name="mine", instruction="").query_languages
+    assert found == [*["eng"] * 4, "und", "code:python", "de-en"]
+    write_jsonl(beir, "queries.jsonl", [{**queries[0], "language": "klingonisch"}, *queries[1:]])
+    with pytest.raises(
+        DataError, match=r"queries\.jsonl:1: language: found 'klingonisch', expected an ISO 639 code"
+    ):
+        read_beir(str(beir), name="mine", instruction="")
+
+
+def test_a_judgement_of_0_is_none_whatever_its_column_is_called(beir: Path) -> None:
+    judged = [{"qid": "1", "pid": "7", "label": 1}, {"qid": "2", "pid": "7", "label": 0}]
+    write_jsonl(beir, "qrels.jsonl", [*judged, {"qid": "2", "pid": "8", "label": 2}])
+    assert read_beir(str(beir), name="mine", instruction="").relevant.tolist() == [[0, 0], [1, 1]]
+
+
 def test_queries_outside_the_split_are_left_out(beir: Path) -> None:
     write_tsv(beir, QRELS[:1])
     assert read_beir(str(beir), name="mine", instruction="").query_ids == ["1"]

@@ -170,6 +170,9 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
         ("stages.stage1.max_setps=null", ["stages.stage1.max_setps: unknown key; did you mean max_steps"]),
         ("stages.stag1.lr=1", ["no stage is called stag1; did you mean stage1?", "the stages are stage1;"]),
         ("stages.other.engine.precision=fp32", ["no stage is called other; the stages are stage1;"]),
+        ("sources.pairs.language=no", ["language", "found False; YAML reads no, off, yes and on as false"]),
+        ("sources.pairs.columns={query: 0}", ["columns.query", 'found 0; write it in quotes, "0"']),
+        ("sources.pairs={format: jsonl, format: csv}", ["not valid YAML", "'format' twice"]),
         ("nonsense", ["--set", "a.b=value"]),
         ("name.deep=1", ["--set", "single value"]),
     ],
@@ -194,6 +197,21 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path.write_text("- a list")
     with pytest.raises(RecipeError, match="expected a mapping"):
         load_recipe(str(path))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, small: str) -> None:
+    path = tmp_path / "twice.yaml"
+    one = "  {}: {{format: jsonl, paths: [{}.jsonl]}}\n"
+    path.write_text(f"extends: {small}\nsources:\n{one.format('a', 'x')}{one.format('a', 'y')}")
+    with pytest.raises(RecipeError, match=r"twice\.yaml: not valid YAML: found the key 'a' twice(.|\n)*line 4"):
+        load_recipe(str(path))
+
+
+def test_a_key_of_a_mapping_may_replace_one_that_it_merges(tmp_path: Path, small: str) -> None:
+    path = tmp_path / "merged.yaml"
+    base = "a: &a {format: jsonl, paths: [a.jsonl], cap: 5}"
+    path.write_text(f"extends: {small}\nsources:\n  {base}\n  b: &b {{<<: *a, cap: 6}}\n  c: {{<<: *b, cap: 7}}\n")
+    assert [load_recipe(str(path)).sources[name].cap for name in "abc"] == [5, 6, 7]
 
 
 def test_a_checkpoint_takes_the_place_of_a_random_model_whole(tmp_path: Path) -> None:

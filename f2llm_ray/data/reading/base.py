@@ -45,8 +45,10 @@ class SourceBase(Section, ABC):
     @classmethod
     def _is_code(cls, value: str | None) -> str | None:
         """A code as rows carry it; those of ISO 639-3 are looked up later, where tables are read."""
-        if value is None or value.startswith(CODE) or re.fullmatch(r"[a-z]{3}(-[A-Z][a-z]{3})?", value):
+        if value is None or re.fullmatch(r"[a-z]{3}(-[A-Z][a-z]{3})?", value):
             return value
+        if value.startswith(CODE):
+            return normal(value)
         code = normal(value)
         if code is None or not re.fullmatch(r"[A-Za-z]{2,3}([_\-@.].*)?", value):
             meant = "such as deu" if code is None else f"such as {code}"

@@ -21,7 +21,7 @@ from f2llm_ray.data.language import normal
 from f2llm_ray.data.ragged import Ints, filter_beside, filter_lists, lengths_of, list_array
 from f2llm_ray.data.reading.base import BadRow, SourceBase
 from f2llm_ray.data.reading.tables import Rows
-from f2llm_ray.data.reading.values import ColumnKind, Fault
+from f2llm_ray.data.reading.values import ColumnKind, Fault, unknown_language
 from f2llm_ray.data.schema import ROW, SCORES
 
 TEXT_LIST = pa.list_(pa.string())
@@ -67,7 +67,8 @@ class Columns(Section):
     passage_language: Output[str | None] = None
     """The same of the passage, or "code:<name>"; the query's where unset, null or blank."""
     label: Output[str | None] = None
-    """Class of a row's texts; clustering rows that bring no negatives get texts of other classes."""
+    """Class of a row's texts, as text or a whole number; clustering rows that bring no negatives get texts of
+    other classes."""
     scores: Output[str | tuple[str, ...] | None] = None
     """What a teacher, such as a cross-encoder, says of a row's texts: as many numbers as the row has passages and
     negatives, passages first, in one column with a list, several columns, or a pattern such as score_*."""
@@ -99,6 +100,8 @@ class Columns(Section):
         """
         plain = [text for field, text in self if text is not None and field not in LISTS and not template(text)]
         kinds: dict[str, ColumnKind] = dict.fromkeys([*plain, *self.joined()], "text")
+        if self.label is not None and self.label in plain and self.label not in (self.query, self.passage):
+            kinds[self.label] = "label"
         lists: dict[str, ColumnKind] = dict.fromkeys(listed(self.negatives, names), "texts")
         lists |= dict.fromkeys(listed(self.scores, names), "numbers")
         return {**kinds, **({} if template(self.passage) else {self.passage: "texts"}), **lists}
@@ -162,7 +165,8 @@ def texts_of(rows: Rows, columns: Columns) -> pa.Table:
         elif field.name == "passage" and rows.has_lists(text):
             found[field.name] = rows.column(text, "texts", field=field.name, required=True, item=columns.read_item)
         else:
-            found[field.name] = rows.column(text, "text", field=field.name, required=True).cast(field.type)
+            kind: ColumnKind = "label" if field.name == "label" else "text"
+            found[field.name] = rows.column(text, kind, field=field.name, required=True).cast(field.type)
     passages = found["passage"]
     if columns.scores is not None:
         found |= _scores(rows, columns, passages, found["negatives"])
@@ -296,11 +300,7 @@ def _codes(languages: pa.Array, field: str, rows: Rows) -> pa.Array:
     codes = [normal(text) for text in said]
     for place, code in enumerate(codes):
         if code is None:
-            fault = Fault(
-                f"unknown {field}",
-                f"{field}: found {said[place]!r}, expected an ISO 639 code, a locale, an English name or "
-                "code:<name>",
-            )
+            fault = unknown_language(field, said[place])
             for row in np.flatnonzero(encoded.indices.fill_null(-1).to_numpy() == place).tolist():
                 rows.faults.setdefault(row, fault)
     return pa.array(codes, pa.string()).take(encoded.indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -28,7 +29,7 @@ class DatasetsSource(SourceBase):
 
     format: Output[Literal["datasets"]] = "datasets"
     path: Content[str] = Field(min_length=1)
-    """Name on the hub, or a folder written by `save_to_disk` (local or a URI)."""
+    """Name on the hub, a folder written by `save_to_disk` (local or a URI), or a local copy of one of the hub."""
     config: Output[str | None] = None
     """Configuration (subset) of a hub dataset."""
     split: Output[str] = "train"
@@ -41,8 +42,8 @@ class DatasetsSource(SourceBase):
         return self.columns.scores is not None
 
     def inputs(self, name: str) -> list[InputFile]:
-        """The files of a saved dataset; a dataset on the hub is one input, known by its name."""
-        folder = _saved_folder(self.path)
+        """The files of a local folder or a saved dataset; one on the hub is one input, known by its name."""
+        folder = _saved_folder(self.path) or _plain_folder(self.path)
         if folder is None:
             return [InputFile(f"datasets:{self.path}", None, self.path)]
         return list(find_files(folder, ("",), f"source {name!r}: {self.path}").values())
@@ -64,7 +65,7 @@ class DatasetsSource(SourceBase):
     def check_columns(self, name: str) -> str | None:
         """As `SourceBase.check_columns`; nothing is downloaded for it."""
         path, place = _saved_folder(self.path), f"source {name!r}: {self.path}"
-        if path is None:
+        if path is None and _plain_folder(self.path) is None:
             return f"{place}: a dataset on the hub; its columns are checked when it is read"
         self._check(self._load(path, place), place)
         return None
@@ -96,7 +97,9 @@ class DatasetsSource(SourceBase):
         failures = (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError)
         try:
             if folder is None:
-                return library.load_dataset(self.path, self.config, split=self.split, streaming=False)
+                return library.load_dataset(
+                    _plain_folder(self.path) or self.path, self.config, split=self.split, streaming=False
+                )
             dataset = library.load_from_disk(folder)
         except failures as error:
             raise DataError(
@@ -121,3 +124,8 @@ def _saved_folder(path: str) -> str | None:
         return folder.uri if any(folder.exists(file) for file in SAVED) else None
     except store_errors(RunError):
         return None
+
+
+def _plain_folder(path: str) -> str | None:
+    """A folder of files as the hub has them, absolute; None where the path is none on this machine."""
+    return str(Path(path).absolute()) if "://" not in path and Path(path).is_dir() else None

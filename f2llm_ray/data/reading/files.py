@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Output
 from f2llm_ray.data.reading.base import BadRow, Piece
-from f2llm_ray.data.reading.columns import Columns, finish, texts_of
+from f2llm_ray.data.reading.columns import Columns, finish, listed, texts_of
 from f2llm_ray.data.reading.lines import UTF8, Dialect
 from f2llm_ray.data.reading.paths_source import PathsSource
 from f2llm_ray.data.reading.tables import FilePart, Format, TableFile, check_columns, require_columns
@@ -76,6 +76,8 @@ class FilesSource(PathsSource):
             if table.file.local is not None:
                 raise
             return f"{error}; its columns are checked when it is read"
+        if schema is None and not names:
+            return f"{table.place}: has no rows; the columns of the other files are checked when they are read"
         columns = self._layout(names)
         if schema is None:  # rows of JSON may lack what a template names
             kinds = (column for column in columns.kinds(names) if column not in {*columns.joined(), *names})
@@ -128,6 +130,7 @@ class TableSource(FilesSource):
     @classmethod
     def _is_encoding(cls, value: str) -> str:
         try:
+            b" ".decode(value, errors="ignore")  # refuses what is none of text, such as hex
             return codecs.lookup(value).name
         except LookupError:
             raise ValueError(f"found {value!r}, expected an encoding such as utf-8, cp1252 or utf-16") from None
@@ -144,6 +147,19 @@ class TableSource(FilesSource):
     def scored(self) -> bool:
         """Whether a column has scores."""
         return self.columns.scores is not None
+
+    def pieces(self, name: str) -> list[Piece]:
+        """As of all files; a pattern of negatives has to stand for a column of some file, by its first rows."""
+        pieces, said = super().pieces(name), self.columns.negatives
+        for pattern in (text for text in ((said,) if isinstance(said, str) else said or ()) if "*" in text):
+            found = (self._table(name, file.uri).names() for file in self.inputs(name))
+            if not any(listed(pattern, names) for names in found):
+                first = self._table(name, pieces[0]["file"])
+                raise DataError(
+                    f"{first.place}: no column is called {pattern!r} with a number for the *, here or in another "
+                    f"file; the columns are {first.names()}"
+                )
+        return pieces
 
     @property
     def _file_format(self) -> Format:

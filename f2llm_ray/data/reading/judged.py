@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Literal
@@ -27,6 +28,7 @@ TITLE = "title"
 QUERY = ("query-id", "query_id", "qid")
 PASSAGE = ("corpus-id", "corpus_id", "pid", "docid")
 SCORE = "score"
+SCORES = (SCORE, "relevance", "rel", "label")
 """How the layouts in use spell a column, most usual first."""
 BARE = {
     "texts": {2: ("_id", "text"), 3: ("_id", TITLE, "text"), 4: ("_id", "url", TITLE, "text")},
@@ -37,6 +39,10 @@ BARE = {
     },
 }
 """The columns of a file that does not name them, as MS MARCO's, by their number."""
+ONE_OF = re.compile(r"/.*|[-_.]?\d+([-_.]of[-_.]\d+)?")
+"""What follows a name in the path of one of several files: train-00000-of-00002, train/0."""
+Pair = tuple[str, str]
+"""The ids of a query and a passage, or of a text and the text."""
 
 
 class JudgedSource(SourceBase):
@@ -79,19 +85,25 @@ class JudgedSource(SourceBase):
 
     def read(self, name: str, piece: Piece, bad_row: BadRow) -> Iterator[pa.Table]:
         """Reads the judgements, the texts that they name, and joins them."""
-        judged = list(self._judgements(name, piece["qrels"]))
-        wanted = {side: {pair[at] for _, *pair in judged} for at, side in enumerate(("queries", "corpus"))}
-        found = {
-            part: dict(text for uri in piece[part] for text in self._texts(name, uri, ids))
-            for part, ids in wanted.items()
+        judged = {uri: list(self._judgements(name, uri)) for uri in piece["qrels"]}
+        named = [pair for found in judged.values() for _, pair in found if not isinstance(pair, Fault)]
+        texts = {
+            part: _by_id(
+                text
+                for uri in piece[part]
+                for text in self._texts(name, uri, {pair[side] for pair in named}, bad_row)
+            )
+            for side, part in enumerate(("queries", "corpus"))
         }
-        place, numbered = f"source {name!r}: {piece['qrels'][0]}", iter(judged)
-        while chunk := list(islice(numbered, TABLE_ROWS)):
-            records = [_record(query, passage, found) for _, query, passage in chunk]
-            faults = {row: record for row, record in enumerate(records) if isinstance(record, Fault)}
-            kept: list[Record] = [{} if isinstance(record, Fault) else record for record in records]
-            rows = Rows(place, ["query", "passage"], kept, lines=[line for line, *_ in chunk], faults=faults)
-            yield finish(self, name, texts_of(rows, Columns()), rows, bad_row)
+        for uri, found in judged.items():
+            place, numbered = f"source {name!r}: {uri}", iter(found)
+            while chunk := list(islice(numbered, TABLE_ROWS)):
+                records = [pair if isinstance(pair, Fault) else _record(*pair, texts) for _, pair in chunk]
+                faults = {row: record for row, record in enumerate(records) if isinstance(record, Fault)}
+                kept: list[Record] = [{} if isinstance(record, Fault) else record for record in records]
+                lines = [line for line, _ in chunk]
+                rows = Rows(place, ["query", "passage"], kept, lines=lines, faults=faults)
+                yield finish(self, name, texts_of(rows, Columns()), rows, bad_row)
 
     def _files(self, name: str) -> dict[str, list[InputFile]]:
         found = {}
@@ -102,32 +114,44 @@ class JudgedSource(SourceBase):
                 continue
             wanted = (f"qrels/{self.split}", f"qrels-{self.split}") if part == "qrels" else (part,)
             files = find_files(str(self.folder), SUFFIXES, place)
-            found[part] = [file for path, file in files.items() if _stem(path).startswith(wanted)]
+            found[part] = [file for path, file in files.items() if _is_called(path, wanted)]
             if not found[part]:
                 raise DataError(f"{place}: found {sorted(files)}, expected {' or '.join(wanted)} among them")
         return found
 
-    def _judgements(self, name: str, uris: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-        """Line, query id and passage id of each judgement that counts."""
-        for uri in uris:
-            for rows in _rows(name, uri, "qrels"):
-                query, passage = _first(rows.names, QUERY, rows.place), _first(rows.names, PASSAGE, rows.place)
-                columns = [rows.column(column, "label").to_pylist() for column in (query, passage)]
-                scores = rows.column(SCORE, "number").to_pylist() if SCORE in rows.names else [None] * len(rows)
-                rows.refuse_faults()
-                for row, (asked, answers, score) in enumerate(zip(*columns, scores, strict=True)):
-                    if score is None or score > 0:
-                        yield rows.lines[row] if rows.lines else rows.first + row, asked, answers
+    def _judgements(self, name: str, uri: str) -> Iterator[tuple[int, Pair | Fault]]:
+        """Line, and query id and passage id, of each judgement that counts, or what is wrong with it."""
+        for rows in _rows(name, uri, "qrels"):
+            query, passage = _first(rows.names, QUERY, rows.place), _first(rows.names, PASSAGE, rows.place)
+            columns = [rows.column(column, "label").to_pylist() for column in (query, passage)]
+            score = next((spelled for spelled in SCORES if spelled in rows.names), None)
+            scores = [None] * len(rows) if score is None else rows.column(score, "number").to_pylist()
+            for row, (asked, answers, grade) in enumerate(zip(*columns, scores, strict=True)):
+                line = rows.lines[row] if rows.lines else rows.first + row
+                if row in rows.faults:
+                    yield line, rows.faults[row]
+                elif grade is None or grade > 0:
+                    yield line, (asked, answers)
 
-    def _texts(self, name: str, uri: str, wanted: set[str]) -> Iterator[tuple[str, str]]:
+    def _texts(self, name: str, uri: str, wanted: set[str], bad_row: BadRow) -> Iterator[Pair]:
         """Id and text of each query or passage that is wanted."""
         for rows in _rows(name, uri, "texts"):
             ids = rows.column(_first(rows.names, IDS, rows.place), "label").to_pylist()
             texts = rows.column(_first(rows.names, TEXTS, rows.place), "text").to_pylist()
             titles = rows.column(TITLE, "text").to_pylist() if TITLE in rows.names else [None] * len(ids)
+            if bad_row == "error":
+                rows.refuse_faults()
             for key, title, text in zip(ids, titles, texts, strict=True):
                 if key in wanted:
                     yield key, " ".join(part for part in (title, text) if part and part.strip())
+
+
+def _by_id(texts: Iterable[Pair]) -> dict[str, str | None]:
+    """The texts by their ids; None for an id that two texts have."""
+    found: dict[str, str | None] = {}
+    for key, text in texts:
+        found[key] = text if found.get(key, text) == text else None
+    return found
 
 
 def _rows(name: str, uri: str, kind: Literal["texts", "qrels"]) -> Iterator[Rows]:
@@ -135,7 +159,7 @@ def _rows(name: str, uri: str, kind: Literal["texts", "qrels"]) -> Iterator[Rows
     file, place = TableFile.at(Folder.at(uri)), f"source {name!r}: {uri}"
     dialect = _dialect(file, place, BARE[kind]) if file.format in ("csv", "tsv") else None
     table = TableFile(file.file, file.format, place, dialect)
-    columns = {*IDS, *TEXTS, TITLE, SCORE}
+    columns = {*IDS, *TEXTS, TITLE, *SCORES}
     for part in table.parts():
         yield from table.read(part, columns)
 
@@ -160,13 +184,17 @@ def _first(names: Sequence[str], usual: Sequence[str], place: str) -> str:
     return found
 
 
-def _record(query: str, passage: str, found: Mapping[str, Mapping[str, str]]) -> Record | Fault:
+def _record(query: str, passage: str, found: Mapping[str, Mapping[str, str | None]]) -> Record | Fault:
     for key, part in ((query, "queries"), (passage, "corpus")):
         if key not in found[part]:
             return Fault(f"not in the {part}", f"found the id {key!r}, which is not in the {part}")
+        if found[part][key] is None:
+            message = f"found the id {key!r}, which several texts have in the {part}, expected one"
+            return Fault(f"several texts of one id in the {part}", message)
     return {"query": found["queries"][query], "passage": found["corpus"][passage]}
 
 
-def _stem(path: str) -> str:
-    """The path of a file without its endings."""
-    return plain_name(path).rpartition(".")[0]
+def _is_called(path: str, names: Iterable[str]) -> bool:
+    """Whether a file has one of these names but for its endings, or is a part of what has."""
+    stem = plain_name(path).rpartition(".")[0]
+    return any(stem == name or (stem.startswith(name) and ONE_OF.fullmatch(stem[len(name) :])) for name in names)

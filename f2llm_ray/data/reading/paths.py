@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
 
 from fsspec.utils import glob_translate
 from pyarrow import fs
@@ -37,18 +41,21 @@ def find_files(path: str, suffixes: tuple[str, ...], place: str) -> dict[str, In
 
     A path is a file, whatever its suffix; a folder, which stands for all files below it with one of the suffixes,
     compressed or not; or a glob (*, [abc], ** over folders). Files and folders whose names begin with a dot are
-    left out.
+    left out, and so is what a link leads to a second time.
 
     Returns:
         By name relative to the folder, or to the part of a glob before its first wildcard, sorted by it.
 
     Raises:
-        DataError: nothing matches, or the file system cannot be reached.
+        DataError: nothing matches, a link leads to nothing, or the file system cannot be reached.
     """
     try:
         found = _matching(path, suffixes)
     except store_errors(RunError, ValueError, NotImplementedError) as error:
         raise DataError(f"{place}: cannot be opened: {error}") from None
+    gone = next((file.uri for file in found.values() if file.size is None and Path(file.uri).is_symlink()), None)
+    if gone is not None:
+        raise DataError(f"{place}: {gone}: found a link that leads to nothing, expected a file")
     if not found:
         expected = f"a file, a folder with {listed(suffixes)} files or a glob"
         raise DataError(f"{place}: found no file, expected {expected}")
@@ -88,11 +95,45 @@ def _matching(path: str, suffixes: tuple[str, ...]) -> dict[str, InputFile]:
 def _below(path: str) -> list[tuple[str, InputFile]]:
     """All files below a folder that are not hidden, by their names relative to it, in the order of folders."""
     folder = Folder.at(path)
-    start, question, options = (folder.uri, "", "") if folder.local is not None else folder.uri.partition("?")
+    if folder.local is not None:
+        local = [
+            (path[len(folder.path) :].strip("/"), InputFile(path, size)) for path, size in _local(folder.path)
+        ]
+        return sorted(local, key=lambda entry: entry[0].split("/"))
+    start, question, options = folder.uri.partition("?")
     selector = fs.FileSelector(folder.path, recursive=True, allow_not_found=True)
-    found = []
+    entries = []
     for entry in folder.filesystem.get_file_info(selector):
         name = entry.path[len(folder.path) :].strip("/")
         if entry.type == fs.FileType.File and not any(part.startswith(".") for part in name.split("/")):
-            found.append((name, InputFile(f"{start.rstrip('/')}/{name}{question}{options}", entry.size)))
-    return sorted(found, key=lambda entry: entry[0].split("/"))
+            entries.append((name, InputFile(f"{start.rstrip('/')}/{name}{question}{options}", entry.size)))
+    return sorted(entries, key=lambda entry: entry[0].split("/"))
+
+
+def _local(top: str) -> Iterator[tuple[str, int | None]]:
+    """The files below a local folder with their sizes, each once however many links lead to it.
+
+    A link that leads to nothing has no size. Arrow passes over those, and follows a link to a folder above forty
+    times.
+    """
+    waiting, linked, seen = deque([top]), deque[str](), set[str]()
+    while waiting or linked:
+        path = waiting.popleft() if waiting else linked.popleft()  # what is there by its own name comes first
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        if not Path(path).is_dir():
+            if path != top:
+                yield path, Path(real).stat().st_size if Path(real).exists() else None
+            continue
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_symlink():
+                linked.append(entry.path)
+            elif entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.is_file():
+                seen.add(f"{real}/{entry.name}")
+                yield entry.path, entry.stat().st_size

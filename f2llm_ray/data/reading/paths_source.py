@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from f2llm_ray.base.errors import DataError
 from f2llm_ray.base.section import Content
@@ -21,6 +21,13 @@ class PathsSource(SourceBase):
     s3://bucket/folder or hf://datasets/owner/name/file.parquet (which needs huggingface_hub).
     A folder stands for all the files below it with the format's suffix; hidden ones are left out. Relative paths
     start at the folder that the command runs in, not at the recipe's."""
+
+    @field_validator("paths")
+    @classmethod
+    def _is_said(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in value:
+            raise ValueError("found '', expected a file, a folder or a glob; the folder of the run is '.'")
+        return value
 
     @property
     @abstractmethod

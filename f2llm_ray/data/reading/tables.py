@@ -206,11 +206,16 @@ class TableFile:
         return pa.schema([(name, pa.null()) for name in names])
 
     def names(self) -> list[str]:
-        """The columns, by the head of the file; of JSON lines, all keys of its first `TABLE_ROWS` rows."""
+        """The columns, by the head of the file; of JSON lines, all keys of its first `TABLE_ROWS` rows.
+
+        There are none where a file of JSON has no rows; where none of the first rows is one, the first is refused.
+        """
         schema = self.schema()
         if schema is not None:
             return list(schema.names)
         rows = next(self.read(FilePart(), ()), None)
+        if rows is not None and not rows.names:
+            rows.refuse_faults()
         return [] if rows is None else rows.names
 
     def parts(self, max_rows: int | None = None) -> list[FilePart]:

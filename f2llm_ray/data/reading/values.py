@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Fault:
         return f"{'read' if self.malformed else 'clean'}: {self.reason}"
 
 
+OTHER_LIST = re.compile(r"""\s*\[\s*(['"]).*['"]\s*\]\s*""", re.DOTALL)
+"""A cell that a program's list of texts was written to."""
 ReadItem = Callable[[Mapping[str, Any]], str | None]
 """What an object in a list of texts reads; None where that is not known."""
 Faults = dict[int, Fault]
@@ -65,6 +68,12 @@ def wrong_kind(column: str, kind: ColumnKind, value: object, field: str | None =
     found = "null" if value is None else f"{type(value).__name__} {reprlib.repr(value)}"
     message = f"{column}: found {found}, expected {EXPECTED[kind]}"
     return Fault(f"{field or column} is not {EXPECTED[kind]}", message)
+
+
+def unknown_language(field: str, said: str) -> Fault:
+    """The fault of a text that names no language."""
+    expected = "an ISO 639 code, a locale, an English name or code:<name>"
+    return Fault(f"unknown {field}", f"{field}: found {said!r}, expected {expected}")
 
 
 def not_utf8(error: UnicodeDecodeError, prefix: str = "", suffix: str = "", encoding: str = "utf-8") -> Fault:
@@ -123,7 +132,15 @@ def from_cells(
 ) -> Column:
     """A column of CSV: lists are JSON, and in a column of any kind texts that all are numbers become numbers."""
     if kind in {"texts", "numbers"}:
-        return from_python([_list_cell(cell) for cell in cells], column, kind, field, item)
+        array, faults = from_python([_list_cell(cell) for cell in cells], column, kind, field, item)
+        for row, cell in enumerate(cells):  # as pandas writes lists: one negative that reads "['a', 'b']"
+            if cell and OTHER_LIST.fullmatch(cell) and array[row].is_valid and array[row].as_py() == [cell]:
+                found = f"found {reprlib.repr(cell)}, a list that is not JSON"
+                expected = 'expected text or a JSON list such as ["a", "b"]'
+                faults[row] = Fault(
+                    f"{field or column} is a list that is not JSON", f"{column}: {found}, {expected}"
+                )
+        return array, faults
     if kind == "any":
         for numbers in (pa.int64(), pa.float64()):
             try:

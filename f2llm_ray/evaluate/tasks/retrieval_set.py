@@ -21,6 +21,7 @@ from f2llm_ray.base.section import Content, Output
 from f2llm_ray.data.decontaminate import Screened
 from f2llm_ray.data.ragged import Ints
 from f2llm_ray.data.reading.base import DEFAULT_INSTRUCTION
+from f2llm_ray.data.reading.judged import SCORES
 from f2llm_ray.data.schema import text_key
 from f2llm_ray.evaluate.bm25 import top_passages
 from f2llm_ray.evaluate.failures import Failure, find_failures
@@ -44,7 +45,7 @@ QUERY_TEXT = ("text", "query")
 CORPUS_TEXT = ("text", "passage")
 SHOWN = 300
 """Characters of a text that is shown as an example."""
-KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, SCORE}
+KNOWN = {*QUERY_ID, *CORPUS_ID, *QUERY_TEXT, *CORPUS_TEXT, *LANGUAGE, TITLE, *SCORES}
 
 
 class FolderSet(SetSection):
@@ -244,7 +245,7 @@ def read_beir(uri: str, *, name: str, instruction: str, max_queries: int | None 
 
     table = read_table(folder, "qrels", SPLIT, known=KNOWN)
     judged, passages = table.values("label", *JUDGED_QUERY), table.values("label", *JUDGED_PASSAGE)
-    scores = table.values("number", SCORE) if table.name_of(SCORE) else [1.0] * len(judged)
+    scores = table.values("number", *SCORES) if table.name_of(*SCORES) else [1.0] * len(judged)
     if table.rows.place.endswith(SPLIT):
         split = set(judged)
         queries = {query_id: query for query_id, query in queries.items() if query_id in split}
