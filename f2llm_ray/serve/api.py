@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -333,26 +333,46 @@ def read_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        place = _bad_text(body)
-        if place is not None:
-            message = f"{place}: half of a surrogate pair, which is no character; the text was cut within one"
-            raise ApiError(400, "invalid_text", message, param=place.partition("[")[0]) from None
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
+        problem = str(error)
+    path = _bad_text(body)
+    if path is not None:
+        message = f"{_place(path)}: half of a surrogate pair, which is no character; the text was cut within one"
+        raise ApiError(400, "invalid_text", message, param=_place(path[:1]) if path else None)
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        found = f"found byte 0x{body[error.start]:02x} at byte {error.start + 1}, expected UTF-8"
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {found}") from None
+    raise ApiError(400, "invalid_json", f"the body is not JSON: {problem}")
 
 
-def _bad_text(body: bytes) -> str | None:
-    """The field, or the item of it such as `input[3]`, whose text holds half of a surrogate pair."""
+def _bad_text(body: bytes) -> list[str | int] | None:
+    """The path to the text or the name that holds half of a surrogate pair, such as ["input", 3]."""
     if b"\\ud" not in body and b"\\uD" not in body:
         return None
     try:
-        content = json.loads(body)
-    except ValueError:
+        return _half_pair(json.loads(body))
+    except (ValueError, RecursionError):
         return None
-    for name, value in content.items() if isinstance(content, dict) else ():
-        for index, text in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(text, str) and SURROGATE.search(text):
-                return f"{name}[{index}]" if isinstance(value, list) else str(name)
+
+
+def _half_pair(content: Any) -> list[str | int] | None:
+    if isinstance(content, str):
+        return [] if SURROGATE.search(content) else None
+    items = (
+        enumerate(content) if isinstance(content, list) else content.items() if isinstance(content, dict) else ()
+    )
+    for name, value in items:
+        inner = [] if isinstance(name, str) and SURROGATE.search(name) else _half_pair(value)
+        if inner is not None:
+            return [name, *inner]
     return None
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """A path within a body as errors have it: `input[3]`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return SURROGATE.sub("\ufffd", "".join(parts).removeprefix(".")[:NAME_CHARS]) or "the body"
 
 
 def read_request(kind: type[RequestT], body: bytes) -> RequestT:

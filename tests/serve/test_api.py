@@ -155,6 +155,24 @@ def test_messages_name_what_is_allowed() -> None:
         ids([[3], [-1]])
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b'{"input": ["a", "\\ud83d"]}', "input", r"^input\[1\]: half of a surrogate pair"),
+        (b'{"inputs": {"sentences": ["\\ud83d"]}}', "inputs", r"^inputs\.sentences\[0\]: half of"),
+        (b'{"\\ud83d": "\\ud83d"}', "\ufffd", "^\ufffd: half of a surrogate pair"),
+        (b'"\\ud83d"', None, "^the body: half of a surrogate pair"),
+        (b'{"input": "\\ud83d", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", None, "the body is not JSON"),
+        (b'{"input": "\xe4"}', None, "found byte 0xe4 at byte 12, expected UTF-8"),
+    ],
+)
+def test_a_body_that_is_no_text_says_where(body: bytes, param: str | None, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        read(body)
+    assert caught.value.status == 400
+    assert json.loads(caught.value.body())["error"]["param"] == param
+
+
 def test_what_passes() -> None:
     for given in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], []):
         assert read({"input": given, "model": "m"}).input == given
