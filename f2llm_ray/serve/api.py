@@ -109,7 +109,7 @@ def _takes_null(annotation: Any) -> bool:
 class RequestBody(Body):
     """A request, in which null stands for the default of a field unless it has a meaning of its own there.
 
-    An unknown field is refused, so that a misspelt `dimensions` is noticed.
+    An unknown field is refused, so that a misspelt `dimensions` is noticed; with null it asks for nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -120,8 +120,8 @@ class RequestBody(Body):
         if not isinstance(content, dict):
             return content
         fields = cls.model_fields.items()
-        unset = {name for name, field in fields if not field.is_required() and not _takes_null(field.annotation)}
-        return {name: value for name, value in content.items() if value is not None or name not in unset}
+        kept = {name for name, field in fields if field.is_required() or _takes_null(field.annotation)}
+        return {name: value for name, value in content.items() if value is not None or name in kept}
 
 
 class EmbeddingOptions(RequestBody):
@@ -384,7 +384,8 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
     content = read_json(body)
     if isinstance(content, dict):
         # Not by pydantic, which makes an error for each of them: a body may hold a million.
-        unknown = next((name for name in content if name not in kind.model_fields), None)
+        given = (name for name, value in content.items() if value is not None)
+        unknown = next((name for name in given if name not in kind.model_fields), None)
         if unknown is not None:
             text = f"{unknown[:NAME_CHARS]}: unknown field; allowed: {', '.join(kind.model_fields)}"
             raise ApiError(400, "invalid_request", text, param=unknown[:NAME_CHARS])

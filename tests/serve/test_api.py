@@ -173,6 +173,14 @@ def test_a_body_that_is_no_text_says_where(body: bytes, param: str | None, messa
     assert json.loads(caught.value.body())["error"]["param"] == param
 
 
+def test_an_unknown_field_with_null_asks_for_nothing() -> None:
+    """Some clients send every field that they know, with null for what their user left out."""
+    given = read({"input": "a", "model": "m", "input_type": None, "encoding_format": None, "dimensions": None})
+    assert given == read({"input": "a", "model": "m"})
+    with pytest.raises(ApiError, match="input_type: unknown field"):
+        read({"input": "a", "model": "m", "other": None, "input_type": "query"})
+
+
 def test_what_passes() -> None:
     for given in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], []):
         assert read({"input": given, "model": "m"}).input == given
