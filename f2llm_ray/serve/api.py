@@ -24,6 +24,16 @@ from f2llm_ray.serve.settings import LongText, Serving
 RequestT = TypeVar("RequestT", bound=BaseModel)
 NAME_CHARS = 100
 """Most characters of a client's word that an error repeats."""
+KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+"""What JSON may hold, as errors call it."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 TYPES = {
@@ -67,7 +77,7 @@ class ApiError(Exception):
 
 def _texts(value: Any, _: Callable[[Any], Any]) -> Any:
     if not isinstance(value, str) and not _all(value, str):
-        raise ValueError("expected a string or a list of strings")
+        raise ValueError(f"found {_misfit(value, {str})}, expected a string or a list of strings")
     return value
 
 
@@ -75,8 +85,23 @@ def _texts_or_tokens(value: Any, _: Callable[[Any], Any]) -> Any:
     if isinstance(value, str) or _all(value, str) or _all(value, int):
         return value
     if not _all(value, list) or not all(_all(ids, int) for ids in value):
-        raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
+        problem = f"found {_misfit(value, {str, int, list})}, expected a string, a list of strings, "
+        raise ValueError(f"{problem}a list of token ids or a list of such lists")
     return value
+
+
+def _misfit(value: Any, kinds: set[type]) -> str:
+    """What is wrong in a value that is no list of one of these kinds alone, and where in it: "null at [3]"."""
+    if not isinstance(value, list):
+        return KINDS[type(value)]
+    kind = type(value[0])
+    wrong = (n for n, item in enumerate(value) if type(item) is not kind or kind not in kinds)
+    place = next(wrong, None)
+    if place is None:  # lists, one of which is not of token ids
+        place = next(n for n, ids in enumerate(value) if not _all(ids, int))
+        inner = next(n for n, item in enumerate(value[place]) if type(item) is not int)
+        return f"{KINDS[type(value[place][inner])]} at [{place}][{inner}]"
+    return f"{KINDS[type(value[place])]} at [{place}]"
 
 
 def _all(value: Any, kind: type) -> bool:

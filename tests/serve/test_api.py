@@ -181,6 +181,29 @@ def test_an_unknown_field_with_null_asks_for_nothing() -> None:
         read({"input": "a", "model": "m", "other": None, "input_type": "query"})
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (1, "a whole number"),
+        (["a", None], r"null at \[1\]"),
+        ([None, "a"], r"null at \[0\]"),
+        (["a", 1], r"a whole number at \[1\]"),
+        ([1, 2, True], r"a boolean at \[2\]"),
+        ([1.5], r"a number at \[0\]"),
+        ([[1], "a"], r"a string at \[1\]"),
+        ([[1], [2, None]], r"null at \[1\]\[1\]"),
+        ([[[1]]], r"a list at \[0\]\[0\]"),
+        ([{"text": "a"}], r"an object at \[0\]"),
+    ],
+)
+def test_the_item_of_another_kind_is_named(given: Any, found: str) -> None:
+    with pytest.raises(ApiError, match=f"^input: found {found}, expected a string, a list of strings"):
+        read({"input": given, "model": "m"})
+    if not (isinstance(given, list) and isinstance(given[0], int | list)):
+        with pytest.raises(ApiError, match=f"^inputs: found {found}, expected a string or a list of strings"):
+            read({"inputs": given}, EmbedRequest)
+
+
 def test_what_passes() -> None:
     for given in ("a", ["a", "b"], [1, 2], [[1], [2, 3]], []):
         assert read({"input": given, "model": "m"}).input == given
@@ -237,7 +260,7 @@ def test_cutting_a_unit_vector_is_cutting_the_raw_one() -> None:
 
 
 def test_a_huge_wrong_body_is_refused_at_once() -> None:
-    with pytest.raises(ApiError, match="expected a string"):
+    with pytest.raises(ApiError, match=r"found null at \[0\], expected a string"):
         read(b'{"model": "m", "input": [' + b"null," * 1_000_000 + b"null]}")
 
 
