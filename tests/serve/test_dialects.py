@@ -134,6 +134,7 @@ def test_packed_bodies(server: Server) -> None:
     for content, encoding, status, code in (
         (gzip.compress(body)[:-9], "gzip", 400, "invalid_encoding"),
         (body, "gzip", 400, "invalid_encoding"),
+        (gzip.compress(body) + gzip.compress(b" "), "gzip", 400, "invalid_encoding"),
         (body, "br", 415, "unsupported_encoding"),
     ):
         refused = send(content, encoding)
