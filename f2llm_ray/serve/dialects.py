@@ -187,8 +187,14 @@ async def _tokenize(replica: Embedder, ask: TokenizeRequest) -> api.Answer:
     if characters > TOKENIZED_CHARS:
         message = f"inputs: {characters:,} characters, at most {TOKENIZED_CHARS:,} are tokenized at a time"
         raise api.ApiError(413, "too_much_text", message, "inputs")
-    added = [prompt + text for text in texts]
-    encodings = replica.tokenizer.encode_batch(added, add_special_tokens=ask.add_special_tokens)
+    # Not on the event loop, where all other requests would wait for it.
+    content, tokens = await asyncio.to_thread(_tokens, replica.tokenizer, prompt, texts, ask.add_special_tokens)
+    return api.Answer(content, replica.card.id, len(texts), tokens)
+
+
+def _tokens(tokenizer: Tokenizer, prompt: str, texts: Sequence[str], special: bool) -> tuple[bytes, int]:
+    """The answer with the tokens of texts, and their number."""
+    encodings = tokenizer.encode_batch([prompt + text for text in texts], add_special_tokens=special)
     content = [
         [
             {"id": token, "text": name, "special": bool(special), "start": start, "stop": stop}
@@ -198,8 +204,7 @@ async def _tokenize(replica: Embedder, ask: TokenizeRequest) -> api.Answer:
         ]
         for encoding in encodings
     ]
-    tokens = sum(map(len, content))
-    return api.Answer(orjson.dumps(content), replica.card.id, len(texts), tokens)
+    return orjson.dumps(content), sum(map(len, content))
 
 
 # Cohere's routes.

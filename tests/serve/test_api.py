@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
-from f2llm_ray.serve.settings import Serving
+from f2llm_ray.serve.dialects import ROUTES
+from f2llm_ray.serve.settings import Access, Serving
 from tests.tiny import tiny_model
 
 INFO = ModelInfo(
@@ -281,3 +287,26 @@ def test_token_ids_are_the_text(tmp_path: Path) -> None:
     for given in (with_eos, [ids[:-1] for ids in with_eos]):
         tokens = limits.check_ids(given, LIMITS, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
         np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))
+
+
+def test_many_tokens_hold_up_nobody(tmp_path: Path) -> None:
+    """The event loop, on which all requests are read and answered, goes on while a million characters are cut."""
+    folder = tiny_model(tmp_path / "model")
+    card = SimpleNamespace(id="tiny")
+    replica: Any = SimpleNamespace(
+        settings=Serving(), model_info=INFO, names=("tiny",), card=card, tokenizer=load_tokenizer(folder)
+    )
+    body = json.dumps({"inputs": ["the cat sat " * 4000] * 20}).encode()
+
+    async def longest_stall() -> tuple[float, float]:
+        started, worst = time.monotonic(), 0.0
+        answering = asyncio.create_task(ROUTES["/tokenize"](replica, body))
+        while not answering.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            worst = max(worst, time.monotonic() - before)
+        assert (await answering).inputs == 20
+        return worst, time.monotonic() - started
+
+    worst, whole = asyncio.run(longest_stall())
+    assert worst < whole / 2
