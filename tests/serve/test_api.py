@@ -222,6 +222,13 @@ def test_what_passes() -> None:
     assert limits.longest_text(INFO, Serving()) == 64
 
 
+@pytest.mark.parametrize("origin", ["https://example.org/", "example.org", "https://Example.org", "https://a/b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValidationError, match=f"found '{origin}', which no browser sends"):
+        Access(cors_origins=(origin,))
+    Access(cors_origins=("*", "https://example.org", "http://localhost:3000", "null", "http://[::1]:8080"))
+
+
 def test_prompts() -> None:
     assert limits.check_prompt(None, None, INFO) == ""
     assert limits.check_prompt("query", None, INFO) == "Q: "

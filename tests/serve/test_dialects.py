@@ -153,6 +153,7 @@ def test_browsers_of_named_origins_may_ask(server: Server) -> None:
     headers = {"Origin": BROWSER}
     refused = httpx.post(f"{server.url}{KEYED}/embed", json={"inputs": "a"}, headers=headers, timeout=60)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, BROWSER)
+    assert "x-truncated-inputs" in refused.headers["access-control-expose-headers"]
 
 
 def test_token_ids_are_refused_where_texts_alone_are_taken(server: Server) -> None:
