@@ -238,7 +238,7 @@ async def _cohere_embed(replica: Embedder, ask: CohereEmbedRequest) -> api.Answe
     texts, _ = api.split(ask.texts)
     options = api.EmbedRequest(
         inputs=texts,
-        dimensions=ask.output_dimension,
+        dimensions=limits.check_dimensions(ask.output_dimension, replica.model_info, "output_dimension"),
         prompt_name=_prompt(replica, INPUT_TYPES.get(ask.input_type)),
         truncate=ask.truncate == "END",
         embedding_types=ask.embedding_types,

@@ -67,12 +67,12 @@ def check_model(name: str, served: Sequence[str]) -> None:
         raise ApiError(404, "model_not_found", message, param="model")
 
 
-def check_dimensions(dimensions: int | None, info: ModelInfo) -> int:
+def check_dimensions(dimensions: int | None, info: ModelInfo, param: str = "dimensions") -> int:
     """The dim to answer with; raises 422 for one that the model was not trained for."""
     if dimensions is None or dimensions in info.dims:
         return dimensions or info.dims[-1]
     problem = f"{info.name} was not trained for {dimensions}; allowed: {', '.join(map(str, info.dims))}"
-    raise _wrong("dimensions", "invalid_dimensions", problem)
+    raise _wrong(param, "invalid_dimensions", problem)
 
 
 def check_types(types: Sequence[EmbeddingType] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:

@@ -54,6 +54,8 @@ def test_coheres_embed(server: Server) -> None:
     assert (found["texts"], found["response_type"]) == (SHORT, "embeddings_by_type")
     plain = server.post("/v2/embed", {**ask, "input_type": "clustering", "output_dimension": 8}).json()
     np.testing.assert_allclose(plain["embeddings"]["float"], server.engine.embed(SHORT, dim=8), atol=1e-5)
+    untrained = server.post("/v2/embed", {**ask, "output_dimension": 7})
+    assert (untrained.status_code, error_of(untrained)["param"]) == (422, "output_dimension")
     refused = server.post("/v2/embed", {**ask, "embedding_types": ["uint8"]})
     assert (refused.status_code, error_of(refused)["param"]) == (422, "embedding_types")
 
