@@ -110,6 +110,8 @@ def _all(value: Any, kind: type) -> bool:
 
 
 Encoding = Literal["float", "base64"]
+Right = Literal["right", "Right"]
+"""TEI's word for which end a text loses; the other one is not offered."""
 Inputs = str | list[str] | list[int] | list[list[int]]
 
 # Checked by hand, with one message for the whole field: pydantic would collect an error per item and union member,
@@ -188,7 +190,7 @@ class EmbedRequest(EmbeddingOptions):
     """The default model when unset."""
     normalize: bool = True
     """A field of TEI's; vectors have length 1 always."""
-    truncation_direction: Literal["right", "Right"] = "right"
+    truncation_direction: Right = "right"
     """A field of TEI's; texts lose their end."""
 
     @field_validator("normalize")

@@ -27,11 +27,17 @@ def query_and_passages(server: Server) -> np.ndarray[Any, Any]:
 def test_scores_are_cosines(server: Server) -> None:
     vectors = server.engine.embed(SHORT)
     ask = {"inputs": {"source_sentence": SHORT[0], "sentences": SHORT[1:]}}
-    np.testing.assert_allclose(server.post("/similarity", ask).json(), vectors[1:] @ vectors[0], atol=1e-5)
+    for parameters in ({}, {"truncate": True, "truncation_direction": "Right", "prompt_name": None}):
+        answer = server.post("/similarity", {**ask, "parameters": parameters})
+        np.testing.assert_allclose(answer.json(), vectors[1:] @ vectors[0], atol=1e-5)
+    prompted = server.engine.embed(SHORT, prompt=server.engine.info.prompts["query"])
+    answer = server.post("/similarity", {**ask, "parameters": {"prompt_name": "query"}})
+    np.testing.assert_allclose(answer.json(), prompted[1:] @ prompted[0], atol=1e-5)
 
     scores = query_and_passages(server)
     order = np.argsort(-scores).tolist()
-    ranks = server.post("/rerank", {"query": SHORT[0], "texts": SHORT, "return_text": True}).json()
+    tei = {"return_text": True, "truncate": True, "truncation_direction": "Right"}
+    ranks = server.post("/rerank", {"query": SHORT[0], "texts": SHORT, **tei}).json()
     assert [rank["index"] for rank in ranks] == order
     assert [rank["text"] for rank in ranks] == [SHORT[index] for index in order]
     np.testing.assert_allclose([rank["score"] for rank in ranks], scores[order], atol=1e-5)
@@ -43,6 +49,18 @@ def test_scores_are_cosines(server: Server) -> None:
         assert [result["index"] for result in found["results"]] == order[:2]
         scored = [result["relevance_score"] for result in found["results"]]
         np.testing.assert_allclose(scored, scores[order[:2]], atol=1e-5)
+
+
+def test_a_pair_that_has_no_scores_says_which_part(server: Server) -> None:
+    for given, message in (
+        ({"source_sentence": "a", "sentences": []}, "inputs.sentences: it is empty"),
+        ({"source_sentence": "a", "sentences": ["b", ""]}, "inputs.sentences[1]: it is empty"),
+        ({"source_sentence": "", "sentences": ["b"]}, "inputs.source_sentence[0]: it is empty"),
+    ):
+        answer = server.post("/similarity", {"inputs": given})
+        assert (answer.status_code, error_of(answer)["message"]) == (422, message)
+    wrong = server.post("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}, "parameters": []})
+    assert (wrong.status_code, error_of(wrong)["param"]) == (400, "parameters")
 
 
 def test_coheres_embed(server: Server) -> None:
