@@ -165,13 +165,13 @@ def longest_text(info: ModelInfo, limits: Serving) -> int:
 
 
 def check_lengths(tokens: Sequence[Tokens], *, max_tokens: int, param: str) -> None:
-    """Raises 422 for a token list that is too long."""
+    """Raises 422 for a token list that is too long; it says what the route of this field has for that."""
+    remedy = "truncate cuts it"
+    if param in {"input", "inputs"}:
+        remedy = f"long_text: {remedy}, and chunk takes the mean of its parts"
     for i, ids in enumerate(tokens):
         if len(ids) > max_tokens:
-            problem = (
-                f"more than {max_tokens} tokens, the most of a text; long_text: truncate cuts it, and chunk takes "
-            )
-            problem += "the mean of its parts"
+            problem = f"more than {max_tokens} tokens, the most of a text; {remedy}"
             raise _wrong(f"{param}[{i}]", "too_many_tokens", problem)
 
 

@@ -157,6 +157,10 @@ def test_messages_name_what_is_allowed() -> None:
         limits.check_model("gpt", ["tiny"])
     with pytest.raises(ApiError, match=r"allowed: .*dimensions"):
         read({"input": "a", "model": "m", "dimension": 8})
+    with pytest.raises(ApiError, match="long_text: truncate cuts it, and chunk takes the mean"):
+        limits.check_lengths([LONG], max_tokens=16, param="inputs")
+    with pytest.raises(ApiError, match=r"texts\[0\]: more than 16 tokens, the most of a text; truncate cuts it$"):
+        limits.check_lengths([LONG], max_tokens=16, param="texts")
     with pytest.raises(ApiError, match=r"input\[1\]: token id -1 is not in 0\.\.9"):
         ids([[3], [-1]])
 
