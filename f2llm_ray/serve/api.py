@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -24,6 +24,16 @@ from f2llm_ray.serve.settings import LongText, Serving
 RequestT = TypeVar("RequestT", bound=BaseModel)
 NAME_CHARS = 100
 """Most characters of a client's word that an error repeats."""
+KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+"""What JSON may hold, as errors call it."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 TYPES = {
@@ -67,7 +77,7 @@ class ApiError(Exception):
 
 def _texts(value: Any, _: Callable[[Any], Any]) -> Any:
     if not isinstance(value, str) and not _all(value, str):
-        raise ValueError("expected a string or a list of strings")
+        raise ValueError(f"found {_misfit(value, {str})}, expected a string or a list of strings")
     return value
 
 
@@ -75,8 +85,23 @@ def _texts_or_tokens(value: Any, _: Callable[[Any], Any]) -> Any:
     if isinstance(value, str) or _all(value, str) or _all(value, int):
         return value
     if not _all(value, list) or not all(_all(ids, int) for ids in value):
-        raise ValueError("expected a string, a list of strings, a list of token ids or a list of such lists")
+        problem = f"found {_misfit(value, {str, int, list})}, expected a string, a list of strings, "
+        raise ValueError(f"{problem}a list of token ids or a list of such lists")
     return value
+
+
+def _misfit(value: Any, kinds: set[type]) -> str:
+    """What is wrong in a value that is no list of one of these kinds alone, and where in it: "null at [3]"."""
+    if not isinstance(value, list):
+        return KINDS[type(value)]
+    kind = type(value[0])
+    wrong = (n for n, item in enumerate(value) if type(item) is not kind or kind not in kinds)
+    place = next(wrong, None)
+    if place is None:  # lists, one of which is not of token ids
+        place = next(n for n, ids in enumerate(value) if not _all(ids, int))
+        inner = next(n for n, item in enumerate(value[place]) if type(item) is not int)
+        return f"{KINDS[type(value[place][inner])]} at [{place}][{inner}]"
+    return f"{KINDS[type(value[place])]} at [{place}]"
 
 
 def _all(value: Any, kind: type) -> bool:
@@ -85,6 +110,8 @@ def _all(value: Any, kind: type) -> bool:
 
 
 Encoding = Literal["float", "base64"]
+Right = Literal["right", "Right"]
+"""TEI's word for which end a text loses; the other one is not offered."""
 Inputs = str | list[str] | list[int] | list[list[int]]
 
 # Checked by hand, with one message for the whole field: pydantic would collect an error per item and union member,
@@ -109,7 +136,7 @@ def _takes_null(annotation: Any) -> bool:
 class RequestBody(Body):
     """A request, in which null stands for the default of a field unless it has a meaning of its own there.
 
-    An unknown field is refused, so that a misspelt `dimensions` is noticed.
+    An unknown field is refused, so that a misspelt `dimensions` is noticed; with null it asks for nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -120,8 +147,8 @@ class RequestBody(Body):
         if not isinstance(content, dict):
             return content
         fields = cls.model_fields.items()
-        unset = {name for name, field in fields if not field.is_required() and not _takes_null(field.annotation)}
-        return {name: value for name, value in content.items() if value is not None or name not in unset}
+        kept = {name for name, field in fields if field.is_required() or _takes_null(field.annotation)}
+        return {name: value for name, value in content.items() if value is not None or name in kept}
 
 
 class EmbeddingOptions(RequestBody):
@@ -163,7 +190,7 @@ class EmbedRequest(EmbeddingOptions):
     """The default model when unset."""
     normalize: bool = True
     """A field of TEI's; vectors have length 1 always."""
-    truncation_direction: Literal["right", "Right"] = "right"
+    truncation_direction: Right = "right"
     """A field of TEI's; texts lose their end."""
 
     @field_validator("normalize")
@@ -337,26 +364,46 @@ def read_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        place = _bad_text(body)
-        if place is not None:
-            message = f"{place}: half of a surrogate pair, which is no character; the text was cut within one"
-            raise ApiError(400, "invalid_text", message, param=place.partition("[")[0]) from None
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
+        problem = str(error)
+    path = _bad_text(body)
+    if path is not None:
+        message = f"{_place(path)}: half of a surrogate pair, which is no character; the text was cut within one"
+        raise ApiError(400, "invalid_text", message, param=_place(path[:1]) if path else None)
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        found = f"found byte 0x{body[error.start]:02x} at byte {error.start + 1}, expected UTF-8"
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {found}") from None
+    raise ApiError(400, "invalid_json", f"the body is not JSON: {problem}")
 
 
-def _bad_text(body: bytes) -> str | None:
-    """The field, or the item of it such as `input[3]`, whose text holds half of a surrogate pair."""
+def _bad_text(body: bytes) -> list[str | int] | None:
+    """The path to the text or the name that holds half of a surrogate pair, such as ["input", 3]."""
     if b"\\ud" not in body and b"\\uD" not in body:
         return None
     try:
-        content = json.loads(body)
-    except ValueError:
+        return _half_pair(json.loads(body))
+    except (ValueError, RecursionError):
         return None
-    for name, value in content.items() if isinstance(content, dict) else ():
-        for index, text in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(text, str) and SURROGATE.search(text):
-                return f"{name}[{index}]" if isinstance(value, list) else str(name)
+
+
+def _half_pair(content: Any) -> list[str | int] | None:
+    if isinstance(content, str):
+        return [] if SURROGATE.search(content) else None
+    items = (
+        enumerate(content) if isinstance(content, list) else content.items() if isinstance(content, dict) else ()
+    )
+    for name, value in items:
+        inner = [] if isinstance(name, str) and SURROGATE.search(name) else _half_pair(value)
+        if inner is not None:
+            return [name, *inner]
     return None
+
+
+def _place(path: Sequence[str | int]) -> str:
+    """A path within a body as errors have it: `input[3]`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    return SURROGATE.sub("\ufffd", "".join(parts).removeprefix(".")[:NAME_CHARS]) or "the body"
 
 
 def read_request(kind: type[RequestT], body: bytes) -> RequestT:
@@ -368,7 +415,8 @@ def read_request(kind: type[RequestT], body: bytes) -> RequestT:
     content = read_json(body)
     if isinstance(content, dict):
         # Not by pydantic, which makes an error for each of them: a body may hold a million.
-        unknown = next((name for name in content if name not in kind.model_fields), None)
+        given = (name for name, value in content.items() if value is not None)
+        unknown = next((name for name in given if name not in kind.model_fields), None)
         if unknown is not None:
             text = f"{unknown[:NAME_CHARS]}: unknown field; allowed: {', '.join(kind.model_fields)}"
             raise ApiError(400, "invalid_request", text, param=unknown[:NAME_CHARS])

@@ -56,6 +56,8 @@ def survey(job: EmbedJob) -> Survey:
         DataError: no input, a file that cannot be read, or a column that the first file on this machine lacks.
     """
     model, source, output = Folder.at(job.model), Folder.at(job.input), Folder.at(job.output)
+    if output.filesystem.get_file_info(output.path).is_file:
+        raise RunError(f"{output.uri}: a file, expected a folder for the shards")
     if f"{output.path}/".startswith(f"{source.path}/"):
         raise RunError(f"{output.uri}: lies within the input; its shards would become input themselves")
     info = load_info(model)
@@ -93,6 +95,8 @@ def run(job: EmbedJob, *, workers: int | None = None) -> dict[str, Any]:
         RunError: no such model, a wrong setting, or an output made with other settings.
         DataError: no input, a file without the column, or a row without text.
     """
+    if workers is not None and workers < 1:
+        raise RunError(f"workers: {workers}, at least 1 is needed")
     started = time.time()
     found, output = survey(job), Folder.at(job.output)
     units, waiting = found.units, found.waiting
@@ -192,6 +196,8 @@ def check_output(output: Folder, settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     if output.exists(SETTINGS):
         before: dict[str, Any] = output.read_json(SETTINGS)
+        if not isinstance(before, dict) or not isinstance(before.get("files"), dict):
+            raise RunError(f"{output.uri}/{SETTINGS}: not the settings of an output; give another output")
         changed = {key: value for key, value in settings.items() if before.get(key) != value}
         other = [f"{key} (was {_short(before.get(key))}, now {_short(value)})" for key, value in changed.items()]
         if other:

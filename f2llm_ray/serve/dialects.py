@@ -111,22 +111,28 @@ def _pair(value: Any, _: Callable[[Any], Any]) -> Any:
     return value
 
 
+class SimilarityParameters(api.RequestBody):
+    """`parameters` of POST /similarity."""
+
+    prompt_name: str | None = None
+    """A prompt of the model before each text."""
+    truncate: bool | None = None
+    truncation_direction: api.Right = "right"
+
+
 class SimilarityRequest(api.RequestBody):
     """Body of POST /similarity."""
 
     inputs: Annotated[dict[str, Any], WrapValidator(_pair)]
     """`{"source_sentence": text, "sentences": [texts]}`."""
     model: str | None = None
-    prompt_name: str | None = None
-    """A prompt of the model before each of them."""
-    truncate: bool | None = None
+    parameters: SimilarityParameters = SimilarityParameters()
 
 
 async def _similarity(replica: Embedder, ask: SimilarityRequest) -> api.Answer:
-    texts = [ask.inputs["source_sentence"], *ask.inputs["sentences"]]
-    options = api.EmbedRequest(inputs=texts, prompt_name=ask.prompt_name, truncate=ask.truncate)
-    found = await replica.embed(options, texts, "inputs")
-    scores_n = found.vectors_nd[1:] @ found.vectors_nd[0]
+    source, sentences = ask.inputs["source_sentence"], ask.inputs["sentences"]
+    params, name = ("inputs.source_sentence", "inputs.sentences"), ask.parameters.prompt_name
+    scores_n, found = await _scores(replica, source, sentences, params, ask.parameters.truncate, (name, name))
     return _answer(replica, orjson.dumps(scores_n, option=orjson.OPT_SERIALIZE_NUMPY), found)
 
 
@@ -140,6 +146,7 @@ class RerankRequest(api.RequestBody):
     """A field of TEI's that has no effect: scores are cosines either way."""
     return_text: bool = False
     truncate: bool | None = None
+    truncation_direction: api.Right = "right"
 
 
 class Rank(api.Body):
@@ -152,7 +159,7 @@ class Rank(api.Body):
 
 async def _rerank(replica: Embedder, ask: RerankRequest) -> api.Answer:
     texts, _ = api.split(ask.texts)
-    scores_n, found = await _scores(replica, ask.query, texts, ("query", "texts"), ask.truncate)
+    scores_n, found = await _scores(replica, ask.query, texts, ("query", "texts"), ask.truncate, _sides(replica))
     ranks = [
         {"index": index, "score": float(scores_n[index])} | ({"text": texts[index]} if ask.return_text else {})
         for index in _best(scores_n)
@@ -187,8 +194,14 @@ async def _tokenize(replica: Embedder, ask: TokenizeRequest) -> api.Answer:
     if characters > TOKENIZED_CHARS:
         message = f"inputs: {characters:,} characters, at most {TOKENIZED_CHARS:,} are tokenized at a time"
         raise api.ApiError(413, "too_much_text", message, "inputs")
-    added = [prompt + text for text in texts]
-    encodings = replica.tokenizer.encode_batch(added, add_special_tokens=ask.add_special_tokens)
+    # Not on the event loop, where all other requests would wait for it.
+    content, tokens = await asyncio.to_thread(_tokens, replica.tokenizer, prompt, texts, ask.add_special_tokens)
+    return api.Answer(content, replica.card.id, len(texts), tokens)
+
+
+def _tokens(tokenizer: Tokenizer, prompt: str, texts: Sequence[str], special: bool) -> tuple[bytes, int]:
+    """The answer with the tokens of texts, and their number."""
+    encodings = tokenizer.encode_batch([prompt + text for text in texts], add_special_tokens=special)
     content = [
         [
             {"id": token, "text": name, "special": bool(special), "start": start, "stop": stop}
@@ -198,8 +211,7 @@ async def _tokenize(replica: Embedder, ask: TokenizeRequest) -> api.Answer:
         ]
         for encoding in encodings
     ]
-    tokens = sum(map(len, content))
-    return api.Answer(orjson.dumps(content), replica.card.id, len(texts), tokens)
+    return orjson.dumps(content), sum(map(len, content))
 
 
 # Cohere's routes.
@@ -233,7 +245,7 @@ async def _cohere_embed(replica: Embedder, ask: CohereEmbedRequest) -> api.Answe
     texts, _ = api.split(ask.texts)
     options = api.EmbedRequest(
         inputs=texts,
-        dimensions=ask.output_dimension,
+        dimensions=limits.check_dimensions(ask.output_dimension, replica.model_info, "output_dimension"),
         prompt_name=_prompt(replica, INPUT_TYPES.get(ask.input_type)),
         truncate=ask.truncate == "END",
         embedding_types=ask.embedding_types,
@@ -271,7 +283,7 @@ class CohereRanks(api.Body):
 
 async def _cohere_rerank(replica: Embedder, ask: CohereRerankRequest) -> api.Answer:
     texts, _ = api.split(ask.documents)
-    scores_n, found = await _scores(replica, ask.query, texts, ("query", "documents"), truncate=True)
+    scores_n, found = await _scores(replica, ask.query, texts, ("query", "documents"), True, _sides(replica))
     results = [
         {"index": index, "relevance_score": float(scores_n[index])}
         | ({"document": {"text": texts[index]}} if ask.return_documents else {})
@@ -293,17 +305,23 @@ def _prompt(replica: Embedder, name: str | None) -> str | None:
     return name if name in replica.model_info.prompts else None
 
 
+def _sides(replica: Embedder) -> tuple[str | None, str | None]:
+    """The prompts of queries and of passages."""
+    return _prompt(replica, "query"), _prompt(replica, "document")
+
+
 async def _scores(
-    replica: Embedder, query: str, texts: Sequence[str], params: tuple[str, str], truncate: bool | None
+    replica: Embedder,
+    query: str,
+    texts: Sequence[str],
+    params: tuple[str, str],
+    truncate: bool | None,
+    prompts: tuple[str | None, str | None],
 ) -> tuple[Vectors, Embedded]:
-    """Cosines [n] of texts with a query, each side with the model's prompt for it, and the counts of both."""
-
-    def options(side: str) -> api.EmbedRequest:
-        return api.EmbedRequest(inputs="", prompt_name=_prompt(replica, side), truncate=truncate)
-
+    """Cosines [n] of texts with a query, each side with a prompt of its own, and the counts of both."""
+    asking, telling = (api.EmbedRequest(inputs="", prompt_name=name, truncate=truncate) for name in prompts)
     asked, found = await asyncio.gather(
-        replica.embed(options("query"), query, params[0]),
-        replica.embed(options("document"), list(texts), params[1]),
+        replica.embed(asking, query, params[0]), replica.embed(telling, list(texts), params[1])
     )
     long = {name: asked.long.get(name, 0) + found.long.get(name, 0) for name in {*asked.long, *found.long}}
     both = Embedded(found.forms, asked.inputs + found.inputs, asked.tokens + found.tokens, long)

@@ -67,12 +67,12 @@ def check_model(name: str, served: Sequence[str]) -> None:
         raise ApiError(404, "model_not_found", message, param="model")
 
 
-def check_dimensions(dimensions: int | None, info: ModelInfo) -> int:
+def check_dimensions(dimensions: int | None, info: ModelInfo, param: str = "dimensions") -> int:
     """The dim to answer with; raises 422 for one that the model was not trained for."""
     if dimensions is None or dimensions in info.dims:
         return dimensions or info.dims[-1]
     problem = f"{info.name} was not trained for {dimensions}; allowed: {', '.join(map(str, info.dims))}"
-    raise _wrong("dimensions", "invalid_dimensions", problem)
+    raise _wrong(param, "invalid_dimensions", problem)
 
 
 def check_types(types: Sequence[EmbeddingType] | None, known: Sequence[EmbeddingType]) -> list[EmbeddingType]:
@@ -165,13 +165,13 @@ def longest_text(info: ModelInfo, limits: Serving) -> int:
 
 
 def check_lengths(tokens: Sequence[Tokens], *, max_tokens: int, param: str) -> None:
-    """Raises 422 for a token list that is too long."""
+    """Raises 422 for a token list that is too long; it says what the route of this field has for that."""
+    remedy = "truncate cuts it"
+    if param in {"input", "inputs"}:
+        remedy = f"long_text: {remedy}, and chunk takes the mean of its parts"
     for i, ids in enumerate(tokens):
         if len(ids) > max_tokens:
-            problem = (
-                f"more than {max_tokens} tokens, the most of a text; long_text: truncate cuts it, and chunk takes "
-            )
-            problem += "the mean of its parts"
+            problem = f"more than {max_tokens} tokens, the most of a text; {remedy}"
             raise _wrong(f"{param}[{i}]", "too_many_tokens", problem)
 
 

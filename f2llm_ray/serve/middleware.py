@@ -27,6 +27,8 @@ OPEN = frozenset({"/", "/health", "/docs", "/openapi.json"})
 MODELS = "/v1/models"
 COUNTED = frozenset({*ROUTES, MODELS, "/info", "/health"})
 """Routes with a counter of their own; all others count as "other", or a scanner would make a counter per path."""
+SHOWN = ("retry-after", "x-request-id", "x-truncated-inputs", "x-chunked-inputs")
+"""Headers of answers that a page in a browser may read, beside those that it always may."""
 LOGGED_ID = 128
 """Characters of a client's x-request-id that are logged."""
 
@@ -131,7 +133,12 @@ class CrossOrigin:
         if scope["type"] == "http" and (origins := self.policy().cors_origins):
             if self._allowing is None:
                 self._allowing = CORSMiddleware(
-                    app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
+                    app,
+                    allow_origins=origins,
+                    allow_methods=["GET", "POST"],
+                    allow_headers=["*"],
+                    expose_headers=SHOWN,
+                    max_age=600,
                 )
             app = self._allowing
         await app(scope, receive, send)

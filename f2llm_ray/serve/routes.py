@@ -162,6 +162,10 @@ def _decoded(body: bytes, encoding: str, settings: Serving) -> bytes:
     limits.check_body(len(content), settings)
     if not unpack.eof:
         raise api.ApiError(400, "invalid_encoding", "the body is not whole: its gzip stream ends early")
+    if unpack.unused_data:
+        # A stream after it may follow, but each costs a copy of the rest, and a body may hold half a million.
+        message = f"{len(unpack.unused_data):,} bytes follow the end of the gzip stream; pack the body as one"
+        raise api.ApiError(400, "invalid_encoding", message)
     return content
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from f2llm_ray.base.section import Neutral, Section
 from f2llm_ray.engine.names import EngineName
 
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+|null")
+"""What a browser sends as the origin of a page; "null" for a file."""
 LongText = Literal["refuse", "truncate", "chunk"]
 """What is done with a text of too many tokens: 422, its first tokens alone, or the mean of its parts' vectors."""
 
@@ -51,3 +54,12 @@ class Access(Section):
     """Origins whose pages may send requests from a browser, such as https://example.org; "*" for all."""
     access_log: bool = False
     """One JSON line per request on the replica's stdout, without texts or keys."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _as_browsers_send_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and ORIGIN.fullmatch(origin) is None:
+                expected = "scheme and host in small letters without a path, such as https://example.org"
+                raise ValueError(f"found {origin!r}, which no browser sends, expected {expected}")
+        return origins

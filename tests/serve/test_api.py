@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from f2llm_ray.data.tokens.tokenizer import load_tokenizer
 from f2llm_ray.model.checkpoint import ModelInfo
 from f2llm_ray.model.dims import cut_dims, quantize_vectors
 from f2llm_ray.serve import api, limits
 from f2llm_ray.serve.api import ApiError, EmbeddingsRequest, EmbedRequest
-from f2llm_ray.serve.settings import Serving
+from f2llm_ray.serve.dialects import ROUTES
+from f2llm_ray.serve.settings import Access, Serving
 from tests.tiny import tiny_model
 
 INFO = ModelInfo(
@@ -151,8 +157,61 @@ def test_messages_name_what_is_allowed() -> None:
         limits.check_model("gpt", ["tiny"])
     with pytest.raises(ApiError, match=r"allowed: .*dimensions"):
         read({"input": "a", "model": "m", "dimension": 8})
+    with pytest.raises(ApiError, match="long_text: truncate cuts it, and chunk takes the mean"):
+        limits.check_lengths([LONG], max_tokens=16, param="inputs")
+    with pytest.raises(ApiError, match=r"texts\[0\]: more than 16 tokens, the most of a text; truncate cuts it$"):
+        limits.check_lengths([LONG], max_tokens=16, param="texts")
     with pytest.raises(ApiError, match=r"input\[1\]: token id -1 is not in 0\.\.9"):
         ids([[3], [-1]])
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        (b'{"input": ["a", "\\ud83d"]}', "input", r"^input\[1\]: half of a surrogate pair"),
+        (b'{"inputs": {"sentences": ["\\ud83d"]}}', "inputs", r"^inputs\.sentences\[0\]: half of"),
+        (b'{"\\ud83d": "\\ud83d"}', "\ufffd", "^\ufffd: half of a surrogate pair"),
+        (b'"\\ud83d"', None, "^the body: half of a surrogate pair"),
+        (b'{"input": "\\ud83d", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", None, "the body is not JSON"),
+        (b'{"input": "\xe4"}', None, "found byte 0xe4 at byte 12, expected UTF-8"),
+    ],
+)
+def test_a_body_that_is_no_text_says_where(body: bytes, param: str | None, message: str) -> None:
+    with pytest.raises(ApiError, match=message) as caught:
+        read(body)
+    assert caught.value.status == 400
+    assert json.loads(caught.value.body())["error"]["param"] == param
+
+
+def test_an_unknown_field_with_null_asks_for_nothing() -> None:
+    """Some clients send every field that they know, with null for what their user left out."""
+    given = read({"input": "a", "model": "m", "input_type": None, "encoding_format": None, "dimensions": None})
+    assert given == read({"input": "a", "model": "m"})
+    with pytest.raises(ApiError, match="input_type: unknown field"):
+        read({"input": "a", "model": "m", "other": None, "input_type": "query"})
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (1, "a whole number"),
+        (["a", None], r"null at \[1\]"),
+        ([None, "a"], r"null at \[0\]"),
+        (["a", 1], r"a whole number at \[1\]"),
+        ([1, 2, True], r"a boolean at \[2\]"),
+        ([1.5], r"a number at \[0\]"),
+        ([[1], "a"], r"a string at \[1\]"),
+        ([[1], [2, None]], r"null at \[1\]\[1\]"),
+        ([[[1]]], r"a list at \[0\]\[0\]"),
+        ([{"text": "a"}], r"an object at \[0\]"),
+    ],
+)
+def test_the_item_of_another_kind_is_named(given: Any, found: str) -> None:
+    with pytest.raises(ApiError, match=f"^input: found {found}, expected a string, a list of strings"):
+        read({"input": given, "model": "m"})
+    if not (isinstance(given, list) and isinstance(given[0], int | list)):
+        with pytest.raises(ApiError, match=f"^inputs: found {found}, expected a string or a list of strings"):
+            read({"inputs": given}, EmbedRequest)
 
 
 def test_what_passes() -> None:
@@ -165,6 +224,13 @@ def test_what_passes() -> None:
     assert limits.check_dimensions(8, INFO) == 8
     assert limits.longest_text(INFO, LIMITS) == 16
     assert limits.longest_text(INFO, Serving()) == 64
+
+
+@pytest.mark.parametrize("origin", ["https://example.org/", "example.org", "https://Example.org", "https://a/b"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ValidationError, match=f"found '{origin}', which no browser sends"):
+        Access(cors_origins=(origin,))
+    Access(cors_origins=("*", "https://example.org", "http://localhost:3000", "null", "http://[::1]:8080"))
 
 
 def test_prompts() -> None:
@@ -211,7 +277,7 @@ def test_cutting_a_unit_vector_is_cutting_the_raw_one() -> None:
 
 
 def test_a_huge_wrong_body_is_refused_at_once() -> None:
-    with pytest.raises(ApiError, match="expected a string"):
+    with pytest.raises(ApiError, match=r"found null at \[0\], expected a string"):
         read(b'{"model": "m", "input": [' + b"null," * 1_000_000 + b"null]}")
 
 
@@ -232,3 +298,26 @@ def test_token_ids_are_the_text(tmp_path: Path) -> None:
     for given in (with_eos, [ids[:-1] for ids in with_eos]):
         tokens = limits.check_ids(given, LIMITS, vocabulary=vocabulary, prefix=[], eos=eos, param="input")
         np.testing.assert_array_equal(engine.embed_tokens(tokens), engine.embed(texts))
+
+
+def test_many_tokens_hold_up_nobody(tmp_path: Path) -> None:
+    """The event loop, on which all requests are read and answered, goes on while a million characters are cut."""
+    folder = tiny_model(tmp_path / "model")
+    card = SimpleNamespace(id="tiny")
+    replica: Any = SimpleNamespace(
+        settings=Serving(), model_info=INFO, names=("tiny",), card=card, tokenizer=load_tokenizer(folder)
+    )
+    body = json.dumps({"inputs": ["the cat sat " * 4000] * 20}).encode()
+
+    async def longest_stall() -> tuple[float, float]:
+        started, worst = time.monotonic(), 0.0
+        answering = asyncio.create_task(ROUTES["/tokenize"](replica, body))
+        while not answering.done():
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            worst = max(worst, time.monotonic() - before)
+        assert (await answering).inputs == 20
+        return worst, time.monotonic() - started
+
+    worst, whole = asyncio.run(longest_stall())
+    assert worst < whole / 2

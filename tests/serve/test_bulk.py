@@ -261,6 +261,8 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
     pq.write_table(pa.table({"t": ["a"], "n": [1]}), tmp_path / "a.parquet")
     (tmp_path / "empty").mkdir()
     (tmp_path / "taken").mkdir()
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "_settings.json").write_text("[]")
     pq.write_table(pa.table({"x": [1]}), tmp_path / "taken" / "x.parquet")
     fine = {
         "model": str(folder),
@@ -274,6 +276,8 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
         ({"model": str(tmp_path)}, "not a model folder"),
         ({"input": str(tmp_path), "output": str(tmp_path / "o")}, "lies within the input"),
         ({"output": str(tmp_path / "taken")}, "parquet files of something else"),
+        ({"output": str(tmp_path / "a.parquet")}, r"a\.parquet: a file, expected a folder"),
+        ({"output": str(tmp_path / "odd")}, "_settings.json: not the settings of an output"),
         ({"batch_rows": 0}, "at least 1 is needed"),
         ({"shard_rows": 0}, "at least 1 is needed"),
         ({"dtype": "int8"}, r"int8 needs .*calibration\.safetensors"),
@@ -283,6 +287,8 @@ def test_refusals_before_any_work(tmp_path: Path, folder: Path) -> None:
     ):
         with pytest.raises(RunError, match=message):
             run(EmbedJob(**{**fine, **change}))
+    with pytest.raises(RunError, match="workers: 0, at least 1 is needed"):
+        run(EmbedJob(**fine), workers=0)
     for name in ("no", "empty"):
         with pytest.raises(
             DataError, match=rf"{name}: found no file, expected .* \.parquet, \.jsonl, \.csv or \.tsv"

@@ -27,11 +27,17 @@ def query_and_passages(server: Server) -> np.ndarray[Any, Any]:
 def test_scores_are_cosines(server: Server) -> None:
     vectors = server.engine.embed(SHORT)
     ask = {"inputs": {"source_sentence": SHORT[0], "sentences": SHORT[1:]}}
-    np.testing.assert_allclose(server.post("/similarity", ask).json(), vectors[1:] @ vectors[0], atol=1e-5)
+    for parameters in ({}, {"truncate": True, "truncation_direction": "Right", "prompt_name": None}):
+        answer = server.post("/similarity", {**ask, "parameters": parameters})
+        np.testing.assert_allclose(answer.json(), vectors[1:] @ vectors[0], atol=1e-5)
+    prompted = server.engine.embed(SHORT, prompt=server.engine.info.prompts["query"])
+    answer = server.post("/similarity", {**ask, "parameters": {"prompt_name": "query", "truncate": True}})
+    np.testing.assert_allclose(answer.json(), prompted[1:] @ prompted[0], atol=1e-5)
 
     scores = query_and_passages(server)
     order = np.argsort(-scores).tolist()
-    ranks = server.post("/rerank", {"query": SHORT[0], "texts": SHORT, "return_text": True}).json()
+    tei = {"return_text": True, "truncate": True, "truncation_direction": "Right"}
+    ranks = server.post("/rerank", {"query": SHORT[0], "texts": SHORT, **tei}).json()
     assert [rank["index"] for rank in ranks] == order
     assert [rank["text"] for rank in ranks] == [SHORT[index] for index in order]
     np.testing.assert_allclose([rank["score"] for rank in ranks], scores[order], atol=1e-5)
@@ -45,6 +51,18 @@ def test_scores_are_cosines(server: Server) -> None:
         np.testing.assert_allclose(scored, scores[order[:2]], atol=1e-5)
 
 
+def test_a_pair_that_has_no_scores_says_which_part(server: Server) -> None:
+    for given, message in (
+        ({"source_sentence": "a", "sentences": []}, "inputs.sentences: it is empty"),
+        ({"source_sentence": "a", "sentences": ["b", ""]}, "inputs.sentences[1]: it is empty"),
+        ({"source_sentence": "", "sentences": ["b"]}, "inputs.source_sentence[0]: it is empty"),
+    ):
+        answer = server.post("/similarity", {"inputs": given})
+        assert (answer.status_code, error_of(answer)["message"]) == (422, message)
+    wrong = server.post("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}, "parameters": []})
+    assert (wrong.status_code, error_of(wrong)["param"]) == (400, "parameters")
+
+
 def test_coheres_embed(server: Server) -> None:
     ask = {"model": "tiny", "texts": SHORT, "input_type": "search_query", "embedding_types": ["float", "ubinary"]}
     found = server.post("/v2/embed", ask).json()
@@ -54,6 +72,8 @@ def test_coheres_embed(server: Server) -> None:
     assert (found["texts"], found["response_type"]) == (SHORT, "embeddings_by_type")
     plain = server.post("/v2/embed", {**ask, "input_type": "clustering", "output_dimension": 8}).json()
     np.testing.assert_allclose(plain["embeddings"]["float"], server.engine.embed(SHORT, dim=8), atol=1e-5)
+    untrained = server.post("/v2/embed", {**ask, "output_dimension": 7})
+    assert (untrained.status_code, error_of(untrained)["param"]) == (422, "output_dimension")
     refused = server.post("/v2/embed", {**ask, "embedding_types": ["uint8"]})
     assert (refused.status_code, error_of(refused)["param"]) == (422, "embedding_types")
 
@@ -134,6 +154,7 @@ def test_packed_bodies(server: Server) -> None:
     for content, encoding, status, code in (
         (gzip.compress(body)[:-9], "gzip", 400, "invalid_encoding"),
         (body, "gzip", 400, "invalid_encoding"),
+        (gzip.compress(body) + gzip.compress(b" "), "gzip", 400, "invalid_encoding"),
         (body, "br", 415, "unsupported_encoding"),
     ):
         refused = send(content, encoding)
@@ -152,6 +173,7 @@ def test_browsers_of_named_origins_may_ask(server: Server) -> None:
     headers = {"Origin": BROWSER}
     refused = httpx.post(f"{server.url}{KEYED}/embed", json={"inputs": "a"}, headers=headers, timeout=60)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, BROWSER)
+    assert "x-truncated-inputs" in refused.headers["access-control-expose-headers"]
 
 
 def test_token_ids_are_refused_where_texts_alone_are_taken(server: Server) -> None:
