@@ -22,6 +22,7 @@ from f2llm_ray.pipeline.collect import collect
 from f2llm_ray.pipeline.walk import Pipeline
 from f2llm_ray.recipe.files import load_recipe, parse
 from f2llm_ray.recipe.recipe import Recipe
+from f2llm_ray.recipe.strict_yaml import read_yaml
 from f2llm_ray.report.ablation import rows_of, write_ablation
 from f2llm_ray.run.folder import Folder
 from f2llm_ray.run.root import device_name
@@ -65,7 +66,7 @@ def load_ablation(recipe: str, variants: str, overrides: list[str]) -> Ablation:
     """
     path = Path(variants)
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not a table of variants: {error}") from None
     if not isinstance(settings, dict):

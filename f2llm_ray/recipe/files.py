@@ -17,6 +17,7 @@ from f2llm_ray.base.section import Section
 from f2llm_ray.recipe.aliases import ALIASES
 from f2llm_ray.recipe.recipe import Recipe
 from f2llm_ray.recipe.reference import sections_at
+from f2llm_ray.recipe.strict_yaml import read_yaml
 from f2llm_ray.train.settings import LENGTHS
 
 Settings = dict[str, Any]
@@ -25,21 +26,6 @@ NEAR = 3
 STAGE = 2
 """Parts of a path of a stage: `stages` and its name."""
 SectionT = TypeVar("SectionT", bound=Section)
-
-
-class _EachKeyOnce(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: YAML's own loader keeps the last, and a source is lost."""
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        seen = set[tuple[str, str]]()
-        for key, _ in node.value if node is not None else ():
-            said = (key.tag, str(key.value))
-            if said in seen:
-                problem = f"found the key {said[1]!r} twice in one mapping, expected each once"
-                raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
-            seen.add(said)
-        return node
 
 
 def builtin_recipes() -> list[str]:
@@ -109,7 +95,7 @@ def _read(name_or_path: str, seen: tuple[Path, ...]) -> Settings:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
     try:
         text = path.read_text(encoding="utf-8")
-        settings = yaml.load(text, _EachKeyOnce)  # noqa: S506 - a SafeLoader
+        settings = read_yaml(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
@@ -192,7 +178,7 @@ def _parsed(override: str) -> _Override:
     if not equals or not all(parts):
         raise RecipeError(f"--set {override!r}: expected a.b=value")
     try:
-        value = yaml.load(text, _EachKeyOnce)  # noqa: S506 - a SafeLoader
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     return _Override(override, tuple(parts[:-1]), parts[-1], value)

@@ -68,6 +68,9 @@ def test_a_bad_variant_is_told_by_name(folder: Path, recipe: dict[str, Any]) -> 
         load_ablation(path, str(folder / "list.yaml"), [])
     with pytest.raises(RecipeError, match="not a table of variants"):
         load_ablation(path, str(folder / "none.yaml"), [])
+    (folder / "twice.yaml").write_text("variants:\n  a: {}\n  a: {seed: 2}\n")
+    with pytest.raises(RecipeError, match="found the key 'a' twice in one mapping"):
+        load_ablation(path, str(folder / "twice.yaml"), [])
 
 
 def model(name: str, **scores: float) -> dict[str, Any]:
