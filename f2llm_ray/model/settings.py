@@ -40,8 +40,8 @@ class Keep(Section):
     """Key-value heads of each layer; the query heads that share one go with it. Neither these nor `hidden` can be
     cut in BERT, XLM-RoBERTa and ModernBERT (`model/families.py` says why)."""
     vocabulary: Output[Literal["used"] | Annotated[int, Field(ge=1)] | None] = None
-    """Tokens: those that the training texts use, or so many of the most used; bytes or characters and special
-    tokens stay."""
+    """Tokens: those that the training texts use, or so many: the most used, then the tokenizer's first. Bytes or
+    characters and special tokens stay. What unseen texts have beside these is spelt in smaller pieces."""
     importance: Output[Literal["activation", "magnitude", "random"]] = "activation"
     """What decides: what the parts do on training text, the size of their weights, or chance (to compare with)."""
     calibration_rows: Output[int] = Field(default=512, ge=1)

@@ -88,6 +88,11 @@ def test_so_many_tokens_as_wanted_and_the_map_spells_the_same_text(parent: Path,
     kept = vocabulary.choose(counts_of(parent, CORPUS), wanted)
     small, table = vocabulary.cut(kept)
     assert len(kept) == small.get_vocab_size() == min(wanted, tokenizer.get_vocab_size())
+    used = vocabulary.choose(counts_of(parent, CORPUS), None)
+    if wanted >= len(used):  # the others are the tokenizer's first
+        others = np.setdiff1d(kept, used)
+        assert np.isin(used, kept).all()
+        assert np.array_equal(others, np.setdiff1d(np.arange(tokenizer.get_vocab_size()), used)[: len(others)])
     texts = [*CORPUS, *OTHERS]
     known = set(kept.tolist())
     before = tokenize(tokenizer, texts)
