@@ -18,7 +18,7 @@ submit: .venv/.installed  ## a recipe on a running cluster: make submit ADDRESS=
 	RAY_AUTH_MODE=token $(BIN)/python cluster/submit.py --address $(ADDRESS) --recipe $(RECIPE) --root $(ROOT)
 
 test: .venv/.installed-dev  ## all tests, without a GPU
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
