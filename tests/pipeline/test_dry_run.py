@@ -19,7 +19,7 @@ from tests.corpus import write_corpus, write_recipe
 from tests.tiny import tiny_model
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.py"))
-OTHERWISE = {"plan", "publish", "export", "cut"}
+OTHERWISE = {"plan", "publish", "export", "cut", "pairs"}
 """plan.py runs nothing at all; the dry runs of the others are tested with them."""
 
 
@@ -46,6 +46,7 @@ def arguments(job: str, folder: Path) -> list[str]:
     return [*found, *more.get(job, [])]
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("job", [path.stem for path in JOBS if path.stem not in OTHERWISE])
 def test_a_job_says_what_it_would_do_and_does_nothing(
     job: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
