@@ -75,6 +75,12 @@ def tallied(numbers: Mapping[str, int]) -> str:
     return " · ".join(f"{name} {count(number)}" for name, number in known)
 
 
+def ranked(numbers: Mapping[str, int]) -> dict[str, int]:
+    """Names with their numbers, largest first and equal ones by name; those of 0 are left out."""
+    known = ((name, number) for name, number in numbers.items() if number)
+    return dict(sorted(known, key=lambda item: (-item[1], item[0])))
+
+
 def clip(text: str, width: int) -> str:
     """The text, or its beginning and an ellipsis, in at most `width` characters."""
     return text if len(text) <= width else text[: width - 1] + "…"

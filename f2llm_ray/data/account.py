@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.formatting import ranked
 from f2llm_ray.data.identify import MISMATCH
 
 STEPS = ("read", "clean", "language", "decontaminate", "dedup", "near_dedup", "cap")
@@ -161,7 +162,7 @@ class Account:
             if name is not None and n:
                 sums[name] += n
         # Equal counts in the order of their names: the account must not depend on which part came first.
-        return dict(sorted(sums.items(), key=lambda item: (-item[1], item[0])))
+        return ranked(sums)
 
 
 def _listed(counts: Mapping[tuple[Any, ...], int], names: Sequence[str]) -> list[dict[str, Any]]:

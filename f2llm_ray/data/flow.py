@@ -23,6 +23,8 @@ Item = dict[str, Any]
 """A task's work or its outcome, as JSON values."""
 ERROR = "error"
 SHOWN_ERRORS = 20
+LOST = {"max_restarts": 3, "max_task_retries": 3}
+"""How often an actor that is lost comes back, and takes its item again."""
 THREADS = 32
 """Of one process whose work is waiting."""
 
@@ -142,7 +144,7 @@ def start_actors(
     """
     import ray
 
-    worker = ray.remote(_Actor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=3, max_task_retries=3)
+    worker = ray.remote(_Actor).options(num_cpus=num_cpus, num_gpus=num_gpus, **LOST)
     return [worker.remote(make) for _ in range(count)]
 
 
@@ -153,7 +155,7 @@ def start_waiting(make: Callable[[], Callable[[Item], Item]], count: int) -> lis
     """
     import ray
 
-    worker = ray.remote(_Actor).options(num_cpus=1, max_concurrency=THREADS, max_restarts=3, max_task_retries=3)
+    worker = ray.remote(_Actor).options(num_cpus=1, max_concurrency=THREADS, **LOST)
     actors = [worker.remote(make) for _ in range(-(-count // THREADS))]
     return (actors * count)[:count]
 

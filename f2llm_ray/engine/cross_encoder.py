@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.model.checkpoint import INFO_FILE
+from f2llm_ray.model.checkpoint import INFO_FILE, load_whole
 from f2llm_ray.model.described import CONFIG_FILE, MODULES_FILE
 from f2llm_ray.model.dims import Vectors
 from f2llm_ray.run.folder import Folder
@@ -101,24 +101,13 @@ class CrossEncoder:
         from transformers import AutoModelForSequenceClassification
 
         from f2llm_ray.engine.torch_forward import CPU_PASS
-        from f2llm_ray.model.checkpoint import quiet_transformers
 
         check_cross_encoder(Folder.at(str(folder)).read_json(CONFIG_FILE), f"{folder}/{CONFIG_FILE}")
         self.folder, self.tokenizer = folder, load_pair_tokenizer(folder)
         try:
-            with quiet_transformers():  # what is missing is an error below
-                model, found = AutoModelForSequenceClassification.from_pretrained(
-                    folder,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
+            model = load_whole(AutoModelForSequenceClassification, folder, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise RunError(f"{folder}: cannot be loaded as a model: {str(error).splitlines()[0]}") from None
-        missing = sorted(found["missing_keys"])
-        if missing:
-            raise RunError(f"{folder}: {len(missing)} weights are not there, such as {missing[0]}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model.to(self.device).eval()
         self.tokens_per_pass = GPU_PASS if self.device == "cuda" else CPU_PASS

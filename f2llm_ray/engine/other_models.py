@@ -29,6 +29,7 @@ TEXTS_PER_REQUEST = 64
 REQUESTS = 4
 """Requests at once; one that a busy endpoint refuses is sent again."""
 RETRIES = 5
+NO_MODEL = f"no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)"
 HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 OTHER_FORMATS = ("onnx/*", "openvino/*")
 """Folders of a model on the hub that hold its weights once more."""
@@ -50,7 +51,7 @@ def open_folder(
         return Engine(folder, engine=engine, make=False, layers=layers)
     if (folder / MODULES_FILE).is_file():
         return SentenceTransformers(folder)
-    raise RunError(f"{folder}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)")
+    raise RunError(f"{folder}: {NO_MODEL}")
 
 
 @contextmanager

@@ -257,23 +257,28 @@ def load_backbone(folder: Path | str, *, dtype: torch.dtype | None = None) -> Pr
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         family = family_of(config, str(folder))
-        with quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
-            backbone, found = AutoModel.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype or torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **family.options,
-            )
+        backbone = load_whole(AutoModel, folder, config=config, dtype=dtype or torch.float32, **family.options)
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot be loaded as a model: {error}") from None
+    _load_dense(str(folder), backbone)
+    return without_dropout(backbone)
+
+
+def load_whole(kind: Any, folder: Path | str, **options: Any) -> PreTrainedModel:
+    """What a class of transformers, such as AutoModel, loads of a folder's safetensors, with all of its weights.
+
+    Raises:
+        OSError: transformers' own error, as is ValueError.
+        RunError: a weight is not there.
+    """
+    with _quiet_transformers():  # what is missing is an error below, and the head that is left out is no news
+        model, found = kind.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise RunError(f"{folder}: {len(missing)} weights are not there, such as {missing[0]}")
-    _load_dense(str(folder), backbone)
-    return without_dropout(backbone)
+    return model
 
 
 def _load_dense(folder: str, backbone: PreTrainedModel) -> None:
@@ -318,7 +323,7 @@ def float_bytes(folder: Path) -> int:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Keeps transformers' log to errors meanwhile."""
     from transformers.utils import logging
 

@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from f2llm_ray.base.errors import RunError
-from f2llm_ray.base.formatting import plural
+from f2llm_ray.base.formatting import plural, ranked
 from f2llm_ray.base.progress import say
 from f2llm_ray.base.session import connect
 from f2llm_ray.data.tokens.tokenizer import BYTES_PER_TOKEN
-from f2llm_ray.engine.other_models import endpoint_client
+from f2llm_ray.engine.other_models import NO_MODEL, endpoint_client
 from f2llm_ray.model.checkpoint import INFO_FILE
 from f2llm_ray.model.described import MODULES_FILE
 from f2llm_ray.pairs.ask import Answer, answer_key, ask, read_answers
@@ -131,13 +131,13 @@ def make_pairs(job: PairJob, *, dry_run: bool = False) -> dict[str, Any] | None:
         "prompts": {
             "asked": len(requests),
             "read": len(requests) - sum(unreadable.values()) - sum(failed.values()),
-            "unreadable": _sorted(unreadable),
-            "unanswered": _sorted(failed),
+            "unreadable": ranked(unreadable),
+            "unanswered": ranked(failed),
         },
         "queries": {
             "written": len(kept) + sum(dropped.values()),
             "kept": len(kept),
-            "dropped": _sorted(dropped),
+            "dropped": ranked(dropped),
         },
         "passages_with_queries": len({requests[query.request].passage for query in kept}),
         "tokens": _tokens(requests, answers),
@@ -205,9 +205,7 @@ def _told_prompts(prompts: int, missing: Sequence[str], name: str, url: str) -> 
 def _model(path: str) -> Folder:
     folder = Folder.at(path)
     if not (folder.exists(INFO_FILE) or folder.exists(MODULES_FILE)):
-        raise RunError(
-            f"{folder.uri}: no model; expected {INFO_FILE} (ours) or {MODULES_FILE} (sentence-transformers)"
-        )
+        raise RunError(f"{folder.uri}: {NO_MODEL}")
     return folder
 
 
@@ -266,7 +264,3 @@ def _tokens(requests: Sequence[Request], answers: Mapping[bytes, Answer]) -> dic
         "prompts": sum(answer.prompt_tokens for answer in found),
         "answers": sum(answer.answer_tokens for answer in found),
     }
-
-
-def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(((name, n) for name, n in counts.items() if n), key=lambda item: (-item[1], item[0])))

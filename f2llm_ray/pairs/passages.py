@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from f2llm_ray.base.formatting import ranked
 from f2llm_ray.data.clean import fault, normalize
 from f2llm_ray.data.flow import Part, Tables, checked, map_parts, parts_of
 from f2llm_ray.data.language import CODE
@@ -87,7 +88,7 @@ def find_passages(sources: Mapping[str, SourceBase], settings: Data, limit: int 
         else:
             seen.add(row["key"])
             drawn.append(Passage(row["text"], row["language"], row["source"], row["file"]))
-    return Passages(drawn, len(found), dict(sorted(skipped.items(), key=lambda item: (-item[1], item[0]))))
+    return Passages(drawn, len(found), ranked(skipped))
 
 
 def _of_part(part: Part, *, sources: Mapping[str, SourceBase], settings: Data, limit: int | None) -> Tables:

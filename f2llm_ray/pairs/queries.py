@@ -93,25 +93,17 @@ class Sieve:
             passage: what they are for.
             most: how many were asked for.
         """
-        texts = [normalize(text) for text in queries]
+        texts, kept = [normalize(text) for text in queries], 0
         for text, share in zip(texts, copied_shares(texts, passage), strict=True):
             reason = self._fault(text, share, passage)
-            if reason is None and self.kept_of(request) == most:
+            if reason is None and kept == most:
                 reason = "more than were asked for"
             if reason is None:
                 self._seen.add(text.casefold())
                 self.kept.append(Query(request, text))
+                kept += 1
             else:
                 self.dropped[reason] += 1
-
-    def kept_of(self, request: int) -> int:
-        """How many queries of a request are kept, which is the last one that came."""
-        count = 0
-        for query in reversed(self.kept):
-            if query.request != request:
-                break
-            count += 1
-        return count
 
     def _fault(self, text: str, share: float, passage: str) -> str | None:
         if not text:

@@ -66,7 +66,7 @@ def merge_stage(
         path = stack.enter_context((trained / "model").as_local())
         earlier = [stack.enter_context(checkpoints.weights(found[step], lora)) for step in wanted]
         before: dict[str, torch.Tensor] = {}
-        if lora is not None and student is not None:
+        if student is not None:
             before = load_backbone(stack.enter_context(student.as_local())).state_dict()
 
         def merged(key: str, last: torch.Tensor) -> torch.Tensor:
